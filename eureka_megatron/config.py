@@ -1,0 +1,238 @@
+"""The run configuration: one YAML file plus dotted overrides, validated once, frozen.
+
+Every key is declared here with its unit and default; an unknown key is an error that shows the nearest valid name, and a test
+asserts that every key declared here is read somewhere (`tests/unit/test_config.py`). Defaults are the published 7B settings
+of MM-EUREKA where it has one (ALGORITHMS: hyper-parameters of the published runs).
+
+Reads no environment variables and evaluates no expressions: OmegaConf interpolation such as `${run.name}` works, resolvers do not.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eureka_megatron.errors import ConfigError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class RunSection(_Section):
+    name: str = "eureka"
+    output: Path = Path("runs/eureka")  # everything the run writes lies below this folder
+    seed: int = 0
+
+
+class ModelSection(_Section):
+    path: Path  # Hugging Face directory: config.json, safetensors, tokenizer, processor
+    backend: Literal["local", "te"] = "local"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    vision_parallel: Literal["replicated"] = "replicated"
+    freeze: tuple[Literal["vision", "merger", "language"], ...] = ()
+
+
+class ParallelSection(_Section):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    data: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ParallelSection":
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError(
+                "sequence_parallel needs tensor > 1 (it splits the sequence over the tensor-parallel ranks)"
+            )
+        return self
+
+
+class DataSection(_Section):
+    train: Path
+    test: Path | None = None  # evaluated every `training.evaluate_every` steps
+    media: tuple[Path, ...] = ()  # folders pictures may come from, besides the data file's own
+    min_pixels: int = Field(4 * 28 * 28, ge=1)
+    max_pixels: int = Field(640 * 28 * 28, ge=1)
+    max_prompt_tokens: int = Field(3000, ge=1)  # with expanded placeholders; longer prompts are bad rows
+    system_prompt: str = "none"  # a named template of data/prompts.py, or "none"
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+class RolloutSection(_Section):
+    engines: int = Field(1, ge=1)
+    samples_per_prompt: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_response_tokens: int = Field(4096, ge=1)
+    max_model_tokens: int = Field(8192, ge=2)  # prompt and response together
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    kv_cache_gib: float = Field(1.0, gt=0)  # on a CPU
+    max_concurrent: int = Field(256, ge=1)  # sequences an engine runs at once
+
+
+class RewardsSection(_Section):
+    accuracy_weight: float = 1.0
+    format_weight: float = 0.5
+    think: Literal["required", "optional"] = "required"
+    strict_ends: bool = False
+    workers: int = Field(2, ge=1)
+    time_limit_seconds: float = Field(10.0, gt=0)
+
+
+class FilterSection(_Section):
+    enabled: bool = True
+    lower: float = 0.1
+    upper: float = 0.9
+    freezing_steps: int = Field(-1, ge=-1)  # the filter acts once step > freezing_steps
+    max_generation_batches: int = Field(10, ge=1)
+    min_groups: int = Field(1, ge=1)  # train on fewer than prompts_per_step groups, but not on fewer than this
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FilterSection":
+        if not 0 <= self.lower <= self.upper <= 1:
+            raise ValueError(f"need 0 <= lower <= upper <= 1, got lower={self.lower}, upper={self.upper}")
+        return self
+
+
+class AlgorithmSection(_Section):
+    advantage: str = "grpo"  # a name of rl.advantages
+    loss: str = "ppo_clip"  # a name of rl.losses
+    loss_options: dict[str, float | str | bool | None] = Field(default_factory=dict)  # keyword options of that loss
+    compat: Literal["mm_eureka"] | None = None
+    filter: FilterSection = FilterSection()
+
+
+class OptimizerSection(_Section):
+    name: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(1e-6, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, ge=0)  # 0: no clipping
+
+
+class TrainingSection(_Section):
+    steps: int = Field(1000, ge=1)  # rollout steps
+    prompts_per_step: int = Field(128, ge=1)
+    responses_per_update: int = Field(128, ge=1)  # responses of one optimizer step
+    passes: int = Field(1, ge=1)  # over the responses of one rollout step
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    evaluate_every: int = Field(0, ge=0)  # rollout steps; 0: never
+    export_every: int = Field(0, ge=0)  # rollout steps between HF exports; 0: only at the end
+
+
+class SFTSection(_Section):
+    steps: int = Field(600, ge=1)
+    samples_per_step: int = Field(32, ge=1)
+    responses: str = "response"  # the row's key that holds the text to imitate
+
+
+class SyncSection(_Section):
+    check_every: int = Field(10, ge=0)  # rollout steps between checksum comparisons; always at start-up; 0: only then
+    bucket_mib: int = Field(512, ge=1)  # tensors travel in buckets of about this size
+
+
+class TrackingSection(_Section):
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a login, else offline
+    project: str = "eureka_megatron"
+    tensorboard: bool = True
+    console: bool = True
+
+
+class RunConfig(_Section):
+    """Everything a run needs. `parallel.world_size` trainer ranks; each rollout engine is one more process."""
+
+    model: ModelSection
+    data: DataSection
+    run: RunSection = RunSection()
+    parallel: ParallelSection = ParallelSection()
+    rollout: RolloutSection = RolloutSection()
+    rewards: RewardsSection = RewardsSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    sft: SFTSection = SFTSection()
+    sync: SyncSection = SyncSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        responses = self.training.prompts_per_step * self.rollout.samples_per_prompt
+        if responses % self.training.responses_per_update:
+            raise ValueError(
+                f"training.responses_per_update={self.training.responses_per_update} must divide training.prompts_per_step × "
+                f"rollout.samples_per_prompt = {responses}"
+            )
+        if self.data.min_pixels > self.data.max_pixels:
+            raise ValueError(f"data.min_pixels={self.data.min_pixels} exceeds data.max_pixels={self.data.max_pixels}")
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if longest > self.rollout.max_model_tokens:
+            raise ValueError(
+                f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds rollout.max_model_tokens="
+                f"{self.rollout.max_model_tokens}"
+            )
+        return self
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides, validate.
+
+    Raises:
+        ConfigError: file, key, value or combination is wrong; names it and what would be right.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        merged = OmegaConf.load(path)
+        for override in overrides or []:
+            key, equals, _ = override.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"override {override!r} is not of the form section.key=value")
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # PyYAML's errors share no public base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise
+    return make_config(values, origin=str(path))
+
+
+def make_config(values: Any, origin: str = "configuration") -> RunConfig:
+    """Validate a plain dictionary. Raises ConfigError naming the first wrong key; `origin` stands before it."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} must be a mapping of sections, found {type(values).__name__}")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(problem, origin) for problem in error.errors()[:5])) from error
+
+
+def _describe(problem: Any, origin: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        return f"{origin}: unknown key {key!r}{nearest(location[-1], section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{origin}: key {key!r} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{origin}: {message}"
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return f"{origin}: {key}: {message}{found}"

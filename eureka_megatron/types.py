@@ -1,0 +1,164 @@
+"""Records that cross the borders between modules.
+
+Shape suffixes: S tokens of one sample, R response tokens, T tokens of one packed row, I pictures, P patches, D values of a
+patch, U merge units (one vision embedding each; 2×2 patches for Qwen2.5-VL), W windows, F frames, Q sequences of a row.
+All records are frozen; arrays in them are never written to.
+
+Alignment: in `Sample` and `Rollout` a value at index i belongs to **token i**. In `MicroBatch` it belongs to the **prediction
+made at row t**, that is to the token `labels_T[t]` which follows it; `packing` does that shift once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture (or video), processed once and shared by all samples that show it.
+
+    Everything per patch is in **window order**: the order in which windowed attention wants the patches. Because patch
+    embedding, rotary embedding and the merger work patch by patch (or merge unit by merge unit), permuting here means that
+    the model never permutes; `unit_order_U` says where each embedding belongs in reading order.
+
+    Example: an 84×84 picture has `grid_thw=(1, 6, 6)`, 36 patches, 9 merge units, `window_lengths=[36]`,
+    `frame_lengths=[36]`.
+    """
+
+    key: str  # content hash of pixels and grid: equal keys mean equal features
+    image: Image | None  # RGB, already resized to the grid; what the rollout engine gets
+    grid_thw: tuple[int, int, int]  # patches in time, height, width
+    patches_PD: torch.Tensor  # float32 [patches, channels · temporal patch · patch²]
+    coordinates_P2: np.ndarray  # int64, (row, column) of each patch, for the rotary embedding
+    unit_order_U: (
+        np.ndarray
+    )  # int64: the unit at place u of the window order is unit `unit_order_U[u]` in reading order
+    window_lengths_W: np.ndarray  # int64: patches in each attention window; sums to P
+    frame_lengths_F: np.ndarray  # int64: patches in each frame (full-attention blocks); sums to P
+
+    @property
+    def units(self) -> int:
+        """Vision embeddings, hence placeholder tokens, of this picture."""
+        return len(self.unit_order_U)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, ready for rollouts and for training.
+
+    Example: id "count-0001", text "<|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>How many circles? …",
+    tokens_S with 9 `<|image_pad|>` where text has one, picture_offsets (4,), answer "3".
+    """
+
+    id: str
+    text: str  # chat template applied; exactly one placeholder a picture (the rollout engine expands it itself)
+    answer: str
+    tokens_S: np.ndarray  # int64, placeholders expanded
+    positions_3S: np.ndarray  # int64 [3, S]: mrope positions in time, height, width
+    pictures: tuple[Picture, ...] = ()
+    picture_offsets: tuple[int, ...] = ()  # index in tokens_S of each picture's first placeholder
+    origin: str = ""  # "file:line", for messages
+
+    @property
+    def next_position(self) -> int:
+        """The position, equal in all three axes, of the first response token."""
+        return int(self.positions_3S.max()) + 1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. Example: tokens_R [17, 41, 2], logprobs_R [-0.1, -1.3, -0.0], finish_reason "stop"."""
+
+    tokens_R: np.ndarray  # int64, with the end token when finish_reason is "stop"
+    logprobs_R: np.ndarray  # float32: log μ of each sampled token, before temperature
+    text: str  # decoded without special tokens
+    finish_reason: str  # "stop" | "length"
+    weight_version: int  # of the weights that sampled it
+    rewards: dict[str, float] = field(default_factory=dict)  # "accuracy", "format", "total", …; empty until judged
+
+
+@dataclass(frozen=True)
+class Group:
+    """The n rollouts of one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    def rewards(self, name: str) -> np.ndarray:
+        """float64 [N]: one reward component over the group."""
+        return np.array([rollout.rewards[name] for rollout in self.rollouts], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to learn from. A value at index i belongs to token i; only where mask_S is 1 does it matter."""
+
+    tokens_S: np.ndarray  # int64
+    positions_3S: np.ndarray  # int64 [3, S]
+    mask_S: np.ndarray  # float32: 1 on tokens whose log-probability is learned (the response)
+    advantages_S: np.ndarray  # float32; all ones for supervised training
+    rollout_logprobs_S: np.ndarray | None = None  # float32: log μ
+    old_logprobs_S: np.ndarray | None = None  # float32: log π_old of the trainer before the first update
+    ref_logprobs_S: np.ndarray | None = None  # float32: log π_ref, only when a reference is used
+    pictures: tuple[Picture, ...] = ()
+    picture_offsets: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens_S)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one rollout step, and the denominators of every update, fixed before the first forward.
+
+    `updates[k]` lists the indices of the samples of optimizer step k.
+    """
+
+    samples: tuple[Sample, ...]
+    updates: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class VisionBatch:
+    """All distinct pictures of one micro-batch, concatenated for the tower; window order, as in `Picture`."""
+
+    patches_PD: torch.Tensor  # float32
+    coordinates_P2: torch.Tensor  # int64
+    cu_windows: torch.Tensor  # int32 [W+1]: cumulative patches, windowed attention
+    cu_frames: torch.Tensor  # int32 [F+1]: cumulative patches, full attention
+    units: int  # U: vision embeddings of the distinct pictures
+    source_E: torch.Tensor  # int64: which of the U embeddings …
+    placement_E: torch.Tensor  # int64: … goes to which row of the packed sequence (a shared picture has several rows)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Several samples packed into one row of T tokens; each attends only within itself.
+
+    T is a multiple of the alignment asked of `packing` (tensor-parallel size under sequence parallelism). The filling at the end is a
+    sequence of its own with mask 0 and `sequence_ids_T` −1.
+    """
+
+    tokens_T: torch.Tensor  # int64
+    labels_T: torch.Tensor  # int64: the token that follows; 0 at the last row of each sequence, where mask_T is 0
+    positions_3T: torch.Tensor  # int64 [3, T]
+    cu_seqlens: torch.Tensor  # int32 [Q+1], filling included
+    mask_T: torch.Tensor  # float32
+    sequence_ids_T: torch.Tensor  # int64: index of the sample in this micro-batch
+    advantages_T: torch.Tensor  # float32
+    old_logprobs_T: torch.Tensor | None
+    rollout_logprobs_T: torch.Tensor | None
+    ref_logprobs_T: torch.Tensor | None
+    vision: VisionBatch | None
+    sample_indices: tuple[int, ...] = ()  # which samples of the batch, in order; −1 for an empty filler
+
+    @property
+    def tokens(self) -> int:
+        return len(self.tokens_T)

