@@ -1,0 +1,184 @@
+"""The command line: arguments in, one function of the package called, an exit code out. No logic lives here.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted. What a user did wrong is told in `error: …`
+lines without a traceback; `--debug`, anywhere in the line, adds the traceback. Everything heavy is imported inside the
+commands, so that `eureka --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eureka_megatron import __version__
+from eureka_megatron.errors import ConfigError, UserError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ConfigErrors that show the nearest valid name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = action.option_strings[0] if action.option_strings else "command"
+            raise ConfigError(f"{self.prog}: unknown {what} {value!r}{nearest(str(value), map(str, action.choices))}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Only defects of this package escape as exceptions."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        parsed = _parse([argument for argument in arguments if argument != "--debug"])
+        return int(parsed.command(parsed) or 0)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    except UserError as error:
+        # Ray hands on what a remote rank raised with the remote traceback in its text; `cause` is the plain error.
+        return _complain(getattr(error, "cause", None) or error, error.exit_code, debug)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or missing == "eureka_megatron":
+            raise
+        return _complain(f"the package {missing!r} is not installed; `eureka doctor` says how to get it", 1, debug)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130, debug)
+    except BrokenPipeError:  # `eureka doctor | head`: nobody reads on, also not at interpreter shutdown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _complain(message: object, exit_code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    for line in str(message).splitlines() or ["failed without a message"]:
+        print(f"error: {line}", file=sys.stderr)
+    return exit_code
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands = _build()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise ConfigError("eureka: a command is required")
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse gives up on `key=value` once an option stood between them; they are as good behind it as before it.
+    if hasattr(parsed, "overrides"):
+        parsed.overrides = [*parsed.overrides, *(word for word in rest if "=" in word and not word.startswith("-"))]
+        rest = [word for word in rest if word.startswith("-") or "=" not in word]
+    if rest:
+        used = commands[parsed.prog]
+        name = rest[0].partition("=")[0]
+        if name.startswith("-"):
+            options = [option for option in used._option_string_actions if option.startswith("--")]
+            raise ConfigError(f"{used.prog}: unknown option {name!r}{nearest(name, [*options, '--debug'])}")
+        expected = "; overrides have the form section.key=value" if hasattr(parsed, "overrides") else ""
+        raise ConfigError(f"{used.prog}: unexpected argument {rest[0]!r}{expected}")
+    return parsed
+
+
+def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and the parser of every command by its full name (`eureka data counting`)."""
+    parser = _Parser(
+        prog="eureka",
+        description="MM-EUREKA on Megatron-Core: rule-based reinforcement learning for Qwen2.5-VL.",
+        epilog="--debug, anywhere in the line, shows the traceback behind an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"eureka-megatron {__version__}")
+    commands: dict[str, argparse.ArgumentParser] = {}
+    children = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(group: Any, name: str, command: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+        child = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        child.set_defaults(command=command, prog=child.prog)
+        commands[child.prog] = child
+        return child
+
+    demo = add(
+        children, "demo", _demo, "the whole story on this machine in minutes: data, cold start, RL, export, score"
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (demo)")
+    demo.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. training.steps=10")
+
+    _add_run(add(children, "sft", _sft, "supervised cold start on Megatron ranks"))
+    _add_run(add(children, "train", _train, "reinforcement learning: vLLM rollouts, rewards, Megatron updates"))
+
+    verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")
+    verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Qwen2.5-VL checkpoint directory")
+    for option, text in (("--tp", "tensor"), ("--pp", "pipeline"), ("--dp", "data")):
+        verify.add_argument(option, type=_positive, default=1, metavar="N", help=f"{text}-parallel size (1)")
+    verify.add_argument("--sequence-parallel", action="store_true", help="split the sequence over the tensor ranks")
+    verify.add_argument("--grads", action="store_true", help="compare the gradient of every parameter too")
+    verify.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+    doctor = add(children, "doctor", _doctor, "what this machine has and lacks, what is lost, and the fix")
+    doctor.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    return parser, commands
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. optimizer.lr=1e-6")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from eureka_megatron.demo import run_demo
+
+    run_demo(args.out, args.overrides)
+
+
+def _sft(args: argparse.Namespace) -> None:
+    from eureka_megatron.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from eureka_megatron.train.sft import run_sft
+
+    run_sft(config)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from eureka_megatron.config import load_config
+
+    # Before torch, Megatron and Ray are imported: a typing mistake is told within a second.
+    config = load_config(args.config, args.overrides)
+    from eureka_megatron.loop import train
+
+    train(config)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from eureka_megatron.verify import run_verify
+
+    return run_verify(
+        args.hf,
+        tensor=args.tp,
+        pipeline=args.pp,
+        data=args.dp,
+        sequence_parallel=args.sequence_parallel,
+        grads=args.grads,
+        as_json=args.json,
+    )
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from eureka_megatron.doctor import run_doctor
+
+    return run_doctor(as_json=args.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
