@@ -1,0 +1,253 @@
+"""THE TABLE: which HF tensors become which Megatron parameter of Qwen2.5-VL, and by which layout.
+
+Loading, offline conversion, HF export and online weight sync all read it; nothing else spells a weight's name.
+HF names are the hub's (`visual.*`, `model.layers.*`); `hub_name` turns the newer naming into it.
+
+Legend of shapes: V vocabulary, H text hidden, F text ffn, D vision hidden, G vision ffn, M merger hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from eureka_megatron.checkpoint.layouts import (
+    Columns,
+    FusedQKV,
+    GatedUp,
+    Layout,
+    Replicated,
+    Reshaped,
+    Rows,
+    Shape,
+    VisionQKV,
+)
+from eureka_megatron.errors import ConfigError, UserError
+
+MODEL_TYPES = ("qwen2_5_vl", "qwen2_5_vl_text")
+
+# Names of the norms before attention and before the MLP. Transformer Engine fuses them into the linear that follows.
+NORMS = {
+    "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
+    "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that repeat: `{i}` in the names of a row runs over 0 … layers-1."""
+
+    name: str
+    layers: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron parameter and the HF tensors it is made of.
+
+    Example: Row("decoder.layers.{i}.mlp.linear_fc1.weight",
+                 {"model.layers.{i}.mlp.gate_proj.weight": (F, H), "model.layers.{i}.mlp.up_proj.weight": (F, H)},
+                 GatedUp(), Stack("text", 28)).
+    """
+
+    megatron: str
+    hf: Mapping[str, Shape]  # name → shape, in the order the layout counts its sources
+    layout: Layout
+    stack: Stack | None = None
+    copy: bool = False  # a further copy of tensors that another row owns: loaded where it exists, never exported
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return list(self.hf.values())
+
+    def at(self, i: int) -> Row:
+        """This row for layer i, without pattern."""
+        name = str(i)
+        hf = {pattern.replace("{i}", name): shape for pattern, shape in self.hf.items()}
+        return replace(self, megatron=self.megatron.replace("{i}", name), hf=hf, stack=None)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of config.json that shapes depend on."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    tied: bool
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    vision_ffn: int
+    vision_out: int
+    patch: Shape  # channels, time, height, width of one patch
+    merge_units: int  # patches that the merger joins into one embedding
+
+
+def rows(hf_config: Any, *, backend: str = "local", vision_parallel: str = "replicated") -> tuple[Row, ...]:
+    """The table, in the order of iteration.
+
+    `backend`: "local" or "te". `vision_parallel`: "replicated" and "data" keep the vision tower whole on every
+    tensor-parallel rank, "tensor" cuts it like the text.
+    """
+    size = sizes(hf_config)
+    if backend not in NORMS:
+        raise ConfigError(f"unknown model backend {backend!r}; valid: {', '.join(NORMS)}")
+    if vision_parallel not in ("replicated", "data", "tensor"):
+        raise ConfigError(f"unknown vision_parallel {vision_parallel!r}; valid: replicated, data, tensor")
+    norms = NORMS[backend]
+    return (*_vision(size, norms, whole=vision_parallel != "tensor"), *_text(size, norms))
+
+
+def _text(size: Sizes, norms: tuple[str, str]) -> tuple[Row, ...]:
+    V, H, F = size.vocab, size.hidden, size.ffn
+    q, kv = size.heads * size.head_dim, size.kv_heads * size.head_dim
+    qkv = FusedQKV(size.heads, size.kv_heads, size.head_dim)
+    stack = Stack("text", size.layers)
+    mcore, hf = "decoder.layers.{i}.", "model.layers.{i}."
+    embedding = {"model.embed_tokens.weight": (V, H)}
+    head = {"lm_head.weight": (V, H)}
+    # fmt: off
+    return (
+        Row("embedding.word_embeddings.weight", embedding, Rows()),
+        Row(mcore + norms[0], {hf + "input_layernorm.weight": (H,)}, Replicated(), stack),
+        Row(mcore + "self_attention.linear_qkv.weight",
+            {hf + "self_attn.q_proj.weight": (q, H),
+             hf + "self_attn.k_proj.weight": (kv, H),
+             hf + "self_attn.v_proj.weight": (kv, H)}, qkv, stack),
+        Row(mcore + "self_attention.linear_qkv.bias",
+            {hf + "self_attn.q_proj.bias": (q,),
+             hf + "self_attn.k_proj.bias": (kv,),
+             hf + "self_attn.v_proj.bias": (kv,)}, qkv, stack),
+        Row(mcore + "self_attention.linear_proj.weight", {hf + "self_attn.o_proj.weight": (H, q)}, Columns(), stack),
+        Row(mcore + norms[1], {hf + "post_attention_layernorm.weight": (H,)}, Replicated(), stack),
+        Row(mcore + "mlp.linear_fc1.weight",
+            {hf + "mlp.gate_proj.weight": (F, H),
+             hf + "mlp.up_proj.weight": (F, H)}, GatedUp(), stack),
+        Row(mcore + "mlp.linear_fc2.weight", {hf + "mlp.down_proj.weight": (H, F)}, Columns(), stack),
+        Row("decoder.final_layernorm.weight", {"model.norm.weight": (H,)}, Replicated()),
+        # Tied: the same values stand once more on the last stage when that is not the first; Megatron keeps them equal.
+        Row("output_layer.weight", embedding if size.tied else head, Rows(), copy=size.tied),
+    )
+    # fmt: on
+
+
+def _vision(size: Sizes, norms: tuple[str, str], *, whole: bool) -> tuple[Row, ...]:
+    D, G = size.vision_hidden, size.vision_ffn
+    M = D * size.merge_units
+    stack = Stack("vision", size.vision_layers)
+    mcore, hf = "vision.decoder.layers.{i}.", "visual.blocks.{i}."
+
+    def on_ranks(layout: Layout) -> Layout:
+        return Replicated(layout) if whole else layout
+
+    qkv, gated, cut_rows, cut_columns = map(on_ranks, (VisionQKV(size.vision_heads), GatedUp(), Rows(), Columns()))
+    # fmt: off
+    return (
+        Row("vision.patch_embed.weight", {"visual.patch_embed.proj.weight": (D, *size.patch)}, Replicated(Reshaped())),
+        Row(mcore + norms[0], {hf + "norm1.weight": (D,)}, Replicated(), stack),
+        Row(mcore + "self_attention.linear_qkv.weight", {hf + "attn.qkv.weight": (3 * D, D)}, qkv, stack),
+        Row(mcore + "self_attention.linear_qkv.bias", {hf + "attn.qkv.bias": (3 * D,)}, qkv, stack),
+        Row(mcore + "self_attention.linear_proj.weight", {hf + "attn.proj.weight": (D, D)}, cut_columns, stack),
+        Row(mcore + "self_attention.linear_proj.bias", {hf + "attn.proj.bias": (D,)}, Replicated(), stack),
+        Row(mcore + norms[1], {hf + "norm2.weight": (D,)}, Replicated(), stack),
+        Row(mcore + "mlp.linear_fc1.weight",
+            {hf + "mlp.gate_proj.weight": (G, D),
+             hf + "mlp.up_proj.weight": (G, D)}, gated, stack),
+        Row(mcore + "mlp.linear_fc1.bias",
+            {hf + "mlp.gate_proj.bias": (G,),
+             hf + "mlp.up_proj.bias": (G,)}, gated, stack),
+        Row(mcore + "mlp.linear_fc2.weight", {hf + "mlp.down_proj.weight": (D, G)}, cut_columns, stack),
+        Row(mcore + "mlp.linear_fc2.bias", {hf + "mlp.down_proj.bias": (D,)}, Replicated(), stack),
+        Row("vision.merger.norm.weight", {"visual.merger.ln_q.weight": (D,)}, Replicated()),
+        Row("vision.merger.linear_fc1.weight", {"visual.merger.mlp.0.weight": (M, M)}, cut_rows),
+        Row("vision.merger.linear_fc1.bias", {"visual.merger.mlp.0.bias": (M,)}, cut_rows),
+        Row("vision.merger.linear_fc2.weight", {"visual.merger.mlp.2.weight": (size.vision_out, M)}, cut_columns),
+        Row("vision.merger.linear_fc2.bias", {"visual.merger.mlp.2.bias": (size.vision_out,)}, Replicated()),
+    )
+    # fmt: on
+
+
+def expand(table: Iterable[Row]) -> tuple[Row, ...]:
+    """Rows without patterns, layer by layer: all rows of layer 0, then all of layer 1, …"""
+    expanded: list[Row] = []
+    for stack, group in groupby(table, key=lambda row: row.stack):
+        block = list(group)
+        expanded += [row.at(i) for i in range(stack.layers) for row in block] if stack else block
+    return tuple(expanded)
+
+
+def hf_metadata(hf_config: Any) -> list[tuple[str, Shape]]:
+    """(HF name, shape) of every tensor of a checkpoint, in the order in which weights are iterated; needs no model."""
+    return [item for row in expand(rows(hf_config)) if not row.copy for item in row.hf.items()]
+
+
+def hub_name(name: str) -> str:
+    """The hub's name of a tensor that may carry the newer naming: model.visual.* and model.language_model.*."""
+    for new, hub in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(new):
+            return hub + name.removeprefix(new)
+    return name
+
+
+def read_config(hf_dir: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory. UserError when it is missing, not JSON, or of another architecture."""
+    path = Path(hf_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: a checkpoint directory needs config.json beside its weights") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} should hold a JSON object, found {type(config).__name__}")
+    try:
+        sizes(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config
+
+
+def sizes(hf_config: Any) -> Sizes:
+    """Reads a transformers config object or a raw config.json, flat (hub) or nested (transformers 5)."""
+    config: Mapping[str, Any] = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
+    found = config.get("model_type")
+    if found not in MODEL_TYPES:
+        raise UserError(f"unknown architecture {found!r} (model_type); this table is for {MODEL_TYPES[0]!r}")
+    text: Mapping[str, Any] = config.get("text_config") or config
+    vision: Mapping[str, Any] = config.get("vision_config") or {}
+    needed = {
+        "text": ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        "vision": ("hidden_size", "depth", "num_heads", "intermediate_size", "out_hidden_size"),
+    }
+    missing = [key for key in needed["text"] if key not in text]
+    missing += [f"vision_config.{key}" for key in needed["vision"] if key not in vision]
+    if missing:
+        raise UserError(f"the configuration lacks {', '.join(missing)}")
+    side = vision.get("patch_size", 14)
+    return Sizes(
+        vocab=text["vocab_size"],
+        hidden=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+        heads=text["num_attention_heads"],
+        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+        head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+        ffn=text["intermediate_size"],
+        # transformers reads the flag of the text part too, for configurations older than version 5
+        tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        vision_hidden=vision["hidden_size"],
+        vision_layers=vision["depth"],
+        vision_heads=vision["num_heads"],
+        vision_ffn=vision["intermediate_size"],
+        vision_out=vision["out_hidden_size"],
+        patch=(vision.get("in_channels", 3), vision.get("temporal_patch_size", 2), side, side),
+        merge_units=vision.get("spatial_merge_size", 2) ** 2,
+    )
