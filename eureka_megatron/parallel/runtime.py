@@ -4,10 +4,15 @@ Megatron-Core keeps globals of its own (`parallel_state`), which its schedules r
 same groups as a `Parallel`. Code of this package takes the handle and never asks the globals.
 """
 
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from eureka_megatron.errors import ConfigError
+from eureka_megatron.parallel import cpu
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,66 @@ class Parallel:
     @property
     def last_stage(self) -> bool:
         return self.pipeline.rank == self.pipeline.size - 1
+
+
+def init_parallel(
+    tensor: int = 1,
+    pipeline: int = 1,
+    *,
+    sequence_parallel: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    init_method: str = "env://",
+    timeout_seconds: float = 600,
+) -> Parallel:
+    """Join the world, set up Megatron's groups, return this rank's handle. Data parallelism takes the ranks that remain.
+
+    Uses NCCL and this rank's GPU where there is one (`LOCAL_RANK`, or the only visible device), else gloo on the CPU.
+
+    Args:
+        init_method: "env://", or an address such as "tcp://127.0.0.1:29500" or "file:///path".
+
+    Raises:
+        ConfigError: the layout does not divide the world, or sequence parallelism without tensor parallelism.
+    """
+    from megatron.core import parallel_state as mpu
+
+    if world_size % (tensor * pipeline):
+        raise ConfigError(f"world size {world_size} is not a multiple of tensor × pipeline = {tensor} × {pipeline}")
+    if sequence_parallel and tensor == 1:
+        raise ConfigError("parallel.sequence_parallel needs parallel.tensor > 1")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        cpu.use_cpu()
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
+        )
+    if device.type == "cuda":
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(1234)  # no draw is made from it; Megatron wants the states to exist
+    return Parallel(
+        tensor=_axis(mpu.get_tensor_model_parallel_group()),
+        pipeline=_axis(mpu.get_pipeline_model_parallel_group()),
+        data=_axis(mpu.get_data_parallel_group()),
+        context=_axis(mpu.get_context_parallel_group()),
+        world=_axis(dist.group.WORLD),
+        sequence_parallel=sequence_parallel,
+        device=device,
+    )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)

@@ -1,0 +1,139 @@
+"""Norm and core attention of the `local` backend: plain torch, exact for packed rows, on CPU and GPU.
+
+Megatron's own local parts do not serve: `WrappedTorchNorm` refuses sequence parallelism, and `DotProductAttention` takes no packing and
+masks with −10000.
+
+Shapes: T packed tokens, N query heads and K key-value heads of this rank, D head size, B segments side by side, L longest of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · weight, computed in fp32. The signature is that of Megatron's layer specs."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.eps = eps
+        # Under sequence parallelism each rank sees a part of the sequence: finalize_model_grads sums such gradients over TP.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Block-diagonal attention: rows cu_seqlens[i] … cu_seqlens[i+1] attend only among themselves.
+
+    Passed through Megatron's layers where a `PackedSeqParams` goes. `qkv_format` "sbhd" keeps Megatron from treating the row as THD,
+    whose rotary code restarts positions at each sequence; our angles are given per token and already exact.
+
+    Example: cu_seqlens [0, 3, 5] on 5 tokens: two segments, of 3 and 2 tokens.
+    """
+
+    cu_seqlens: Tensor  # int32 [B+1]
+    qkv_format: str = "sbhd"
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.cu_seqlens.diff().tolist()
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """Segments of like length side by side, so that padding stays under a third of the work."""
+        starts = self.cu_seqlens[:-1].tolist()
+        order = sorted((length, start) for length, start in zip(self.lengths, starts, strict=True) if length)
+        buckets = []
+        while order:
+            longest = order[-1][0]
+            alike = [item for item in order if item[0] * 3 >= longest * 2]
+            order = order[: len(order) - len(alike)]
+            buckets.append(_bucket(alike, longest, self.cu_seqlens.device))
+        return buckets
+
+    @cached_property
+    def inverse_T(self) -> Tensor:
+        """Where each row of the packed sequence stands in the buckets' tokens laid end to end."""
+        return torch.argsort(torch.cat([bucket.rows_BL.flatten()[bucket.places] for bucket in self.buckets]))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """B segments padded to L. Padding repeats the segment's last row; what it computes is dropped."""
+
+    rows_BL: Tensor  # int64: which row of the packed sequence
+    key_mask: Tensor | None  # bool [B, 1, 1, L], None when nothing is padded
+    places: Tensor  # int64: flat indices, within B·L, of real tokens
+
+
+def _bucket(segments: list[tuple[int, int]], longest: int, device: torch.device) -> Bucket:
+    lengths = torch.tensor([length for length, _ in segments], device=device)
+    starts = torch.tensor([start for _, start in segments], device=device)
+    column = torch.arange(longest, device=device)
+    valid = column < lengths[:, None]
+    rows = starts[:, None] + torch.minimum(column, lengths[:, None] - 1)
+    mask = None if bool(valid.all()) else valid[:, None, None, :]
+    return Bucket(rows, mask, valid.flatten().nonzero()[:, 0])
+
+
+class SegmentAttention(MegatronModule):
+    """Scaled dot-product attention within segments, causal or full by the layer's mask type."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_: Any
+    ) -> None:
+        super().__init__(config=config)
+        assert attention_type == "self", "only self-attention occurs in Qwen2.5-VL"
+        self.causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packed_seq_params: Segments, **_: Any
+    ) -> Tensor:
+        """query [T, 1, N, D], key and value [T, 1, K, D] → [T, 1, N·D]."""
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if query.is_cuda and query.dtype != torch.float32:
+            context = self._flash(query, key, value, packed_seq_params)
+        else:
+            context = self._padded(query, key, value, packed_seq_params)
+        return context.flatten(1)[:, None]
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """torch's variable-length flash attention. Not yet run on hardware."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        longest = max(segments.lengths)
+        cu = segments.cu_seqlens
+        return varlen_attn(query, key, value, cu, cu, longest, longest, is_causal=self.causal)
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        def side_by_side(x: Tensor, bucket: Bucket) -> Tensor:
+            # index_select, not x[rows]: its backward is an index_add, far cheaper on a CPU than an accumulating index_put.
+            return x.index_select(0, bucket.rows_BL.flatten()).unflatten(0, bucket.rows_BL.shape).transpose(1, 2)
+
+        parts = []
+        for bucket in segments.buckets:
+            out = F.scaled_dot_product_attention(
+                *(side_by_side(x, bucket) for x in (query, key, value)),
+                # Causal attention needs no key mask: padding stands behind every real token.
+                attn_mask=None if self.causal else bucket.key_mask,
+                is_causal=self.causal,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.places))
+        return torch.cat(parts).index_select(0, segments.inverse_T)

@@ -1,0 +1,167 @@
+"""Qwen2.5-VL as one pipeline chunk: vision tower and embedding on the first stage, the text layers, final norm and head on the last.
+
+What leaves the last stage is the final hidden state of the whole row, not logits: `rl.logprobs` turns it into log-probabilities in chunks,
+so that [tokens, vocabulary] is never held.
+
+Shapes: T rows of the packed micro-batch, t = T / tensor-parallel size under sequence parallelism else T, H hidden, V vocabulary.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor
+
+from eureka_megatron.errors import ConfigError
+from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, check_layout
+from eureka_megatron.models.qwen2_5_vl.rope import text_angles
+from eureka_megatron.models.qwen2_5_vl.specs import layer_spec, text_transformer_config, vision_transformer_config
+from eureka_megatron.models.qwen2_5_vl.vision import VisionTower
+from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.types import MicroBatch
+
+FREEZABLE = {
+    "vision": ("vision.patch_embed.", "vision.decoder."),
+    "merger": ("vision.merger.",),
+    "language": ("embedding.", "decoder.", "output_layer."),
+}
+
+
+class QwenVLModel(LanguageModule):
+    """One chunk. Parameter names are those of the table in checkpoint/qwen2_5_vl.py."""
+
+    def __init__(self, hf_config: QwenVLConfig, parallel: Parallel, dtype: torch.dtype) -> None:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        config = text_transformer_config(hf_config, parallel, dtype)
+        super().__init__(config=config, pg_collection=groups)
+        self.hf_config = hf_config
+        self.parallel = parallel
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = parallel.first_stage, parallel.last_stage
+        self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
+        self.vp_stage, self.vp_size = None, None
+        text = hf_config.text_config
+        if self.pre_process:
+            self.vision = VisionTower(
+                vision_transformer_config(hf_config, parallel, dtype), hf_config.vision_config, _alone(groups)
+            )
+            # The tower is whole on every rank: its gradients are equal there, and norms must count them once.
+            for parameter in self.vision.parameters():
+                parameter.tensor_model_parallel = False
+                # On GPUs atomics make equal gradients drift apart; gloo has no average, and CPU kernels are deterministic.
+                parameter.average_gradients_across_tp_domain = parallel.device.type == "cuda"
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=text.vocab_size,
+                max_sequence_length=text.max_position_embeddings,
+                position_embedding_type="mrope",
+                scatter_to_sequence_parallel=False,  # vision embeddings are placed first, then the row is scattered
+                tp_group=groups.tp,
+            )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(AttnMaskType.causal)] * get_num_layers_to_build(config), layer_norm=RMSNorm
+            ),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+        )
+        if self.post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                text.hidden_size,
+                text.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=groups.tp,
+            )
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hidden states from the stage before (called by Megatron's schedules)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """→ on the last stage the final hidden states [T, H]; before it [t, 1, H] for the next stage."""
+        text = self.hf_config.text_config
+        hidden = self.decoder(
+            hidden_states=self._embed(batch) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=text_angles(batch.positions_3T, text.head_dim, text.rope_theta, text.mrope_section),
+            packed_seq_params=Segments(batch.cu_seqlens),
+        )
+        if not self.post_process:
+            return hidden
+        # Each rank is about to use all rows with its part of the vocabulary, so gradients of the rows are partial sums over TP.
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return hidden[:, 0]
+
+    def _embed(self, batch: MicroBatch) -> Tensor:
+        """Token embeddings with the vision embeddings placed by explicit index: [t, 1, H]."""
+        hidden = self.embedding(input_ids=batch.tokens_T[None], position_ids=None)
+        if batch.vision is not None:
+            units = self.vision(batch.vision).to(hidden.dtype)
+            placed = units.index_select(0, batch.vision.source_E)
+            hidden = hidden[:, 0].index_copy(0, batch.vision.placement_E, placed)[:, None]
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        return hidden
+
+    def output_weight(self) -> Tensor:
+        """[V / tensor-parallel size, H] on the last stage: the head's own weight, or the tied embedding."""
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+
+
+def _alone(groups: ProcessGroupCollection) -> ProcessGroupCollection:
+    """Groups of this rank alone. Dense models have one expert a rank, so Megatron's expert-parallel group is just that."""
+    assert groups.ep.size() == 1
+    return ProcessGroupCollection(tp=groups.ep, cp=groups.ep, pp=groups.ep, ep=groups.ep)
+
+
+def build_model(
+    hf_config: QwenVLConfig,
+    parallel: Parallel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "local",
+    freeze: Iterable[str] = (),
+) -> list[QwenVLModel]:
+    """The pipeline chunks of this rank (one: virtual pipeline is not built yet), weights not initialised; load them next.
+
+    Args:
+        freeze: names from `FREEZABLE` whose parameters get no gradient.
+
+    Raises:
+        ConfigError: the layout does not fit the model, or a frozen part does not exist.
+    """
+    if backend != "local":
+        raise ConfigError(f"model.backend={backend!r} is not available yet; use 'local'")
+    check_layout(hf_config, parallel.tensor.size, parallel.pipeline.size)
+    model = QwenVLModel(hf_config, parallel, dtype)
+    prefixes = tuple(prefix for name in freeze for prefix in FREEZABLE[name])
+    for name, parameter in model.named_parameters():
+        if prefixes and name.startswith(prefixes):
+            parameter.requires_grad_(False)
+    return [model]

@@ -1,0 +1,146 @@
+"""Micro-batches through Megatron's pipeline schedule: forward only, or forward, backward and one optimizer step.
+
+The loss of a micro-batch is its share of the global loss: its denominator was fixed from the whole update before the first forward.
+Gradients are therefore summed over micro-batches and data-parallel ranks and never averaged, and an update does not depend on
+packing, micro-batch size or data parallelism.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.rl.logprobs import token_logprobs
+from eureka_megatron.rl.losses import LossInputs, Metrics
+from eureka_megatron.types import MicroBatch, VisionBatch
+
+# (hidden states [T, H], output weight, micro-batch) → (loss, metrics); called on the last stage only.
+LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Metrics]]
+
+
+def run_schedule(
+    chunks: list[torch.nn.Module],
+    micro_batches: list[MicroBatch],
+    loss: LossFunction,
+    parallel: Parallel,
+    *,
+    forward_only: bool,
+) -> list[Metrics]:
+    """Every micro-batch through all stages. → the metrics of each on the last stage, an empty list elsewhere.
+
+    Without `forward_only` the gradients of all chunks' parameters are complete afterwards: summed over data-parallel ranks, over
+    sequence-parallel norms and tied embeddings.
+    """
+    config = chunks[0].config
+    config.finalize_model_grads_func = _finalize
+
+    def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        micro_batch = to_device(next(iterator), parallel.device)
+        core = unwrap_model(model)
+
+        def loss_of(hidden_TH: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+            value, metrics = loss(hidden_TH, core.output_weight(), micro_batch)
+            return value, torch.zeros((), dtype=torch.int, device=value.device), metrics
+
+        return model(micro_batch), loss_of
+
+    longest = max(micro_batch.tokens for micro_batch in micro_batches)
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=longest,  # an upper bound only: config.variable_seq_lengths sends the true shapes
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _finalize(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: object) -> None:
+    """Megatron's reduction of gradients, without its division by tokens: the loss is already divided."""
+    finalize_model_grads(chunks, None, **options)
+
+
+def to_device(record: MicroBatch | VisionBatch, device: torch.device) -> MicroBatch | VisionBatch:
+    """The record with all its tensors on the device."""
+    moved = {}
+    for name in record.__dataclass_fields__:
+        value = getattr(record, name)
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device, non_blocking=True)
+        elif isinstance(value, VisionBatch):
+            moved[name] = to_device(value, device)
+    return replace(record, **moved)
+
+
+def logprobs_only(
+    hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel
+) -> tuple[Tensor, Metrics]:
+    """A `LossFunction` that only reports: metrics "logprobs_T" and "entropy_T"."""
+    logprobs, entropy = token_logprobs(hidden_TH, weight_VH, batch.labels_T, group=parallel.tensor.group)
+    return logprobs.sum(), {"logprobs_T": logprobs.detach(), "entropy_T": entropy.detach()}
+
+
+def supervised_loss(
+    hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel, global_tokens: float
+) -> tuple[Tensor, Metrics]:
+    """Mean negative log-probability of the masked tokens over the global batch."""
+    logprobs, _ = token_logprobs(hidden_TH, weight_VH, batch.labels_T, group=parallel.tensor.group)
+    # where, not a product: what stands outside the mask must not reach the gradient even if it is infinite.
+    total = -torch.where(batch.mask_T > 0, logprobs, 0.0).sum()
+    pair = torch.stack((total.detach().double(), batch.mask_T.double().sum()))
+    return total / global_tokens, {"loss": pair}
+
+
+def policy_inputs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    batch: MicroBatch,
+    parallel: Parallel,
+    global_tokens: float,
+    global_sequences: float,
+) -> LossInputs:
+    """The record that `rl.losses` takes. Without old log-probabilities (first update on fresh rollouts) they are the current ones."""
+    logprobs, entropy = token_logprobs(hidden_TH, weight_VH, batch.labels_T, group=parallel.tensor.group)
+    return LossInputs(
+        logprobs_T=logprobs,
+        old_logprobs_T=batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs.detach(),
+        advantages_T=batch.advantages_T,
+        mask_T=batch.mask_T,
+        sequence_ids_T=batch.sequence_ids_T,
+        ref_logprobs_T=batch.ref_logprobs_T,
+        rollout_logprobs_T=batch.rollout_logprobs_T,
+        entropy_T=entropy,
+        has_image_T=_has_image(batch),
+        global_tokens=global_tokens,
+        global_sequences=global_sequences,
+    )
+
+
+def _has_image(batch: MicroBatch) -> Tensor:
+    """bool [T]: the row's sequence shows a picture."""
+    ids = batch.sequence_ids_T
+    if batch.vision is None:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    return torch.isin(ids, ids[batch.vision.placement_E].unique())
+
+
+def reduce_over_data(parts: Iterable[Metrics], parallel: Parallel) -> Metrics:
+    """Add the metrics of all micro-batches and data-parallel ranks (`_max`: maximum); the keys must agree over ranks."""
+    total: Metrics = {}
+    for part in parts:
+        for key, value in part.items():
+            combine = torch.maximum if key.endswith("_max") else torch.add
+            total[key] = combine(total[key], value) if key in total else value.clone()
+    if parallel.data.size > 1:
+        for key in sorted(total):
+            operation = dist.ReduceOp.MAX if key.endswith("_max") else dist.ReduceOp.SUM
+            dist.all_reduce(total[key], op=operation, group=parallel.data.group)
+    return total
