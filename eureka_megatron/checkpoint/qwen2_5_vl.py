@@ -3,17 +3,16 @@
 Loading, offline conversion, HF export and online weight sync all read it; nothing else spells a weight's name.
 HF names are the hub's (`visual.*`, `model.layers.*`); `hub_name` turns the newer naming into it.
 
-Legend of shapes: V vocabulary, H text hidden, F text ffn, D vision hidden, G vision ffn, M merger hidden.
+Legend of shapes: V vocabulary, H text hidden, F text ffn, D vision hidden, G vision ffn, M merger hidden,
+O merger output.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from eureka_megatron.checkpoint.layouts import (
     Columns,
@@ -26,9 +25,10 @@ from eureka_megatron.checkpoint.layouts import (
     Shape,
     VisionQKV,
 )
-from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.errors import ConfigError
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen2_5_vl_text")
+if TYPE_CHECKING:
+    from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, TextConfig, VisionConfig
 
 # Names of the norms before attention and before the MLP. Transformer Engine fuses them into the linear that follows.
 NORMS = {
@@ -71,47 +71,28 @@ class Row:
         return replace(self, megatron=self.megatron.replace("{i}", name), hf=hf, stack=None)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The numbers of config.json that shapes depend on."""
-
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    tied: bool
-    vision_hidden: int
-    vision_layers: int
-    vision_heads: int
-    vision_ffn: int
-    vision_out: int
-    patch: Shape  # channels, time, height, width of one patch
-    merge_units: int  # patches that the merger joins into one embedding
-
-
-def rows(hf_config: Any, *, backend: str = "local", vision_parallel: str = "replicated") -> tuple[Row, ...]:
-    """The table, in the order of iteration.
+def rows(hf_config: QwenVLConfig, *, backend: str = "local", vision_parallel: str = "replicated") -> tuple[Row, ...]:
+    """The table, in the order of iteration. A transformers configuration object serves as well: same field names.
 
     `backend`: "local" or "te". `vision_parallel`: "replicated" and "data" keep the vision tower whole on every
     tensor-parallel rank, "tensor" cuts it like the text.
     """
-    size = sizes(hf_config)
     if backend not in NORMS:
         raise ConfigError(f"unknown model backend {backend!r}; valid: {', '.join(NORMS)}")
     if vision_parallel not in ("replicated", "data", "tensor"):
         raise ConfigError(f"unknown vision_parallel {vision_parallel!r}; valid: replicated, data, tensor")
     norms = NORMS[backend]
-    return (*_vision(size, norms, whole=vision_parallel != "tensor"), *_text(size, norms))
+    vision = _vision(hf_config.vision_config, norms, whole=vision_parallel != "tensor")
+    return (*vision, *_text(hf_config.text_config, norms, tied=hf_config.tie_word_embeddings))
 
 
-def _text(size: Sizes, norms: tuple[str, str]) -> tuple[Row, ...]:
-    V, H, F = size.vocab, size.hidden, size.ffn
-    q, kv = size.heads * size.head_dim, size.kv_heads * size.head_dim
-    qkv = FusedQKV(size.heads, size.kv_heads, size.head_dim)
-    stack = Stack("text", size.layers)
+def _text(config: TextConfig, norms: tuple[str, str], *, tied: bool) -> tuple[Row, ...]:
+    V, H, F = config.vocab_size, config.hidden_size, config.intermediate_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = H // heads
+    q, kv = heads * head_dim, kv_heads * head_dim
+    qkv = FusedQKV(heads, kv_heads, head_dim)
+    stack = Stack("text", config.num_hidden_layers)
     mcore, hf = "decoder.layers.{i}.", "model.layers.{i}."
     embedding = {"model.embed_tokens.weight": (V, H)}
     head = {"lm_head.weight": (V, H)}
@@ -135,24 +116,25 @@ def _text(size: Sizes, norms: tuple[str, str]) -> tuple[Row, ...]:
         Row(mcore + "mlp.linear_fc2.weight", {hf + "mlp.down_proj.weight": (H, F)}, Columns(), stack),
         Row("decoder.final_layernorm.weight", {"model.norm.weight": (H,)}, Replicated()),
         # Tied: the same values stand once more on the last stage when that is not the first; Megatron keeps them equal.
-        Row("output_layer.weight", embedding if size.tied else head, Rows(), copy=size.tied),
+        Row("output_layer.weight", embedding if tied else head, Rows(), copy=tied),
     )
     # fmt: on
 
 
-def _vision(size: Sizes, norms: tuple[str, str], *, whole: bool) -> tuple[Row, ...]:
-    D, G = size.vision_hidden, size.vision_ffn
-    M = D * size.merge_units
-    stack = Stack("vision", size.vision_layers)
+def _vision(config: VisionConfig, norms: tuple[str, str], *, whole: bool) -> tuple[Row, ...]:
+    D, G, side = config.hidden_size, config.intermediate_size, config.patch_size
+    M, O = D * config.spatial_merge_size**2, config.out_hidden_size  # noqa: E741
+    patch = (D, config.in_channels, config.temporal_patch_size, side, side)
+    stack = Stack("vision", config.depth)
     mcore, hf = "vision.decoder.layers.{i}.", "visual.blocks.{i}."
 
     def on_ranks(layout: Layout) -> Layout:
         return Replicated(layout) if whole else layout
 
-    qkv, gated, cut_rows, cut_columns = map(on_ranks, (VisionQKV(size.vision_heads), GatedUp(), Rows(), Columns()))
+    qkv, gated, cut_rows, cut_columns = map(on_ranks, (VisionQKV(config.num_heads), GatedUp(), Rows(), Columns()))
     # fmt: off
     return (
-        Row("vision.patch_embed.weight", {"visual.patch_embed.proj.weight": (D, *size.patch)}, Replicated(Reshaped())),
+        Row("vision.patch_embed.weight", {"visual.patch_embed.proj.weight": patch}, Replicated(Reshaped())),
         Row(mcore + norms[0], {hf + "norm1.weight": (D,)}, Replicated(), stack),
         Row(mcore + "self_attention.linear_qkv.weight", {hf + "attn.qkv.weight": (3 * D, D)}, qkv, stack),
         Row(mcore + "self_attention.linear_qkv.bias", {hf + "attn.qkv.bias": (3 * D,)}, qkv, stack),
@@ -170,8 +152,8 @@ def _vision(size: Sizes, norms: tuple[str, str], *, whole: bool) -> tuple[Row, .
         Row("vision.merger.norm.weight", {"visual.merger.ln_q.weight": (D,)}, Replicated()),
         Row("vision.merger.linear_fc1.weight", {"visual.merger.mlp.0.weight": (M, M)}, cut_rows),
         Row("vision.merger.linear_fc1.bias", {"visual.merger.mlp.0.bias": (M,)}, cut_rows),
-        Row("vision.merger.linear_fc2.weight", {"visual.merger.mlp.2.weight": (size.vision_out, M)}, cut_columns),
-        Row("vision.merger.linear_fc2.bias", {"visual.merger.mlp.2.bias": (size.vision_out,)}, Replicated()),
+        Row("vision.merger.linear_fc2.weight", {"visual.merger.mlp.2.weight": (O, M)}, cut_columns),
+        Row("vision.merger.linear_fc2.bias", {"visual.merger.mlp.2.bias": (O,)}, Replicated()),
     )
     # fmt: on
 
@@ -185,7 +167,7 @@ def expand(table: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(expanded)
 
 
-def hf_metadata(hf_config: Any) -> list[tuple[str, Shape]]:
+def hf_metadata(hf_config: QwenVLConfig) -> list[tuple[str, Shape]]:
     """(HF name, shape) of every tensor of a checkpoint, in the order in which weights are iterated; needs no model."""
     return [item for row in expand(rows(hf_config)) if not row.copy for item in row.hf.items()]
 
@@ -196,58 +178,3 @@ def hub_name(name: str) -> str:
         if name.startswith(new):
             return hub + name.removeprefix(new)
     return name
-
-
-def read_config(hf_dir: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory. UserError when it is missing, not JSON, or of another architecture."""
-    path = Path(hf_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: a checkpoint directory needs config.json beside its weights") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} should hold a JSON object, found {type(config).__name__}")
-    try:
-        sizes(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return config
-
-
-def sizes(hf_config: Any) -> Sizes:
-    """Reads a transformers config object or a raw config.json, flat (hub) or nested (transformers 5)."""
-    config: Mapping[str, Any] = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
-    found = config.get("model_type")
-    if found not in MODEL_TYPES:
-        raise UserError(f"unknown architecture {found!r} (model_type); this table is for {MODEL_TYPES[0]!r}")
-    text: Mapping[str, Any] = config.get("text_config") or config
-    vision: Mapping[str, Any] = config.get("vision_config") or {}
-    needed = {
-        "text": ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-        "vision": ("hidden_size", "depth", "num_heads", "intermediate_size", "out_hidden_size"),
-    }
-    missing = [key for key in needed["text"] if key not in text]
-    missing += [f"vision_config.{key}" for key in needed["vision"] if key not in vision]
-    if missing:
-        raise UserError(f"the configuration lacks {', '.join(missing)}")
-    side = vision.get("patch_size", 14)
-    return Sizes(
-        vocab=text["vocab_size"],
-        hidden=text["hidden_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-        ffn=text["intermediate_size"],
-        # transformers reads the flag of the text part too, for configurations older than version 5
-        tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        vision_hidden=vision["hidden_size"],
-        vision_layers=vision["depth"],
-        vision_heads=vision["num_heads"],
-        vision_ffn=vision["intermediate_size"],
-        vision_out=vision["out_hidden_size"],
-        patch=(vision.get("in_channels", 3), vision.get("temporal_patch_size", 2), side, side),
-        merge_units=vision.get("spatial_merge_size", 2) ** 2,
-    )

@@ -1,0 +1,325 @@
+"""Streaming safetensors: a reader that maps files into memory, a writer that appends tensor after tensor.
+
+The reader looks at every header first, so that all that is wrong with a checkpoint is known before any weight moves;
+tensors are then views of the mapped files, and slicing one reads only the bytes it touches. The writer needs the list
+of tensors beforehand and never holds more than one. Pickled weights are refused: loading one runs the code inside.
+
+File format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, data).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from eureka_megatron.checkpoint.layouts import Shape
+from eureka_megatron.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 50 * 10**9  # the default of transformers 5
+MAX_HEADER_BYTES = 100 * 10**6  # the safetensors library's own limit
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies. Example: TensorInfo("lm_head.weight", (384, 128), torch.bfloat16, path, 10248, 98304)."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    file: Path
+    offset: int  # bytes from the beginning of the file
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; UserError when it is truncated, damaged or of another format."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise UserError(f"{path}: truncated or not safetensors ({size} bytes, header of {length} bytes)")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: the header is not JSON ({error})") from None
+    begin = 8 + length
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            tensors[name] = _parse_entry(path, name, entry, begin, size)
+    used = sum(info.nbytes for info in tensors.values())
+    if used != size - begin:
+        raise UserError(f"{path}: holds {size - begin} bytes of data, its header describes {used}")
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: object, begin: int, size: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]  # type: ignore[index]
+        nbytes = int(stop) - int(start)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: the header's entry of {name!r} is damaged: {entry!r}") from None
+    if dtype not in DTYPES:
+        raise UserError(f"{path}: {name!r} has dtype {dtype!r}, which is not supported")
+    if nbytes != prod(shape) * DTYPES[dtype].itemsize or start < 0:
+        raise UserError(f"{path}: {name!r} of shape {shape} and dtype {dtype} cannot take {nbytes} bytes")
+    if begin + stop > size:
+        raise UserError(f"{path}: truncated: {name!r} ends at byte {begin + stop}, the file at {size}")
+    return TensorInfo(name, shape, DTYPES[dtype], path, begin + start, nbytes)
+
+
+class Reader:
+    """The tensors of a checkpoint directory, one file or several with an index; `reader[name]` maps a tensor.
+
+    Raises UserError when opened on missing shards, damaged headers, an index and files that disagree, or pickles.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.files, index = self._find_files()
+        self.tensors: dict[str, TensorInfo] = {}
+        problems = []
+        for file in self.files:
+            try:
+                header = read_header(file)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if index is not None:
+                problems += _disagreements(file, header, index)
+            twice = sorted(set(header) & set(self.tensors))
+            problems += [f"{file.name}: {name} stands in {self.tensors[name].file.name} too" for name in twice]
+            self.tensors.update(header)
+        if problems:
+            raise UserError("\n".join(problems))
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A read-only view of the mapped file; nothing is read until values are used."""
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if info.file not in self._maps:
+            with info.file.open("rb") as file:
+                # A private mapping: torch wants writable memory, and a write by mistake must not reach the file.
+                self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = self._maps[info.file]
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        if info.offset % info.dtype.itemsize:  # legal in the format, but torch's kernels want aligned addresses
+            flat = flat.clone()
+        return flat.view(info.dtype).view(info.shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def _find_files(self) -> tuple[list[Path], dict[str, str] | None]:
+        """Files to read, and the index's name → file when there is one; a single model.safetensors wins."""
+        single, index_path = self.directory / SINGLE_FILE, self.directory / INDEX_FILE
+        if single.exists():
+            return [single], None
+        if index_path.exists():
+            index = _read_index(index_path)
+            names = sorted(set(index.values()))
+            absent = [name for name in names if not (self.directory / name).is_file()]
+            if absent:
+                raise UserError(f"{index_path} names files that are absent: {', '.join(absent)}")
+            return [self.directory / name for name in names], index
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory} is not a directory")
+        loose = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        pickles = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if loose:
+            raise UserError(f"{self.directory}: {INDEX_FILE} is missing beside {', '.join(loose)}")
+        if pickles:
+            raise UserError(
+                f"{self.directory}: {', '.join(pickles)}: pickled weights are not read, they can run code; "
+                "save them as safetensors first (transformers' save_pretrained does)"
+            )
+        raise UserError(f"{self.directory}: found neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text())["weight_map"]
+        names = {str(name): str(file) for name, file in index.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a safetensors index: {error!r}") from None
+    strange = sorted({file for file in names.values() if Path(file).name != file or not file.endswith(".safetensors")})
+    if strange:
+        raise UserError(f"{path} names files that are no safetensors files of this directory: {', '.join(strange)}")
+    return names
+
+
+def _disagreements(file: Path, header: dict[str, TensorInfo], index: dict[str, str]) -> list[str]:
+    said = {name for name, place in index.items() if place == file.name}
+    problems = [f"{file}: lacks {name}, which the index places there" for name in sorted(said - set(header))]
+    return problems + [
+        f"{file}: holds {name}, which the index does not place there" for name in sorted(set(header) - said)
+    ]
+
+
+class Writer:
+    """Writes tensors, in the announced order, as model.safetensors or as shards with an index, like transformers.
+
+    >>> with Writer(directory, [("a", (2,), torch.float32)]) as writer:
+    ...     writer.write("a", torch.zeros(2))
+
+    Left out: atomicity. Write into `atomic_directory`.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        plan: Iterable[tuple[str, Shape, torch.dtype]],
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ):
+        self.directory = Path(directory)
+        self.shards = plan_shards(list(plan), max_shard_bytes)
+        self._steps = self._run_through()
+        self._expected: tuple[str, Shape, torch.dtype] | None = None
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Writer:
+        self._expected = next(self._steps, None)
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None:
+            assert self._expected is None, f"the checkpoint ends before {self._expected}"
+            self._write_index()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Appends one tensor; names, shapes and dtypes must come exactly as announced."""
+        found = (name, tuple(tensor.shape), tensor.dtype)
+        assert found == self._expected, f"announced {self._expected}, got {found}"
+        assert self._file is not None
+        self._file.write(as_bytes(tensor))
+        self._expected = next(self._steps, None)
+
+    def _run_through(self) -> Iterator[tuple[str, Shape, torch.dtype]]:
+        """Opens each file, writes its header and waits until its tensors have been appended."""
+        for file, plan in self.shards.items():
+            with (self.directory / file).open("wb") as self._file:
+                self._file.write(encode_header(plan))
+                yield from plan
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def _write_index(self) -> None:
+        if len(self.shards) == 1:
+            return
+        plan = [item for shard in self.shards.values() for item in shard]
+        index = {
+            "metadata": {
+                "total_parameters": sum(prod(shape) for _, shape, _ in plan),
+                "total_size": sum(prod(shape) * dtype.itemsize for _, shape, dtype in plan),
+            },
+            "weight_map": {name: file for file, shard in self.shards.items() for name, _, _ in shard},
+        }
+        (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def plan_shards(
+    plan: Sequence[tuple[str, Shape, torch.dtype]], max_shard_bytes: int
+) -> dict[str, list[tuple[str, Shape, torch.dtype]]]:
+    """File name → its tensors: filled in order up to the limit; a larger tensor gets a file of its own."""
+    shards: list[list[tuple[str, Shape, torch.dtype]]] = [[]]
+    filled = 0
+    for name, shape, dtype in plan:
+        nbytes = prod(shape) * dtype.itemsize
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, shape, dtype))
+        filled += nbytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def encode_header(plan: Sequence[tuple[str, Shape, torch.dtype]]) -> bytes:
+    """Length and JSON header of a file whose data are these tensors, one after the other."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape, dtype in plan:
+        stop = at + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they stand in a file (little endian); no copy when it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+@contextlib.contextmanager
+def atomic_directory(output: str | Path) -> Iterator[Path]:
+    """A temporary directory beside `output` that takes its name when the block ends well, and vanishes otherwise.
+
+    UserError when `output` exists and is not an empty directory, and on a full disk or missing permission.
+    """
+    output = Path(output).absolute()
+    refuse_to_overwrite(output)
+    temporary = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        temporary.chmod(0o755)  # mkdtemp's is for the owner only
+        yield temporary
+        os.rename(temporary, output)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_to_overwrite(output: str | Path) -> None:
+    """UserError when `output` exists, unless it is an empty directory."""
+    output = Path(output)
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output} exists and is not overwritten; remove it or choose another output")
