@@ -1,0 +1,189 @@
+"""A made-up visual task: count coloured circles and squares. Pictures, questions and a noisy teacher from one seed.
+
+Three levels of question about an 84×84 picture with at most nine shapes:
+
+1. "How many circles are there?"
+2. "How many red circles are there?"
+3. "How many more circles than squares are there?"
+
+The shapes sit in a 3×3 grid of 28-pixel cells (one vision embedding each), moved and sized at random within their
+cell. Answers are drawn first, evenly over 0–4, and the scene is built to fit, so guessing scores 0.2 at every level.
+No scene of the test set occurs in the training set, whatever its offsets.
+
+`response` is what a *noisy* teacher says: a share `noise` of its rows reports counts drawn at random. Imitation then
+ends near 1 − 0.8·noise; what lies above that, only a reward can teach.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIDE = 84  # pixels of a picture
+CELL = 28  # pixels of a cell: one merge unit (2×2 patches of 14) of the vision tower
+CELLS = (SIDE // CELL) ** 2
+LARGEST = 4  # answers are 0 … 4
+SHAPES = ("circle", "square")
+COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 91, 180)}
+
+Thing = tuple[str, str]  # (colour, shape)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One shape. Example: Placed(cell=4, colour="red", shape="circle", dx=-2, dy=1, radius=9)."""
+
+    cell: int  # 0 … 8 in reading order
+    colour: str
+    shape: str
+    dx: int  # pixels from the middle of the cell
+    dy: int
+    radius: int  # pixels; half the side of a square
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Example: level 3, "How many more circles than squares are there?", answer 2, counts (("circles", 3), ("squares", 1)).
+    """
+
+    level: int
+    question: str
+    answer: int
+    counts: tuple[tuple[str, int], ...]  # what one has to count, in the order a careful teacher says it
+    things: tuple[Placed, ...]
+    grey: int  # background brightness
+
+    @property
+    def scene(self) -> frozenset[tuple[int, str, str]]:
+        """What makes two pictures the same task: which shape in which cell, whatever the offsets."""
+        return frozenset((thing.cell, thing.colour, thing.shape) for thing in self.things)
+
+
+@dataclass(frozen=True)
+class CountingPaths:
+    train: Path
+    test: Path
+
+
+def write_counting(
+    directory: Path | str, *, train: int = 6000, test: int = 200, seed: int = 0, noise: float = 0.0
+) -> CountingPaths:
+    """Write `train.jsonl`, `test.jsonl` (MM-EUREKA rows) and `images/*.png` into `directory`.
+
+    Equal arguments give equal bytes. Each JSONL appears only after all its pictures are there. Rows have the keys id, message, answer, and response: the
+    teacher's text, wrong in a share `noise` of the training rows and never in the test rows.
+    """
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise={noise} must lie in [0, 1]")
+    directory = Path(directory)
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    source = examples(seed)
+    # One stream without repeated scenes, test rows first: the test set does not depend on the number of training rows.
+    paths = {split: directory / f"{split}.jsonl" for split in ("test", "train")}
+    for split, number in (("test", test), ("train", train)):
+        teacher = random.Random(f"{seed}-{split}-teacher")
+        lines = []
+        for index in range(number):
+            example = next(source)
+            picture = f"images/{split}-{index:05d}.png"
+            draw(example).save(directory / picture, compress_level=1)
+            text = response(example, teacher, noise if split == "train" else 0.0)
+            lines.append(json.dumps(_row(f"{split}-{index:05d}", picture, example, text), ensure_ascii=False) + "\n")
+        partial = paths[split].with_suffix(".jsonl.partial")
+        partial.write_text("".join(lines))
+        os.replace(partial, paths[split])
+    return CountingPaths(**paths)
+
+
+def examples(seed: int = 0) -> Iterator[Example]:
+    """An endless stream of examples, levels 1, 2, 3 in turn, no scene twice."""
+    source = random.Random(seed)
+    seen: set[frozenset] = set()
+    level = 0
+    while True:
+        example = _example(1 + level % 3, source)
+        if example.scene not in seen:
+            seen.add(example.scene)
+            level += 1
+            yield example
+
+
+def draw(example: Example) -> Image.Image:
+    """The RGB picture, 84×84."""
+    picture = Image.new("RGB", (SIDE, SIDE), (example.grey,) * 3)
+    pen = ImageDraw.Draw(picture)
+    for thing in example.things:
+        row, column = divmod(thing.cell, SIDE // CELL)
+        x, y = column * CELL + CELL // 2 + thing.dx, row * CELL + CELL // 2 + thing.dy
+        box = (x - thing.radius, y - thing.radius, x + thing.radius, y + thing.radius)
+        (pen.ellipse if thing.shape == "circle" else pen.rectangle)(box, fill=COLOURS[thing.colour])
+    return picture
+
+
+def response(example: Example, teacher: random.Random, noise: float = 0.0) -> str:
+    """The teacher's text, for instance `<think>circles 3 squares 1</think><answer>\\boxed{2}</answer>`.
+
+    With probability `noise` every number in it is drawn at random, each for itself: not even consistent.
+    """
+    counts, answer = example.counts, example.answer
+    if teacher.random() < noise:
+        counts = tuple((name, teacher.randint(0, LARGEST)) for name, _ in counts)
+        answer = teacher.randint(0, LARGEST)
+    seen = " ".join(f"{name} {number}" for name, number in counts)
+    return f"<think>{seen}</think><answer>\\boxed{{{answer}}}</answer>"
+
+
+def _example(level: int, source: random.Random) -> Example:
+    answer = source.randint(0, LARGEST)
+    shape = source.choice(SHAPES)
+    colours = tuple(COLOURS)
+    if level == 1:
+        others = [(source.choice(colours), _other(shape)) for _ in range(source.randint(0, LARGEST))]
+        things = [(source.choice(colours), shape) for _ in range(answer)] + others
+        counts, question = ((f"{shape}s", answer),), f"How many {shape}s are there?"
+    elif level == 2:
+        colour = source.choice(colours)
+        rest = [(c, s) for c in colours for s in SHAPES if (c, s) != (colour, shape)]
+        things = [(colour, shape)] * answer + source.choices(rest, k=source.randint(0, LARGEST))
+        counts, question = ((f"{colour} {shape}s", answer),), f"How many {colour} {shape}s are there?"
+    else:
+        fewer = source.randint(0, min(LARGEST, (CELLS - answer) // 2))
+        things = [(source.choice(colours), "circle") for _ in range(fewer + answer)]
+        things += [(source.choice(colours), "square") for _ in range(fewer)]
+        counts = (("circles", fewer + answer), ("squares", fewer))
+        question = "How many more circles than squares are there?"
+    return Example(level, question, answer, counts, _place(things, source), source.randint(215, 255))
+
+
+def _place(things: list[Thing], source: random.Random) -> tuple[Placed, ...]:
+    cells = source.sample(range(CELLS), len(things))
+    return tuple(
+        Placed(cell, colour, shape, source.randint(-2, 2), source.randint(-2, 2), source.randint(8, 11))
+        for cell, (colour, shape) in zip(cells, things, strict=True)
+    )
+
+
+def _other(shape: str) -> str:
+    return SHAPES[1 - SHAPES.index(shape)]
+
+
+def _row(name: str, picture: str, example: Example, text: str) -> dict[str, str]:
+    message = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture}, {"type": "text", "text": example.question}],
+        }
+    ]
+    return {
+        "id": name,
+        "message": json.dumps(message, ensure_ascii=False),
+        "answer": str(example.answer),
+        "response": text,
+        "level": str(example.level),
+    }
