@@ -1,0 +1,47 @@
+"""Shared by all tests: their order, the tiny checkpoint, what needs a GPU. `run_ranks` is in tests/helpers/ranks.py."""
+
+from pathlib import Path
+
+import pytest
+
+
+HERE = Path(__file__).parent
+ORDER = (
+    "unit",
+    "dist",
+    "parity",
+    "system",
+    "gpu",
+)  # a mistake shows within seconds, not after the engines have started
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)  # stable: within a folder the order of the files stays
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(pytest.mark.skip(reason="needs a GPU; this machine has none"))
+
+
+def _place(item: pytest.Item) -> int:
+    folder = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else ""
+    return ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL checkpoint, untied, with random biases and norms (zeros and ones hide mistakes). Do not write to it."""
+    from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("tiny") / "hf", randomize_all=True)
+
+
+@pytest.fixture(scope="session")
+def tied_tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the output layer tied to the embedding, as in the 3B model."""
+    from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+
+    return build_tiny(tmp_path_factory.mktemp("tiny-tied") / "hf", tied=True, randomize_all=True)
