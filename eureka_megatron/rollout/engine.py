@@ -1,0 +1,420 @@
+"""One vLLM engine: samples responses, scores given ones, takes new weights. Plain Python: Ray is in pool.py.
+
+Decisions a reader may wonder about:
+
+- Prompts go in as token ids with **one** placeholder a picture; vLLM expands them, and the expansion is compared with
+  `Prompt.tokens_S` token by token. Expanded ids would be expanded again without an error.
+- Log-probabilities are vLLM's `raw_logprobs`: before temperature, before the ban below. Trainer and engine compare like with like.
+- Vision special tokens are banned by a logit bias of minus infinity (one indexed addition a step): a sampled `<|image_pad|>` would
+  be taken for a picture by the next training pass.
+- Every request has its own seed, made from the call's seed and the prompt's id: a response depends neither on which engine
+  sampled it nor on its neighbours in the batch (up to floating-point noise).
+- The engine runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): its caller is already a process of its own.
+
+vLLM is imported on construction only, after its environment variables are set. Left out: engines spread over several GPUs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eureka_megatron.errors import UserError
+from eureka_megatron.sync.check import Fingerprint, check_announced, engine_fingerprints, expected_tensors, listed
+from eureka_megatron.sync.source import SyncError, TensorMeta, hub_name
+from eureka_megatron.types import Prompt, Rollout
+
+# Names in config.json of the tokens a policy must never sample.
+_VISION_TOKEN_KEYS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is started with. Example: EngineOptions(model="Qwen2.5-VL-7B-Instruct", dtype="bfloat16")."""
+
+    model: Path | str  # Hugging Face directory
+    dtype: str = "bfloat16"
+    max_model_tokens: int = 8192  # prompt and response together
+    max_concurrent: int = 256  # sequences running at once
+    kv_cache_gib: float = 1.0  # on a CPU
+    gpu_memory_utilization: float = 0.85  # on a GPU: share of its memory for weights and KV cache
+    min_pixels: int = 4 * 28 * 28  # bounds of the image processor; pictures already within them pass unchanged
+    max_pixels: int = 640 * 28 * 28
+    seed: int = 0
+    backend: str | None = None  # weight transfer; None: NCCL where there is a GPU, else Ray's object store
+    weight_version: int = 0  # of the weights in `model`
+
+
+def request_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """One seed a prompt, from `seed` and the prompt's id; the k-th occurrence of an id gets another. Leaves room for + n."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        digest = hashlib.blake2b(f"{seed}/{prompt.id}/{seen[prompt.id]}".encode(), digest_size=8).digest()
+        seeds.append(int.from_bytes(digest) >> 2)
+        seen[prompt.id] += 1
+    return seeds
+
+
+def collapse_placeholders(prompt: Prompt) -> list[int]:
+    """Token ids with one placeholder a picture, from `tokens_S`, which has one for each vision embedding."""
+    keep_S = np.ones(len(prompt.tokens_S), dtype=bool)
+    for picture, offset in zip(prompt.pictures, prompt.picture_offsets, strict=True):
+        keep_S[offset + 1 : offset + picture.units] = False
+    return prompt.tokens_S[keep_S].tolist()
+
+
+class Engine:
+    """Not safe for several threads. Construction takes some seconds and the memory of the weights and the KV cache."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self.weight_version = options.weight_version
+        self._failure: str | None = None  # why the weights are a mixture, and nothing may be served
+        self._update: _Update | None = None
+        directory = Path(options.model)
+        if not (directory / "config.json").is_file():
+            raise UserError(f"model directory {directory} has no config.json")
+        _set_environment()
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from eureka_megatron.sync.ray_transfer import default_backend, register_ray_backend
+
+        on_gpu = torch.cuda.is_available()
+        register_ray_backend()
+        memory = (
+            {"gpu_memory_utilization": options.gpu_memory_utilization}
+            if on_gpu
+            else {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30)}
+        )
+        self._llm = LLM(
+            model=str(directory),
+            dtype=options.dtype,
+            max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
+            max_num_seqs=options.max_concurrent,
+            enforce_eager=not on_gpu,
+            seed=options.seed,
+            mm_processor_kwargs={"min_pixels": options.min_pixels, "max_pixels": options.max_pixels},
+            mm_processor_cache_gb=1,
+            limit_mm_per_prompt={"video": 0},
+            weight_transfer_config=WeightTransferConfig(backend=options.backend or default_backend()),
+            **memory,
+        )
+        config = json.loads((directory / "config.json").read_text())
+        self._banned = {config[key] for key in _VISION_TOKEN_KEYS if config.get(key) is not None}
+        self._stop_ids = self._stop_tokens(directory, config)
+
+    # ---- sampling ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        seed: int | Sequence[int],
+    ) -> list[list[Rollout]]:
+        """n responses for each prompt, in order.
+
+        seed: one number for the call, or one for each prompt (as the pool gives, so that splitting changes nothing).
+        A response ends with the end-of-turn token (kept, finish_reason "stop") or after max_tokens ("length").
+
+        Raises UserError when a prompt is too long or vLLM expands its pictures to other tokens than `tokens_S`.
+        """
+        from vllm import SamplingParams
+
+        self._require_whole_weights()
+        if temperature == 0 and n > 1:
+            raise UserError(f"temperature 0 makes all {n} responses of a prompt equal: ask for n=1")
+        seeds = request_seeds(prompts, seed) if isinstance(seed, int) else list(seed)
+        parameters = [
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=self._room(prompt, max_tokens),
+                seed=own,
+                logprobs=0,  # of the sampled token only
+                flat_logprobs=True,
+                stop_token_ids=self._stop_ids,
+                logit_bias=dict.fromkeys(self._banned, float("-inf")),
+            )
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+        outputs = self._run([self._request(prompt) for prompt in prompts], parameters)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            _check_expansion(prompt, output.prompt_token_ids, prompt.tokens_S)
+        return [
+            [self._rollout(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+            for output in outputs
+        ]
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """float32 [R] for each pair: log-probabilities of given response tokens under the current weights."""
+        from vllm import SamplingParams
+
+        self._require_whole_weights()
+        parameters = SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        requests = []
+        for prompt, tokens_R in zip(prompts, responses, strict=True):
+            if forbidden := self._banned.intersection(tokens_R.tolist()):
+                raise UserError(
+                    f"a response to {prompt.id} holds vision special tokens {sorted(forbidden)}: not a response"
+                )
+            self._room(prompt, len(tokens_R), exactly=True)
+            requests.append(self._request(prompt, tokens_R.tolist()))
+        scores = []
+        for prompt, tokens_R, output in zip(prompts, responses, self._run(requests, parameters), strict=True):
+            _check_expansion(prompt, output.prompt_token_ids, np.concatenate([prompt.tokens_S, tokens_R]))
+            flat = output.prompt_logprobs
+            starts = flat.start_indices[len(flat) - len(tokens_R) :]
+            scores.append(np.array([flat.logprobs[start] for start in starts], dtype=np.float32))
+        return scores
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer's transfer group (NCCL); the Ray transport needs none."""
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+
+    def start_weight_update(self, metadata: Sequence[TensorMeta], version: int) -> None:
+        """Compare the announced tensors with the model's own, then make ready to load.
+
+        Raises SyncError naming missing, unexpected and ill-shaped tensors; the engine then goes on serving what it has.
+        """
+        if self._update is not None:
+            raise SyncError(
+                f"weight update to version {version} begins while that to {self._update.version} is not finished"
+            )
+        check_announced(metadata, self._expected)
+        if self._failure is not None:
+            # Leftovers of the failed update would be counted as loaded by vLLM's layer-wise reload: flush them first.
+            self._llm.collective_rpc(_flush_reload)
+        self._update = _Update(self._model, metadata, version)
+        try:
+            self._llm.collective_rpc("start_weight_update")
+        except BaseException:
+            self.abort_weight_update("could not start")
+            raise
+
+    def update_weights(self, update_info: dict[str, Any], buffer: np.ndarray | None = None) -> None:
+        """Load a part. `buffer` is separate because Ray hands it over without a copy only as an argument of its own."""
+        if buffer is not None:
+            update_info = update_info | {"buffer": buffer}
+        self._llm.collective_rpc("update_weights", kwargs={"update_info": update_info})
+
+    def finish_weight_update(self) -> int:
+        """Finish, drop every cache of the old weights, take the new version. Returns the number of tensors loaded.
+
+        Raises SyncError when fewer or other tensors came than were announced; the engine serves nothing until it is mended.
+        """
+        update = self._update
+        if update is None:
+            raise SyncError("finish_weight_update without start_weight_update")
+        try:
+            update.check_complete()
+            self._llm.collective_rpc("finish_weight_update")
+        except BaseException as error:
+            self.abort_weight_update(str(error))
+            raise
+        update.close()
+        self._update = None
+        _repack_tied_head(self._model)
+        self.drop_caches()
+        self._failure = None
+        self.weight_version = update.version
+        return len(update.received)
+
+    def abort_weight_update(self, reason: str) -> None:
+        """End an update that cannot be finished. With nothing loaded the old weights are whole; otherwise serve nothing."""
+        update = self._update
+        if update is None:
+            return
+        update.close()
+        self._update = None
+        if update.received:
+            self._failure = f"weight update to version {update.version} failed half-way ({reason})"
+        self._llm.collective_rpc(_flush_reload)
+
+    def drop_caches(self) -> None:
+        """Everything computed from the old weights: KV blocks of shared prefixes, processed pictures, vision embeddings.
+
+        The last is the one vLLM's own `reset_prefix_cache` leaves: the same picture would go on with the old tower's embeddings.
+        """
+        self._llm.reset_prefix_cache()
+        self._llm.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def checksums(self) -> dict[str, Fingerprint]:
+        """Of every weight the engine computes with, read back from its kernels, by Hugging Face name (hub naming)."""
+        return engine_fingerprints(self._model)
+
+    def status(self) -> dict[str, Any]:
+        """`{"pid", "weight_version", "failure"}`; also the way to wait until a remote engine is up."""
+        return {"pid": os.getpid(), "weight_version": self.weight_version, "failure": self._failure}
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _model(self) -> Any:
+        """The worker's module itself: the engine runs in this process."""
+        return self._llm.apply_model(_identity)[0]
+
+    @cached_property
+    def _expected(self) -> dict[str, TensorMeta]:
+        return expected_tensors(self._model)
+
+    def _require_whole_weights(self) -> None:
+        if self._update is not None:
+            raise SyncError(f"the engine is in the middle of the weight update to version {self._update.version}")
+        if self._failure is not None:
+            raise SyncError(f"the engine's weights are a mixture: {self._failure}; send all weights again")
+
+    def _room(self, prompt: Prompt, wanted: int, exactly: bool = False) -> int:
+        room = self.options.max_model_tokens - len(prompt.tokens_S)
+        if room < (wanted if exactly else 1):
+            raise UserError(
+                f"prompt {prompt.id}{f' ({prompt.origin})' if prompt.origin else ''} has {len(prompt.tokens_S)} tokens and "
+                f"leaves no room for a response within rollout.max_model_tokens={self.options.max_model_tokens}"
+            )
+        return min(wanted, room)
+
+    @staticmethod
+    def _request(prompt: Prompt, response: Sequence[int] = ()) -> dict[str, Any]:
+        request: dict[str, Any] = {"prompt_token_ids": [*collapse_placeholders(prompt), *response]}
+        if prompt.pictures:
+            request["multi_modal_data"] = {"image": [picture.image for picture in prompt.pictures]}
+        return request
+
+    def _run(self, requests: list[dict[str, Any]], parameters: Any) -> list[Any]:
+        if not requests:
+            return []
+        return self._llm.generate(requests, parameters, use_tqdm=False)
+
+    def _rollout(self, sample: Any) -> Rollout:
+        flat = sample.logprobs
+        tokens_R = np.array(sample.token_ids, dtype=np.int64)
+        chosen = [flat.token_ids[start] for start in flat.start_indices]
+        assert chosen == list(sample.token_ids), "log-probabilities are not those of the sampled tokens"
+        return Rollout(
+            tokens_R=tokens_R,
+            logprobs_R=np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32),
+            text=sample.text,
+            finish_reason=sample.finish_reason,
+            weight_version=self.weight_version,
+        )
+
+    def _stop_tokens(self, directory: Path, config: dict[str, Any]) -> list[int]:
+        """End tokens of the tokenizer, the model and its generation settings: chat models have two, all end a turn."""
+        found = [self._llm.get_tokenizer().eos_token_id, config.get("eos_token_id")]
+        if (directory / "generation_config.json").is_file():
+            found.append(json.loads((directory / "generation_config.json").read_text()).get("eos_token_id"))
+        ids: set[int] = set()
+        for entry in found:
+            ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
+        return sorted(ids)
+
+
+class _Update:
+    """Watches one weight update: what vLLM was given and what it says it loaded, whatever the transport."""
+
+    def __init__(self, model: Any, metadata: Sequence[TensorMeta], version: int) -> None:
+        self.version = version
+        self.received: Counter[str] = Counter()
+        self._announced = {hub_name(meta.name) for meta in metadata}
+        self._parameters = {name for name, _ in model.named_parameters()}
+        self._loaded: set[str] = set()
+        self._model = model
+        self._load = model.load_weights
+        model.load_weights = self._watch
+
+    def close(self) -> None:
+        self._model.__dict__.pop("load_weights", None)
+
+    def check_complete(self) -> None:
+        """Every announced tensor exactly once, and every parameter of the model filled."""
+        problems = [
+            f"{len(names)} tensors {verdict}: {listed(names)}"
+            for names, verdict in (
+                (sorted(self._announced - self.received.keys()), "never came"),
+                (sorted(self.received.keys() - self._announced), "were not announced"),
+                (sorted(name for name, count in self.received.items() if count > 1), "came twice"),
+                (sorted(self._parameters - self._loaded), "of the engine were not loaded"),
+            )
+            if names
+        ]
+        if problems:
+            raise SyncError(f"weight update to version {self.version} is incomplete: {'; '.join(problems)}")
+
+    def _watch(self, weights: Any) -> set[str]:
+        weights = list(weights)
+        self.received.update(hub_name(name) for name, _ in weights)
+        loaded = self._load(weights)
+        self._loaded.update(loaded)
+        return loaded
+
+
+def _identity(model: Any) -> Any:
+    return model
+
+
+def _flush_reload(worker: Any) -> None:
+    """End vLLM's layer-wise reload in whatever state it is: layers not loaded keep their old tensors."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    with set_current_vllm_config(worker.vllm_config):
+        finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
+    worker._weight_update_active = False
+
+
+def _repack_tied_head(model: Any) -> None:
+    """vLLM 0.32 on a CPU keeps a packed copy of a tied output layer that its reload forgets (no tensor is loaded into it)."""
+    head = model.language_model.lm_head
+    if hasattr(head, "cpu_linear") and head.weight is model.language_model.model.embed_tokens.weight:
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarray) -> None:
+    if len(found) != len(expected_S):
+        raise UserError(
+            f"prompt {prompt.id}{f' ({prompt.origin})' if prompt.origin else ''}: vLLM expands it to {len(found)} tokens, "
+            f"tokens_S has {len(expected_S)}; pictures must be resized with the engine's min_pixels and max_pixels"
+        )
+    if not np.array_equal(np.asarray(found), expected_S):
+        first = int(np.flatnonzero(np.asarray(found) != expected_S)[0])
+        raise UserError(
+            f"prompt {prompt.id}: vLLM has token {found[first]} at {first}, tokens_S has {expected_S[first]}"
+        )
+
+
+def _set_environment() -> None:
+    """Before vLLM is imported. What the user has set stays, except what the engine relies on."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        # Several engines and trainer ranks share the cores: OMP_NUM_THREADS decides, not vLLM's one-thread-a-core binding.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -1,0 +1,354 @@
+"""Weights from trainer ranks to vLLM engines: through Ray's object store (anywhere), or by NCCL (GPUs).
+
+`send_weights` is the transport for machines without NCCL. Tensors are packed into flat byte buffers of about `bucket_mib`; each buffer
+is put into the object store once, every engine maps it without a copy, and at most two are in flight, so neither side ever holds
+the whole model twice. On the engine it arrives in a transfer engine registered with vLLM's `WeightTransferEngineFactory`, which loads
+it by vLLM's own layer-wise reload (repacking for the kernels, keeping the addresses of captured graphs).
+
+`NcclTransfer` drives vLLM's `nccl` backend with the same source. **It has not run**: the project's machines have no two GPUs. It is
+written against the installed sources of vLLM 0.32.
+
+Both are collective over the trainer's ranks: all call them in lockstep, because producing a full tensor is a collective; only the
+sender (world rank 0) talks to engines. On an error the sender finishes the pass before it raises, so that no rank is left waiting.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from torch import Tensor
+
+from eureka_megatron.sync.check import Fingerprint, fingerprint
+from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta, hub_name
+
+RAY_BACKEND = "eureka_ray"
+_ALIGNMENT = 64  # bytes: every tensor starts where any dtype may, and on a cache line
+_IN_STORE = 1  # buckets; with the one being packed that makes two in flight
+_DEADLINE_SECONDS = 900.0  # for one call of one engine
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one weight update did. `lost` are the engines (by place in the list) that died meanwhile; the others are complete."""
+
+    version: int
+    tensors: int
+    nbytes: int
+    buckets: int
+    seconds: float
+    lost: tuple[int, ...] = ()
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)  # of the tensors as sent, when asked for
+
+
+@dataclass(frozen=True)
+class BucketEntry:
+    """Where a tensor lies in its bucket."""
+
+    meta: TensorMeta
+    offset: int  # bytes
+
+
+def default_backend() -> str:
+    """`nccl` where this process has GPUs and NCCL, else Ray's object store."""
+    return "nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else RAY_BACKEND
+
+
+# ---- trainer side ---------------------------------------------------------------------------------------------------
+
+
+def send_weights(
+    source: MegatronWeightSource,
+    engines: Sequence[Any],
+    *,
+    version: int,
+    bucket_mib: int,
+    is_sender: bool,
+    with_fingerprints: bool = False,
+) -> SyncReport | None:
+    """Send every tensor of `source` to all engines. Called on every trainer rank; returns a report on the sender, else None.
+
+    engines: Ray actor handles of rollout.engine.Engine. version: the number that rollouts sampled from these weights will carry.
+
+    An engine that dies is left out and reported; the others get the whole model. Raises SyncError when an engine refuses the
+    announced tensors (then no engine has loaded anything), or when none is left.
+    """
+    metadata = source.metadata()
+    if not is_sender:
+        for _ in source:
+            pass
+        return None
+    start = time.perf_counter()
+    update = _Update(engines, version)
+    stream = iter(source)
+    prints: dict[str, Fingerprint] = {}
+    pending: deque[list[Any]] = deque()
+    try:
+        update.begin(metadata)
+        buckets = 0
+        for buffer, entries in pack(_tapped(stream, prints if with_fingerprints else None), metadata, bucket_mib << 20):
+            if len(pending) == _IN_STORE:  # one bucket loads while the next is packed
+                update.settle(pending.popleft())
+            pending.append(update.call("update_weights", {"entries": entries}, ray.put(buffer)))
+            buckets += 1
+        while pending:
+            update.settle(pending.popleft())
+        update.settle(update.call("finish_weight_update"))
+    except Exception as error:
+        update.abort(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        for _ in stream:  # the other ranks are in the collectives that produce the rest
+            pass
+        raise
+    nbytes = sum(meta.nbytes for meta in metadata)
+    return SyncReport(version, len(metadata), nbytes, buckets, time.perf_counter() - start, update.lost, prints)
+
+
+def pack(
+    weights: Iterable[tuple[str, Tensor | None]], metadata: Sequence[TensorMeta], bucket_bytes: int
+) -> Iterator[tuple[np.ndarray, list[BucketEntry]]]:
+    """Copy tensors into uint8 buffers of at most `bucket_bytes` (one tensor may exceed it alone).
+
+    The buffer is reused: it is valid until the next step of the iterator.
+    """
+    sizes = [_aligned(meta.nbytes) for meta in metadata]
+    capacity = max([min(bucket_bytes, sum(sizes)), *sizes], default=0)
+    buffer = np.empty(capacity, dtype=np.uint8)
+    entries: list[BucketEntry] = []
+    used = 0
+    for meta, size, (name, tensor) in zip(metadata, sizes, weights, strict=True):
+        if tensor is None:
+            raise SyncError(f"the sending rank has no tensor for {name}")
+        if entries and used + size > bucket_bytes:
+            yield buffer[:used], entries
+            entries, used = [], 0
+        view = torch.from_numpy(buffer[used : used + meta.nbytes]).view(meta.dtype).view(meta.shape)
+        view.copy_(tensor)
+        entries.append(BucketEntry(meta, used))
+        used += size
+    if entries:
+        yield buffer[:used], entries
+
+
+def unpack(buffer: np.ndarray, entries: Sequence[BucketEntry]) -> list[tuple[str, Tensor]]:
+    """The tensors of a bucket, as views of it."""
+    with warnings.catch_warnings():  # object-store memory is read-only, and so is every use made of these views
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        flat = torch.from_numpy(buffer)
+    return [
+        (
+            entry.meta.name,
+            flat[entry.offset : entry.offset + entry.meta.nbytes].view(entry.meta.dtype).view(entry.meta.shape),
+        )
+        for entry in entries
+    ]
+
+
+class _Update:
+    """One update of several engines: sends calls, waits for them, drops engines that died."""
+
+    def __init__(self, engines: Sequence[Any], version: int) -> None:
+        self.version = version
+        self._engines = dict(enumerate(engines))
+        self._total = len(engines)
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        return tuple(index for index in range(self._total) if index not in self._engines)
+
+    def begin(self, metadata: Sequence[TensorMeta]) -> None:
+        """Announce the tensors to all engines; if one refuses, none starts."""
+        self.settle(self.call("start_weight_update", list(metadata), self.version))
+
+    def call(self, method: str, *arguments: Any) -> list[tuple[int, Any]]:
+        return [(index, getattr(engine, method).remote(*arguments)) for index, engine in self._engines.items()]
+
+    def settle(self, calls: Sequence[tuple[int, Any]]) -> None:
+        """Wait for all calls before raising the first failure. A dead engine is no failure while another lives."""
+        failure: Exception | None = None
+        for index, reference in calls:
+            try:
+                ray.get(reference, timeout=_DEADLINE_SECONDS)
+            except RayActorError:
+                self._engines.pop(index, None)
+            except GetTimeoutError:
+                failure = failure or SyncError(
+                    f"rollout engine {index} did not answer within {_DEADLINE_SECONDS:g} s of the update to version {self.version}"
+                )
+            except RayTaskError as error:
+                failure = failure or _cause(error)
+        if failure is not None:
+            raise failure
+        if not self._engines:
+            raise SyncError(
+                f"all {self._total} rollout engines died during the weight update to version {self.version}"
+            )
+
+    def abort(self, reason: str) -> None:
+        for _, reference in self.call("abort_weight_update", reason):
+            try:
+                ray.get(reference, timeout=_DEADLINE_SECONDS)
+            except (RayActorError, RayTaskError, GetTimeoutError):
+                continue  # the pool replaces engines that do not answer; the first error is the one to report
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """The exception the engine raised, without Ray's wrapping when it is one the user can read."""
+    return error.cause if isinstance(error.cause, SyncError) else error
+
+
+def _tapped(
+    stream: Iterator[tuple[str, Tensor | None]], prints: dict[str, Fingerprint] | None
+) -> Iterator[tuple[str, Tensor | None]]:
+    for name, tensor in stream:
+        if prints is not None and tensor is not None:
+            prints[hub_name(name)] = fingerprint(tensor)
+        yield name, tensor
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+# ---- engine side ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def register_ray_backend() -> str:
+    """Make vLLM know the transport, once in a process; returns its backend name. Imports vLLM."""
+    from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class RayInit(WeightTransferInitInfo):
+        """Nothing to agree on beforehand."""
+
+    @dataclass
+    class RayBucket(WeightTransferUpdateInfo):
+        entries: list[BucketEntry]
+        buffer: np.ndarray  # uint8, usually a view of shared memory
+
+    class RayTransferEngine(WeightTransferEngine[RayInit, RayBucket]):
+        """Loads buckets that Ray has already brought to this process."""
+
+        init_info_cls = RayInit
+        update_info_cls = RayBucket
+
+        def init_transfer_engine(self, init_info: RayInit) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: RayBucket) -> None:
+            self.model.load_weights(
+                (name, tensor.to(self.device)) for name, tensor in unpack(update_info.buffer, update_info.entries)
+            )
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    WeightTransferEngineFactory.register_engine(RAY_BACKEND, RayTransferEngine)
+    return RAY_BACKEND
+
+
+# ---- NCCL -----------------------------------------------------------------------------------------------------------
+
+
+class NcclTransfer:
+    """vLLM's `nccl` backend: one broadcast from world rank 0 to all engines. Not run yet, see the module docstring.
+
+    Built on every trainer rank whenever the set of engines changes (a restarted engine needs a new NCCL group). Unlike
+    `send_weights` it cannot leave out an engine that dies during a broadcast: NCCL then blocks, and the job must be restarted.
+    """
+
+    def __init__(self, source: MegatronWeightSource, engines: Sequence[Any], *, rank: int, bucket_mib: int) -> None:
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_open_port
+
+        self._source = source
+        self._client = _EngineClient(engines)
+        self._is_sender = rank == 0
+        info = NCCLTrainerInitInfo(
+            master_address=ray.util.get_node_ip_address(),
+            master_port=get_open_port(),
+            world_size=1 + len(engines),
+            packed_buffer_size_bytes=bucket_mib << 20,
+            rank=rank,
+        )
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=_vllm_source(source))
+
+    def send(self, version: int, *, with_fingerprints: bool = False) -> SyncReport | None:
+        """As `send_weights`. Fingerprints cost a second pass over the source here."""
+        start = time.perf_counter()
+        metadata = self._source.metadata()
+        self._client.announce(metadata, version)
+        self._engine.send_weights()
+        prints = {}
+        if with_fingerprints:
+            for name, tensor in self._source:
+                if self._is_sender and tensor is not None:
+                    prints[hub_name(name)] = fingerprint(tensor)
+        if not self._is_sender:
+            return None
+        nbytes = sum(meta.nbytes for meta in metadata)
+        return SyncReport(version, len(metadata), nbytes, 0, time.perf_counter() - start, (), prints)
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+
+class _EngineClient:
+    """vLLM's control-plane protocol over actor handles. vLLM's own Ray client gives all handles one NCCL rank; these are
+    separate engines, so each needs its own."""
+
+    def __init__(self, engines: Sequence[Any]) -> None:
+        self._engines = list(engines)
+        self._announced: tuple[list[TensorMeta], int] = ([], 0)
+
+    def announce(self, metadata: Sequence[TensorMeta], version: int) -> None:
+        self._announced = (list(metadata), version)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        first = init_info["rank_offset"]
+        ray.get(
+            [
+                engine.init_weight_transfer_engine.remote(init_info | {"rank_offset": first + index})
+                for index, engine in enumerate(self._engines)
+            ]
+        )
+
+    def start_weight_update(self) -> None:
+        ray.get([engine.start_weight_update.remote(*self._announced) for engine in self._engines])
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        ray.get([engine.update_weights.remote(update_info) for engine in self._engines])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        ray.get([engine.finish_weight_update.remote() for engine in self._engines])
+
+
+def _vllm_source(source: MegatronWeightSource) -> Any:
+    from vllm.distributed.weight_transfer import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(source)  # type: ignore[arg-type]  # None only on ranks that do not send
+
+    return Source()

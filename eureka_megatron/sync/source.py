@@ -1,0 +1,116 @@
+"""What the trainer sends: every weight under its Hugging Face name, streamed one tensor at a time.
+
+`MegatronWeightSource` has the shape of vLLM's `WeightSource` (`metadata()` and iteration that agree element for element) without
+importing vLLM, so trainer ranks stay free of it; `ray_transfer.NcclTransfer` wraps it in vLLM's own class where vLLM's NCCL sender needs one.
+
+Left out on purpose: how shards become full tensors (checkpoint.iter_hf_weights) and how bytes travel (ray_transfer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eureka_megatron.errors import UserError
+
+
+class SyncError(UserError):
+    """Weights on the two sides do not agree. The message names the tensors and both values."""
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """One tensor of a checkpoint. Example: TensorMeta("model.norm.weight", torch.bfloat16, (3584,))."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+# Hub checkpoints, newer transformers and vLLM name the same tensors differently. Longest prefix first.
+_PREFIXES = (
+    ("model.visual.", "visual."),
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+
+
+def hub_name(name: str) -> str:
+    """The name hub checkpoints use (`visual.*`, `model.layers.*`, `lm_head.*`), from any of the three namings."""
+    for prefix, hub in _PREFIXES:
+        if name.startswith(prefix):
+            return hub + name.removeprefix(prefix)
+    return name
+
+
+class MegatronWeightSource:
+    """A re-iterable stream of (name, tensor) over the trainer's weights; each pass starts a new one.
+
+    Args:
+        weights: starts a pass, for example `lambda: iter_hf_weights(model, parallel)`. It is a collective: every rank must
+            iterate it, in lockstep. Ranks that do not hold the full tensor may yield None for it.
+        metadata: all tensors of the model in the order of iteration; equal on all ranks.
+        dtype: cast floating-point tensors to it before sending, None to send them as they are. It must be the engine's
+            dtype: a cast on arrival would make the two sides' checksums incomparable.
+    """
+
+    def __init__(
+        self,
+        weights: Callable[[], Iterable[tuple[str, Tensor | None]]],
+        metadata: Sequence[TensorMeta] | Callable[[], Sequence[TensorMeta]],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._weights = weights
+        self._metadata = metadata
+        self._dtype = dtype
+
+    def metadata(self) -> list[TensorMeta]:
+        """Name, dtype as sent, and full shape of every tensor, in the order of iteration."""
+        declared = self._metadata() if callable(self._metadata) else self._metadata
+        return [TensorMeta(meta.name, self._wire_dtype(meta.dtype), tuple(meta.shape)) for meta in declared]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        declared = self.metadata()
+        sent = 0
+        for name, tensor in self._weights():
+            if sent == len(declared):
+                raise SyncError(
+                    f"weight stream holds more than the {len(declared)} declared tensors: first extra {name!r}"
+                )
+            expected = declared[sent]
+            if name != expected.name:
+                raise SyncError(
+                    f"weight stream yields {name!r} as tensor {sent} where metadata declares {expected.name!r}"
+                )
+            if tensor is not None:
+                if tuple(tensor.shape) != expected.shape:
+                    raise SyncError(f"{name}: shape {tuple(tensor.shape)} where metadata declares {expected.shape}")
+                tensor = tensor.detach().to(expected.dtype)
+            sent += 1
+            yield name, tensor
+        if sent != len(declared):
+            missing = [meta.name for meta in declared[sent:]]
+            raise SyncError(f"weight stream ends {len(missing)} tensors early: first missing {missing[0]!r}")
+
+    def _wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+
+def module_source(module: torch.nn.Module, *, dtype: torch.dtype | None = None) -> MegatronWeightSource:
+    """A source over a transformers model in this process (evaluation, tests), under hub names; tied weights once."""
+
+    def named() -> list[tuple[str, Tensor]]:
+        return [(hub_name(name), parameter) for name, parameter in module.named_parameters()]
+
+    return MegatronWeightSource(
+        named, lambda: [TensorMeta(name, t.dtype, tuple(t.shape)) for name, t in named()], dtype=dtype
+    )
