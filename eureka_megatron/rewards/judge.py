@@ -1,0 +1,227 @@
+"""Judging in worker processes with hard limits: a hang, a crash or a memory burst costs that one answer 0.
+
+    with JudgePool(workers=2) as pool:
+        verdicts = pool.judge([(response, answer), ...], think="required")   # dicts of `rewards.score`, in order
+        pool.timeouts                                                        # answers that cost a limit so far
+
+Workers are plain child processes that import no torch; they start in the background when the pool is made. A worker
+that dies is replaced, and the answers it had not reached go back to the queue.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_START_SECONDS = 120.0  # a cold file system, many ranks importing at once
+_GRACE_SECONDS = 2.0  # the worker's own alarm comes first; the parent steps in only if that fails
+_CHUNK = 64
+_CHUNK_CHARACTERS = 400_000
+
+
+class JudgePool:
+    """A pool of judge processes; a context manager. Thread-safe, one batch at a time.
+
+    workers             number of processes
+    time_limit_seconds  for each answer
+    memory_limit_bytes  address space of a worker
+    user_function       "module:function" or "path.py:function" to call instead of `rewards.score`
+    timeouts            how many answers so far got 0 because they broke a limit or the judge
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        time_limit_seconds: float = 10.0,
+        memory_limit_bytes: int = 2 * 1024**3,
+        user_function: str | None = None,
+    ) -> None:
+        if workers < 1 or time_limit_seconds <= 0:
+            raise ValueError(
+                f"JudgePool needs workers >= 1 and a time limit > 0, got {workers} and {time_limit_seconds}"
+            )
+        self.timeouts = 0
+        self._limits = {
+            "time_limit_seconds": time_limit_seconds,
+            "memory_limit_bytes": memory_limit_bytes,
+            "user_function": user_function,
+        }
+        self._lock = threading.Lock()
+        self._workers = [_Worker(self._limits) for _ in range(workers)]
+        self._closed = False
+
+    def __enter__(self) -> "JudgePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers. Further calls of `judge` raise."""
+        self._closed = True
+        for worker in self._workers:
+            worker.kill()
+
+    def judge(self, samples: Sequence[Any], **options: Any) -> list[dict[str, float]]:
+        """Verdicts in the order of the samples.
+
+        samples: (response, answer) pairs, or the dictionaries a user function takes; anything JSON can carry.
+        options: keyword arguments of `rewards.score`. A sample that broke a limit gets zeros and counts in `timeouts`.
+        """
+        if self._closed:
+            raise ValueError("the JudgePool is closed")
+        with self._lock:
+            run = _Run(list(samples), options, self._workers, self._limits)
+            verdicts = run.finish()
+            self.timeouts += run.failures
+        return verdicts
+
+
+class _Worker:
+    """One child process, with what it was given and has not answered yet."""
+
+    def __init__(self, limits: dict[str, Any]) -> None:
+        self.limits = limits
+        # -S would be faster but hides the virtual environment; one thread: the pool is the parallelism.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "eureka_megatron.rewards.worker", json.dumps(limits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if limits["user_function"] else subprocess.DEVNULL,
+            env=environment,
+        )
+        self.ready = False
+        self.pending: collections.deque[int] = collections.deque()
+        self.buffer = b""
+        self.deadline = time.monotonic() + _START_SECONDS
+
+    def send(self, chunk: list[list[Any]]) -> None:
+        """May raise BrokenPipeError; then nothing of the chunk counts as sent."""
+        self.pending = collections.deque(index for index, _, _ in chunk)
+        self.touch()
+        self.process.stdin.write(json.dumps(chunk).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def touch(self) -> None:
+        self.deadline = time.monotonic() + self.limits["time_limit_seconds"] + _GRACE_SECONDS
+
+    def lines(self) -> list[bytes] | None:
+        """Complete lines that have arrived; None when the worker is gone."""
+        data = os.read(self.process.stdout.fileno(), 1 << 16)
+        if not data:
+            return None
+        *complete, self.buffer = (self.buffer + data).split(b"\n")
+        return complete
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # unsent bytes of a dead worker
+                    pipe.close()
+
+
+class _Run:
+    """One batch on its way through the workers."""
+
+    def __init__(
+        self, samples: list[Any], options: dict[str, Any], workers: list[_Worker], limits: dict[str, Any]
+    ) -> None:
+        self.samples, self.options, self.workers, self.limits = samples, options, workers, limits
+        self.queue = collections.deque(range(len(samples)))
+        self.verdicts: list[dict[str, float] | None] = [None] * len(samples)
+        self.open = len(samples)
+        self.failures = 0
+        # Small enough chunks that all workers finish together.
+        self.chunk = max(1, min(_CHUNK, len(samples) // (4 * len(workers)) + 1))
+
+    def finish(self) -> list[dict[str, float]]:
+        with selectors.DefaultSelector() as selector:
+            for worker in self.workers:
+                self._register(selector, worker)
+            while self.open:
+                now = time.monotonic()
+                for key, _ in selector.select(max(min(w.deadline for w in self._busy()) - now, 0.0)):
+                    self._receive(selector, key.data)
+                for worker in [w for w in self._busy() if w.deadline < time.monotonic()]:
+                    self._replace(selector, worker)
+        names = next((verdict.keys() for verdict in self.verdicts if verdict), ("accuracy", "format", "total"))
+        return [verdict if verdict is not None else dict.fromkeys(names, 0.0) for verdict in self.verdicts]
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self.workers if worker.pending or not worker.ready]
+
+    def _register(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        if worker.ready:
+            self._feed(selector, worker)
+        else:
+            worker.deadline = time.monotonic() + _START_SECONDS
+
+    def _feed(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+        chunk, size = [], 0
+        while self.queue and len(chunk) < self.chunk and size < _CHUNK_CHARACTERS:
+            index = self.queue.popleft()
+            chunk.append([index, self.samples[index], self.options])
+            size += (
+                len(str(self.samples[index]))
+                if not isinstance(self.samples[index], tuple)
+                else len(self.samples[index][0])
+            )
+        if not chunk:
+            return
+        try:
+            worker.send(chunk)
+        except BrokenPipeError:
+            worker.pending.clear()  # nothing was judged: no answer is to blame
+            self.queue.extendleft(index for index, _, _ in reversed(chunk))
+            self._replace(selector, worker)
+
+    def _receive(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+        lines = worker.lines()
+        if lines is None:
+            self._replace(selector, worker)
+            return
+        for line in lines:
+            message = json.loads(line)
+            if not worker.ready:
+                worker.ready = True
+                continue
+            index, verdict = message
+            assert worker.pending.popleft() == index, "a judge worker answers in order"
+            self._settle(index, verdict)
+        worker.touch()
+        if not worker.pending:
+            self._feed(selector, worker)
+
+    def _settle(self, index: int, verdict: dict[str, float] | None) -> None:
+        self.verdicts[index] = verdict
+        self.failures += verdict is None
+        self.open -= 1
+
+    def _replace(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+        """The worker died or overran: its current answer gets 0, the others go back to the front of the queue."""
+        selector.unregister(worker.process.stdout)
+        if not worker.ready:
+            reason = worker.process.stderr.read().decode(errors="replace")[-2000:] if worker.process.stderr else ""
+            worker.kill()
+            raise RuntimeError(
+                f"a judge worker did not start (exit code {worker.process.returncode}). {reason}".strip()
+            )
+        worker.kill()
+        if worker.pending:
+            self._settle(worker.pending.popleft(), None)
+            self.queue.extendleft(reversed(worker.pending))
+        fresh = _Worker(self.limits)
+        self.workers[self.workers.index(worker)] = fresh
+        self._register(selector, fresh)

@@ -1,0 +1,24 @@
+"""Penalties on how a response is written: repetition and over-length. Both are <= 0 and are added to the total."""
+
+from collections.abc import Hashable, Sequence
+
+
+def repetition_penalty(tokens: str | Sequence[Hashable], *, max_penalty: float, ngram: int = 20) -> float:
+    """-max_penalty times the share of repeated n-grams: 0 when all are different, near -max_penalty when all are one.
+
+    tokens: token ids, or text that is split at white space. Fewer than `ngram` tokens: 0.
+    """
+    items = tokens.split() if isinstance(tokens, str) else list(tokens)
+    total = len(items) - ngram + 1
+    if total < 1 or max_penalty == 0:
+        return 0.0
+    distinct = len({tuple(items[start : start + ngram]) for start in range(total)})
+    return -max_penalty * (1 - distinct / total)
+
+
+def overlong_penalty(length_tokens: int, *, max_response_tokens: int, buffer_tokens: int) -> float:
+    """DAPO's soft over-long punishment (arXiv:2503.14476, eq. 13): 0 up to max - buffer, linear to -1 at max, then -1."""
+    if not 0 < buffer_tokens <= max_response_tokens:
+        raise ValueError(f"buffer_tokens must lie in 1..{max_response_tokens}, got {buffer_tokens}")
+    excess_tokens = length_tokens - (max_response_tokens - buffer_tokens)
+    return -min(max(excess_tokens / buffer_tokens, 0.0), 1.0)

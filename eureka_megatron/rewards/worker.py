@@ -1,0 +1,78 @@
+"""One judge worker process: reads chunks of work as JSON lines, writes one line a verdict. Started by `judge.JudgePool`.
+
+Text in, text out: no pickles, and no import of the parent's main module (a `spawn`ed process would load torch with it).
+The limits are the kernel's: an alarm with its default action ends the process even inside C code, and RLIMIT_AS bounds
+its memory. The parent sees the pipe close and knows from the verdicts which answer it was.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from eureka_megatron.rewards import score
+
+_RECURSION_LIMIT = 3000
+
+
+def load_function(path: str) -> Callable[[list[dict[str, Any]]], list[dict[str, float]]]:
+    """The user's reward function from "package.module:function" or "path/to/file.py:function"."""
+    where, separator, name = path.rpartition(":")
+    if not separator or not where or not name:
+        raise ValueError(f"reward function {path!r} must read module:function or path.py:function")
+    if where.endswith(".py"):
+        if not os.path.isfile(where):
+            raise ValueError(f"reward function {path!r}: no such file {where!r}")
+        spec = importlib.util.spec_from_file_location("eureka_user_reward", where)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward function {path!r}: {where!r} has no function {name!r}")
+    return function
+
+
+def main() -> None:
+    limits = json.loads(sys.argv[1])
+    # Whatever a user's function prints must not mix with the verdicts.
+    verdicts = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
+    os.dup2(2, 1)
+    sys.setrecursionlimit(_RECURSION_LIMIT)
+    user = load_function(limits["user_function"]) if limits["user_function"] else None
+    if user is None:
+        score("<think>x</think><answer>$\\begin{pmatrix}1\\end{pmatrix}$</answer>", "\\begin{pmatrix}2\\end{pmatrix}")
+    resource.setrlimit(resource.RLIMIT_AS, (limits["memory_limit_bytes"],) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    verdicts.write('{"ready": true}\n')
+    for line in sys.stdin.buffer:
+        for index, sample, options in json.loads(line):
+            signal.setitimer(signal.ITIMER_REAL, limits["time_limit_seconds"])
+            verdict = _judge(sample, options, user)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            verdicts.write(json.dumps([index, verdict]) + "\n")
+
+
+def _judge(sample: Any, options: dict[str, Any], user: Callable | None) -> dict[str, float] | None:
+    """The verdict, or None when judging failed; running out of memory counts as a failure of this answer only."""
+    try:
+        if user is None:
+            return score(sample[0], sample[1], **options)
+        (verdict,) = user([sample])
+        return {str(name): float(value) for name, value in verdict.items()}
+    except Exception as error:
+        print(f"judge failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+if __name__ == "__main__":
+    main()

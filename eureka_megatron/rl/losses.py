@@ -1,0 +1,418 @@
+"""Policy losses as pure functions of one small record of packed tokens.
+
+`policy_loss` returns a loss that is a SUM divided by a denominator of the global batch: adding it over micro-batches
+and data-parallel ranks gives the loss of the whole batch, so an update does not depend on how the batch was cut. The
+denominators arrive in the record; without them the local counts are used, so the function works in a notebook.
+
+Metrics are float64 tensors, detached. A plain name holds a pair [numerator, denominator]: add pairs over micro-batches
+and ranks, divide once at the end. A name that ends in `_max` holds a scalar to be reduced with max. `reduce_metrics`
+does both. Names follow MM-EUREKA: policy_loss, kl, ratio, ratio_clip_upper, ratio_clip_lower, entropy.
+
+A sequence lies whole inside one call. Under context parallelism a rank holds only part of each sequence: pass
+`sequence_all_reduce`, which sums a per-sequence tensor over those ranks; everything it sees is detached.
+
+Sources: PPO arXiv:1707.06347, dual clip arXiv:1912.09729, DAPO arXiv:2503.14476, Dr. GRPO arXiv:2503.20783, GSPO
+arXiv:2507.18071, CISPO arXiv:2506.13585, CPGD arXiv:2505.12504, truncated importance sampling between rollout engine
+and trainer: fengyao.notion.site/off-policy-rl, masking: IcePop.
+
+Shape suffixes: T packed tokens, S sequences.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from eureka_megatron.rl.advantages import kl_estimate
+
+Metrics = dict[str, Tensor]
+SequenceAllReduce = Callable[[Tensor], Tensor]
+
+# exp of a log-ratio beyond this is meaningless and would overflow bfloat16 sums; the gradient there is cut to zero.
+_LOG_RATIO_LIMIT = 20.0
+_PROB_ERROR_ALARM = 1.05
+AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum_norm")
+CORRECTIONS = ("off", "token_tis", "sequence_tis", "mask")
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """One micro-batch of packed sequences; every tensor is [T] unless its name says otherwise.
+
+    Example, two responses of 3 and 2 tokens:
+        LossInputs(logprobs_T=…, old_logprobs_T=…, advantages_T=tensor([1., 1., 1., -1., -1.]),
+                   mask_T=tensor([1., 1., 1., 1., 1.]), sequence_ids_T=tensor([0, 0, 0, 1, 1]),
+                   global_tokens=5, global_sequences=2)
+    """
+
+    logprobs_T: Tensor  # current policy, with gradient
+    old_logprobs_T: Tensor  # trainer's log-probabilities before the update
+    advantages_T: Tensor
+    mask_T: Tensor  # 1 on response tokens, 0 on prompt, image and padding tokens
+    sequence_ids_T: Tensor | None = None  # 0..S-1; needed by everything per sequence; any value where the mask is 0
+    ref_logprobs_T: Tensor | None = None  # reference model, for the KL loss
+    rollout_logprobs_T: Tensor | None = None  # the engine that sampled, for the rollout correction
+    entropy_T: Tensor | None = None  # entropy in nats; with gradient when it is rewarded
+    has_image_T: Tensor | None = None  # bool, the token's sequence has an image; splits the diagnostics
+    global_tokens: float | None = None  # response tokens of the global batch
+    global_sequences: float | None = None  # sequences with at least one response token in the global batch
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options shared by the losses; `DEFAULTS` holds what each loss changes.
+
+    clip_low, clip_high       the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    dual_clip                 bound c > 1 of the ratio for negative advantages
+    ratio_cap                 MM-EUREKA's cap on the ratio for every sign (3.0)
+    aggregation               token_mean | seq_mean (mean of per-sequence means) | seq_sum_norm (sums / a constant)
+    sequence_norm_tokens      that constant: usually the longest response allowed, in tokens
+    kl_coefficient, kl_estimator, kl_aggregation   KL to the reference; aggregation None: the loss's own
+    entropy_coefficient       subtracts coefficient * entropy
+    drift_coefficient, drift_clip, drift_aggregation   CPGD policy drift: coefficient * min(sg(ratio) - 1, clip) logprob
+    correction, correction_bound   rollout correction: off | token_tis | sequence_tis | mask
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    ratio_cap: float | None = None
+    aggregation: str = "token_mean"
+    sequence_norm_tokens: float | None = None
+    kl_coefficient: float = 0.0
+    kl_estimator: str = "k3"
+    kl_aggregation: str | None = None
+    entropy_coefficient: float = 0.0
+    drift_coefficient: float = 0.0
+    drift_clip: float = 2.0
+    drift_aggregation: str | None = None
+    correction: str = "off"
+    correction_bound: float = 2.0
+
+
+DEFAULTS: dict[str, dict[str, object]] = {
+    "ppo_clip": {},
+    "dapo": {"clip_high": 0.28},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq_mean"},  # section 5.1 of the paper
+    "cispo": {},
+    "cpgd": {"drift_coefficient": 0.01},
+}
+# The original's choices: ratio capped at 3, sequence means unless dapo, token-mean drift, KL by sequence means.
+_MM_EUREKA: dict[str, dict[str, object]] = {
+    "ppo_clip": {"ratio_cap": 3.0, "aggregation": "seq_mean"},
+    "dapo": {"ratio_cap": 3.0, "clip_high": 0.2},
+    "cpgd": {},
+}
+_MM_EUREKA_COMMON: dict[str, object] = {"kl_aggregation": "seq_mean", "drift_aggregation": "token_mean"}
+
+
+def policy_loss(
+    name: str,
+    inputs: LossInputs,
+    *,
+    compat: str | None = None,
+    sequence_all_reduce: SequenceAllReduce | None = None,
+    **options: object,
+) -> tuple[Tensor, Metrics]:
+    """Loss of one micro-batch, already divided by the global denominator, and its metrics (see the module's docstring).
+
+    name: one of LOSSES. options: fields of LossOptions. `compat="mm_eureka"` starts from the original's choices.
+    Raises ValueError for an unknown name or option, or an input that an option needs and the record lacks.
+    """
+    chosen = resolve_options(name, compat, **options)
+    batch = _Batch(inputs, chosen, sequence_all_reduce)
+    log_ratio_T = (inputs.logprobs_T - inputs.old_logprobs_T.detach()).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    # Outside the mask log-probabilities may be anything, infinities included; zero keeps them out of the gradient.
+    log_ratio_T = torch.where(batch.valid_T, log_ratio_T, 0.0)
+    pg_T, ratio_T = LOSSES[name](batch, log_ratio_T)
+    weight_T = _correction_weights(batch)
+    if weight_T is not None:
+        pg_T = weight_T * pg_T
+    metrics = _ratio_metrics(batch, ratio_T.detach(), compat)
+    metrics |= _rollout_metrics(batch)
+    if weight_T is not None:
+        metrics["correction_weight"] = batch.pair(weight_T)
+
+    loss = batch.aggregate(pg_T)
+    metrics["pg_loss"] = batch.aggregate_pair(pg_T)
+    if chosen.drift_coefficient:
+        drift_T = _drift(batch, log_ratio_T)
+        loss = loss + chosen.drift_coefficient * batch.aggregate(drift_T, chosen.drift_aggregation)
+        metrics["policy_drift"] = batch.aggregate_pair(drift_T, chosen.drift_aggregation)
+    if inputs.ref_logprobs_T is not None:
+        kl_T = batch.masked(kl_estimate(inputs.logprobs_T, inputs.ref_logprobs_T.detach(), chosen.kl_estimator))
+        metrics["kl"] = batch.aggregate_pair(kl_T, chosen.kl_aggregation)
+        if chosen.kl_coefficient:
+            loss = loss + chosen.kl_coefficient * batch.aggregate(kl_T, chosen.kl_aggregation)
+    elif chosen.kl_coefficient:
+        raise ValueError("kl_coefficient is set but the record has no ref_logprobs_T")
+    if inputs.entropy_T is not None:
+        entropy_T = batch.masked(inputs.entropy_T)
+        metrics["entropy"] = batch.pair(entropy_T)
+        if chosen.entropy_coefficient:
+            loss = loss - chosen.entropy_coefficient * batch.aggregate(entropy_T)
+    elif chosen.entropy_coefficient:
+        raise ValueError("entropy_coefficient is set but the record has no entropy_T")
+    metrics["policy_loss"] = _loss_pair(metrics, chosen)
+    return loss, metrics
+
+
+def resolve_options(name: str, compat: str | None = None, **options: object) -> LossOptions:
+    """LossOptions of a loss: its defaults, then the original's choices under compat, then the caller's options."""
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}; known: {', '.join(LOSSES)}")
+    known = {field.name for field in fields(LossOptions)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown loss option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    chosen = replace(LossOptions(), **DEFAULTS[name])
+    if compat == "mm_eureka":
+        if name not in _MM_EUREKA:
+            raise ValueError(f"MM-EUREKA has no loss {name!r}; compat 'mm_eureka' knows {', '.join(_MM_EUREKA)}")
+        chosen = replace(chosen, **_MM_EUREKA_COMMON, **_MM_EUREKA[name])
+    elif compat is not None:
+        raise ValueError(f"unknown compat {compat!r}; known: 'mm_eureka' or None")
+    chosen = replace(chosen, **options)
+    for kind in (chosen.aggregation, chosen.kl_aggregation, chosen.drift_aggregation):
+        if kind is not None and kind not in AGGREGATIONS:
+            raise ValueError(f"unknown aggregation {kind!r}; known: {', '.join(AGGREGATIONS)}")
+    if chosen.correction not in CORRECTIONS:
+        raise ValueError(f"unknown correction {chosen.correction!r}; known: {', '.join(CORRECTIONS)}")
+    if "seq_sum_norm" in (chosen.aggregation, chosen.kl_aggregation) and not chosen.sequence_norm_tokens:
+        raise ValueError("aggregation seq_sum_norm needs sequence_norm_tokens, e.g. the longest response allowed")
+    return chosen
+
+
+def global_counts(mask_T: Tensor, sequence_ids_T: Tensor) -> tuple[int, int]:
+    """(response tokens, sequences with at least one): sum both over all micro-batches and ranks before the forward."""
+    valid_T = mask_T.bool()
+    return int(valid_T.sum()), int(torch.unique(sequence_ids_T[valid_T]).numel())
+
+
+def reduce_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
+    """Metrics of several micro-batches (or ranks) in plain numbers: pairs are added, then divided; `_max` by max."""
+    total: Metrics = {}
+    for part in parts:
+        for key, value in part.items():
+            if key not in total:
+                total[key] = value
+            else:
+                total[key] = torch.maximum(total[key], value) if key.endswith("_max") else total[key] + value
+    return {
+        key: float(value) if key.endswith("_max") else float(value[0] / value[1]) if value[1] else 0.0
+        for key, value in total.items()
+    }
+
+
+class _Batch:
+    """The record with what several parts of a loss share: the mask, per-sequence counts, aggregation."""
+
+    def __init__(self, inputs: LossInputs, options: LossOptions, sequence_all_reduce: SequenceAllReduce | None) -> None:
+        self.inputs, self.options = inputs, options
+        self.valid_T = inputs.mask_T.bool()
+        self._all_reduce = sequence_all_reduce or (lambda values_S: values_S)
+        self._counts_S: Tensor | None = None
+        self._ids_T: Tensor | None = None
+
+    @property
+    def ids_T(self) -> Tensor:
+        if self._ids_T is None:
+            if self.inputs.sequence_ids_T is None:
+                raise ValueError("this loss, aggregation or correction works per sequence: give sequence_ids_T")
+            ids_T = self.inputs.sequence_ids_T.long()
+            # Padding may carry any id; 0 is always in range and the mask keeps it out of every sum.
+            self._ids_T = torch.where(self.valid_T, ids_T, 0)
+            self._sequences = int(self._ids_T.max()) + 1 if ids_T.numel() else 0
+        return self._ids_T
+
+    @property
+    def counts_S(self) -> Tensor:
+        """Response tokens of each sequence, over all context-parallel ranks; at least 1, to divide by."""
+        if self._counts_S is None:
+            self._counts_S = self._all_reduce(self._local_sums(self.valid_T.double())).clamp(min=1)
+        return self._counts_S
+
+    def masked(self, value_T: Tensor) -> Tensor:
+        return torch.where(self.valid_T, value_T, 0.0)
+
+    def _local_sums(self, value_T: Tensor) -> Tensor:
+        ids_T = self.ids_T
+        sums_S = torch.zeros(self._sequences, dtype=value_T.dtype, device=value_T.device)
+        return sums_S.index_add(0, ids_T, self.masked(value_T))
+
+    def sequence_sums(self, value_T: Tensor) -> Tensor:
+        """Detached sums over each whole sequence, spread back over its tokens."""
+        return self._all_reduce(self._local_sums(value_T.detach()))[self.ids_T]
+
+    def sequence_means(self, value_T: Tensor) -> Tensor:
+        return self.sequence_sums(value_T) / self.counts_S.to(value_T.dtype)[self.ids_T]
+
+    def _numerator(self, value_T: Tensor, kind: str) -> Tensor:
+        value_T = self.masked(value_T)
+        if kind == "seq_mean":
+            value_T = value_T / self.counts_S.to(value_T.dtype)[self.ids_T]
+        return value_T.sum()
+
+    def _local_denominator(self, kind: str) -> Tensor:
+        if kind == "token_mean":
+            return self.valid_T.double().sum()
+        # Each token counts 1/length of its sequence: whole sequences here, their right share under context parallelism.
+        sequences = self._numerator(self.valid_T.double(), "seq_mean")
+        return sequences * self.options.sequence_norm_tokens if kind == "seq_sum_norm" else sequences
+
+    def aggregate(self, value_T: Tensor, kind: str | None = None) -> Tensor:
+        """The share of this micro-batch in the aggregate over the global batch."""
+        kind = kind or self.options.aggregation
+        if kind == "token_mean":
+            given = self.inputs.global_tokens
+        else:
+            given = self.inputs.global_sequences
+            if given is not None and kind == "seq_sum_norm":
+                given = given * self.options.sequence_norm_tokens
+        denominator = given if given is not None else self._local_denominator(kind).clamp(min=1e-9)
+        return self._numerator(value_T, kind) / denominator
+
+    def aggregate_pair(self, value_T: Tensor, kind: str | None = None) -> Tensor:
+        kind = kind or self.options.aggregation
+        return torch.stack([self._numerator(value_T.detach().double(), kind), self._local_denominator(kind)])
+
+    def pair(self, value_T: Tensor, where_T: Tensor | None = None) -> Tensor:
+        """[sum, count] over valid tokens."""
+        chosen_T = self.valid_T if where_T is None else self.valid_T & where_T
+        return torch.stack([torch.where(chosen_T, value_T.detach().double(), 0.0).sum(), chosen_T.double().sum()])
+
+
+# --- the losses: (batch, log_ratio_T) -> (loss_T, ratio_T to report); one function each ---
+
+
+def _clipped(batch: _Batch, ratio_T: Tensor) -> Tensor:
+    """-min(r A, clip(r) A), with the optional caps."""
+    options, advantage_T = batch.options, batch.inputs.advantages_T
+    if options.ratio_cap is not None:
+        ratio_T = ratio_T.clamp(max=options.ratio_cap)
+    clipped_T = ratio_T.clamp(1 - options.clip_low, 1 + options.clip_high)
+    loss_T = -torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
+    if options.dual_clip is not None:
+        bounded_T = torch.minimum(loss_T, -options.dual_clip * advantage_T)
+        loss_T = torch.where(advantage_T < 0, bounded_T, loss_T)
+    return loss_T
+
+
+def _ppo_clip(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
+    ratio_T = log_ratio_T.exp()
+    return _clipped(batch, ratio_T), ratio_T
+
+
+def _gspo(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequence's geometric mean ratio, in the paper's token form: its value from the sequence, its gradient from
+    the token."""
+    sequence_T = batch.sequence_means(log_ratio_T)
+    ratio_T = (sequence_T + log_ratio_T - log_ratio_T.detach()).exp()
+    return _clipped(batch, ratio_T), ratio_T
+
+
+def _cispo(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
+    """-sg(clip(r, 0, 1 + clip_high)) A logprob: no token loses its gradient."""
+    ratio_T = log_ratio_T.detach().exp()
+    weight_T = ratio_T.clamp(max=1 + batch.options.clip_high)
+    return -weight_T * batch.inputs.advantages_T * batch.masked(batch.inputs.logprobs_T), ratio_T
+
+
+def _cpgd(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Clipped log-probability instead of the ratio: the gradient does not grow with the ratio."""
+    inputs, options = batch.inputs, batch.options
+    logprob_T, old_T = batch.masked(inputs.logprobs_T), batch.masked(inputs.old_logprobs_T.detach())
+    upper_T = torch.minimum(logprob_T, old_T + torch.log1p(logprob_T.new_tensor(options.clip_high)))
+    lower_T = torch.maximum(logprob_T, old_T + torch.log1p(logprob_T.new_tensor(-options.clip_low)))
+    bounded_T = torch.where(inputs.advantages_T > 0, upper_T, lower_T)
+    return -inputs.advantages_T * bounded_T, log_ratio_T.detach().exp()
+
+
+LossFunction = Callable[[_Batch, Tensor], tuple[Tensor, Tensor]]
+LOSSES: dict[str, LossFunction] = {
+    "ppo_clip": _ppo_clip,
+    "dapo": _ppo_clip,
+    "gspo": _gspo,
+    "cispo": _cispo,
+    "cpgd": _cpgd,
+}
+
+
+def _drift(batch: _Batch, log_ratio_T: Tensor) -> Tensor:
+    """CPGD's drift: the k3-like pull towards the old policy, bounded above only, as in the paper and the original."""
+    weight_T = (log_ratio_T.detach().exp() - 1).clamp(max=batch.options.drift_clip)
+    return weight_T * batch.masked(batch.inputs.logprobs_T)
+
+
+# --- rollout correction ---
+
+
+def _rollout_gap(batch: _Batch) -> Tensor | None:
+    """log of old policy over rollout policy, 0 outside the mask."""
+    rollout_T = batch.inputs.rollout_logprobs_T
+    if rollout_T is None:
+        return None
+    return batch.masked((batch.inputs.old_logprobs_T - rollout_T).detach())
+
+
+def _correction_weights(batch: _Batch) -> Tensor | None:
+    kind, bound = batch.options.correction, batch.options.correction_bound
+    if kind == "off":
+        return None
+    gap_T = _rollout_gap(batch)
+    if gap_T is None:
+        raise ValueError(f"correction {kind!r} needs rollout_logprobs_T in the record")
+    if kind == "sequence_tis":
+        gap_T = batch.sequence_sums(gap_T)
+    weight_T = gap_T.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+    if kind == "mask":
+        return torch.where((weight_T >= 1 / bound) & (weight_T <= bound), weight_T, 0.0)
+    return weight_T.clamp(max=bound)
+
+
+# --- metrics ---
+
+
+def _rollout_metrics(batch: _Batch) -> Metrics:
+    """Trainer against rollout engine: mean and max of exp|log-ratio|, and the share of tokens beyond 1.05."""
+    gap_T = _rollout_gap(batch)
+    if gap_T is None:
+        return {}
+    error_T = gap_T.double().abs().clamp(max=_LOG_RATIO_LIMIT).exp()
+    far_T = (error_T > _PROB_ERROR_ALARM).double()
+    parts: dict[str, Tensor | None] = {"": None}
+    if batch.inputs.has_image_T is not None:
+        has_image_T = batch.inputs.has_image_T.bool()
+        parts |= {"_text": ~has_image_T, "_image": has_image_T}
+    metrics: Metrics = {}
+    for suffix, where_T in parts.items():
+        chosen_T = batch.valid_T if where_T is None else batch.valid_T & where_T
+        metrics[f"mult_prob_error{suffix}"] = batch.pair(error_T, where_T)
+        metrics[f"mult_prob_error_share{suffix}"] = batch.pair(far_T, where_T)
+        worst = torch.where(chosen_T, error_T, 0.0).amax() if error_T.numel() else error_T.new_zeros(())
+        metrics[f"mult_prob_error{suffix}_max"] = worst
+    return metrics
+
+
+def _ratio_metrics(batch: _Batch, ratio_T: Tensor, compat: str | None) -> Metrics:
+    """Mean ratio and the shares beyond the clip range (the original: beyond 1.2 and 0.8, means of sequence means)."""
+    original = compat == "mm_eureka"
+    low, high = (0.2, 0.2) if original else (batch.options.clip_low, batch.options.clip_high)
+    values = {
+        "ratio": ratio_T,
+        "ratio_clip_upper": (ratio_T > 1 + high).double(),
+        "ratio_clip_lower": (ratio_T < 1 - low).double(),
+    }
+    if original:
+        return {key: batch.aggregate_pair(value_T, "seq_mean") for key, value_T in values.items()}
+    return {key: batch.pair(value_T) for key, value_T in values.items()}
+
+
+def _loss_pair(metrics: Metrics, options: LossOptions) -> Tensor:
+    """Policy gradient plus drift, the original's `policy_loss`; on one denominator, that of the policy gradient."""
+    pair = metrics["pg_loss"]
+    if "policy_drift" in metrics and pair[1] > 0:
+        drift, count = metrics["policy_drift"]
+        scaled = options.drift_coefficient * drift * (pair[1] / count.clamp(min=1e-9))
+        pair = torch.stack([pair[0] + scaled, pair[1]])
+    return pair
