@@ -14,7 +14,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import netrc
 import os
 import platform
 import secrets
@@ -24,10 +23,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlparse
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.tracking.console import Console
+from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
 
 VERSIONED = (
     "eureka-megatron",
@@ -223,28 +222,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def wandb_mode(setting: str) -> str:
-    """`auto` follows WANDB_MODE where set, else goes online exactly when there is a login."""
-    if setting != "auto":
-        return setting
-    asked = os.environ.get("WANDB_MODE", "")
-    if asked in ("online", "offline", "disabled"):
-        return asked
-    return "online" if has_wandb_login() else "offline"
-
-
-def has_wandb_login() -> bool:
-    """Whether wandb would find a key, in the environment or the user's netrc. Imports no wandb, asks no server."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return host in netrc.netrc(str(path)).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _number(name: str, value: Any) -> float:

@@ -1,0 +1,28 @@
+"""Whether wandb could go online. Apart from the tracker, because `eureka doctor` must run where packages are missing."""
+
+import netrc
+import os
+from pathlib import Path
+from urllib.parse import urlparse
+
+
+def wandb_mode(setting: str) -> str:
+    """`auto` follows WANDB_MODE where set, else goes online exactly when there is a login."""
+    if setting != "auto":
+        return setting
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    return "online" if has_wandb_login() else "offline"
+
+
+def has_wandb_login() -> bool:
+    """Whether wandb would find a key, in the environment or the user's netrc. Imports no wandb, asks no server."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return host in netrc.netrc(str(path)).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
