@@ -6,6 +6,7 @@ commands, so that `eureka --help` answers at once.
 """
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +16,9 @@ from typing import Any, NoReturn
 
 from eureka_megatron import __version__
 from eureka_megatron.errors import ConfigError, UserError, nearest
+
+# What a machine or a path refuses is no defect of the package: full, read-only, forbidden, a file where a folder must be.
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `eureka doctor | head`: nobody reads on, also not at interpreter shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS or error.filename is None:
+            raise
+        return _complain(f"{error.filename}: {error.strerror}", 1, debug)
 
 
 def _complain(message: object, exit_code: int, debug: bool) -> int:
@@ -96,7 +104,7 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     commands: dict[str, argparse.ArgumentParser] = {}
     children = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(group: Any, name: str, command: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+    def add(group: Any, name: str, command: Callable[[argparse.Namespace], int | None] | None, text: str) -> Any:
         child = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         child.set_defaults(command=command, prog=child.prog)
         commands[child.prog] = child
@@ -119,6 +127,15 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     verify.add_argument("--grads", action="store_true", help="compare the gradient of every parameter too")
     verify.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
+    data = add(children, "data", None, "data sets: the made-up counting task")
+    kinds = data.add_subparsers(metavar="KIND", required=True)
+    counting = add(kinds, "counting", _counting, "write the counting task: pictures and MM-EUREKA rows, train and test")
+    counting.add_argument("--output", type=Path, required=True, metavar="DIR", help="train.jsonl, test.jsonl, images/")
+    counting.add_argument("--train", type=_positive, default=6000, metavar="N", help="training rows (6000)")
+    counting.add_argument("--test", type=_positive, default=200, metavar="N", help="test rows, on other pictures (200)")
+    counting.add_argument("--seed", type=int, default=0, metavar="N", help="equal seeds give equal files (0)")
+    counting.add_argument("--noise", type=_share, default=0.0, metavar="P", help="share of wrong teacher answers (0)")
+
     doctor = add(children, "doctor", _doctor, "what this machine has and lacks, what is lost, and the fix")
     doctor.add_argument("--json", action="store_true", help="print the findings as one JSON object")
     return parser, commands
@@ -133,6 +150,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -172,6 +199,13 @@ def _verify(args: argparse.Namespace) -> int:
         grads=args.grads,
         as_json=args.json,
     )
+
+
+def _counting(args: argparse.Namespace) -> None:
+    from eureka_megatron.data.counting import write_counting
+
+    paths = write_counting(args.output, train=args.train, test=args.test, seed=args.seed, noise=args.noise)
+    print(f"{args.train} training rows in {paths.train}, {args.test} test rows in {paths.test}")
 
 
 def _doctor(args: argparse.Namespace) -> int:
