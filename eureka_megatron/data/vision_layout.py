@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """Window order of one grid. P patches, U merge units, W windows, F frames; the arrays are shared and read-only.
+    """Window order of one grid. P patches, U merge units, W windows, F frames; the arrays are shared: never write to them.
 
     Example: grid (1, 2, 12), window of 4 units: unit_order_U [0 … 5], window_lengths_W [16, 8], frame_lengths_F [24].
     """
@@ -58,13 +58,10 @@ def vision_layout(
     block = np.indices((rows, columns, merge_size, merge_size))
     coordinates = np.stack([block[0] * merge_size + block[2], block[1] * merge_size + block[3]], axis=-1)
     coordinates_P2 = np.tile(coordinates.reshape(-1, 2), (frames, 1))[patch_order_P]
-    layout = VisionLayout(
+    return VisionLayout(
         unit_order_U=unit_order_U.astype(np.int64),
         patch_order_P=patch_order_P.astype(np.int64),
         coordinates_P2=coordinates_P2.astype(np.int64),
         window_lengths_W=np.array([len(window) * area for window in windows], dtype=np.int64),
         frame_lengths_F=np.full(frames, height * width, dtype=np.int64),
     )
-    for array in vars(layout).values():
-        array.setflags(write=False)
-    return layout

@@ -1,0 +1,73 @@
+"""From judged groups to the batch the trainer learns from: advantages, spread over tokens, cut into optimizer steps.
+
+The whole global batch is here, in one process, so whitening and every denominator are global by construction.
+
+Shapes: G groups, N samples a group, S tokens of one sample.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from eureka_megatron.config import RunConfig
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.rl import advantages
+from eureka_megatron.types import Batch, Group
+
+
+def make_batch(groups: Sequence[Group], config: RunConfig, processor: Processor, step: int) -> Batch:
+    """All rollouts of the groups as samples with advantages, shuffled into updates of `training.responses_per_update`.
+
+    The shuffle depends only on `run.seed` and `step`, so that a resumed run repeats it.
+    """
+    values = group_advantages(groups, config)
+    samples = [
+        processor.training_sample(group.prompt, rollout, advantage)
+        for group, row in zip(groups, values.tolist(), strict=True)
+        for rollout, advantage in zip(group.rollouts, row, strict=True)
+    ]
+    order = np.random.default_rng((config.run.seed, step)).permutation(len(samples))
+    size = config.training.responses_per_update
+    updates = [tuple(order[start : start + size].tolist()) for start in range(0, len(order), size)]
+    return Batch(samples=tuple(samples), updates=tuple(updates))
+
+
+def group_advantages(groups: Sequence[Group], config: RunConfig) -> torch.Tensor:
+    """[G, N], one number a response, spread over its tokens later. Whitening weighs each response by its tokens."""
+    algorithm = config.algorithm
+    lengths = torch.tensor([[len(rollout.tokens_R) for rollout in group.rollouts] for group in groups]).double()
+    truncated = [[rollout.finish_reason == "length" for rollout in group.rollouts] for group in groups]
+    values = advantages.compute(
+        algorithm.advantage,
+        torch.tensor(np.array([group.rewards("total") for group in groups])),
+        lengths_GN=lengths,
+        truncated_GN=torch.tensor(truncated),
+        compat=algorithm.compat,
+        **algorithm.advantage_options,
+    )
+    if advantages.is_whitened(algorithm.advantage, algorithm.compat):
+        values = advantages.whiten(values, lengths, compat=algorithm.compat)
+    return values
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the groups trained on look like, under the original's names."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if not rollouts:
+        return {}
+    lengths = np.array([len(rollout.tokens_R) for rollout in rollouts], dtype=np.float64)
+    totals = np.array([len(group.prompt.tokens_S) + len(r.tokens_R) for group in groups for r in group.rollouts])
+    accuracy = np.array([rollout.rewards["accuracy"] for rollout in rollouts])
+    metrics = {
+        "train/reward": float(np.mean([rollout.rewards["total"] for rollout in rollouts])),
+        "train/accuracy_rewards": float(accuracy.mean()),
+        "train/format_rewards": float(np.mean([rollout.rewards["format"] for rollout in rollouts])),
+        "train/response_length": float(lengths.mean()),
+        "train/total_length": float(totals.mean()),
+        "train/truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+    }
+    for name, chosen in (("correct", accuracy > 0.5), ("wrong", accuracy <= 0.5)):
+        if chosen.any():
+            metrics[f"train/{name}_response_length"] = float(lengths[chosen].mean())
+    return metrics
