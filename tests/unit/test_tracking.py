@@ -1,0 +1,356 @@
+"""Metrics survive what runs meet: NaN, a kill in the middle of a line, a resume, no network, no terminal."""
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eureka_megatron.config import RunConfig, load_config, make_config
+from eureka_megatron.errors import UserError
+from eureka_megatron.tracking.console import Console, format_seconds, format_value, sparkline
+from eureka_megatron.tracking.curves import SECTIONS, draw_curves, read_series, smooth
+from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
+from eureka_megatron.tracking.tracker import Tracker, format_line, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_config(**tracking: object) -> RunConfig:
+    plain = {"wandb": "off", "tensorboard": False, "console": False}
+    return make_config(
+        {
+            "model": {"path": "model"},
+            "data": {"train": "train.jsonl", "media": ["pictures"]},
+            "training": {"steps": 5},
+            "tracking": plain | tracking,
+        }
+    )
+
+
+@pytest.fixture
+def no_login(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+# ---------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def test_each_line_is_strict_json_with_step_stage_and_time(tmp_path):
+    with Tracker(run_config(), tmp_path) as tracker:
+        tracker.log(0, {"train/reward": 0.5, "train/kl": np.float32(0.25), "train/updates": 3})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert abs(line.pop("time") - time.time()) < 60
+    assert line == {"step": 0, "stage": "train", "train/reward": 0.5, "train/kl": 0.25, "train/updates": 3}
+
+
+def test_values_that_are_not_finite_are_null_and_named():
+    line = format_line(3, "train", {"a": math.nan, "b": -math.inf, "c": 1.0})
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (record["a"], record["b"], record["c"]) == (None, None, 1.0)
+    assert record["non_finite"] == {"a": "nan", "b": "-inf"}
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    with Tracker(run_config(), tmp_path) as tracker:
+        tracker.log(0, {"train/reward": 1.0})
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_metric_that_is_no_number_is_named(tmp_path):
+    with Tracker(run_config(), tmp_path) as tracker, pytest.raises(TypeError, match=r"'train/x' must be a number.*str"):
+        tracker.log(0, {"train/x": "much"})
+
+
+def test_a_resume_cuts_what_will_be_computed_again_and_leaves_other_stages(tmp_path):
+    for stage in ("sft", "train"):
+        with Tracker(run_config(), tmp_path, stage=stage) as tracker:
+            for step in range(4):
+                tracker.log(step, {f"{stage}/loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 4, "stage": "tra')  # a kill in the middle of a line
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 8
+    with Tracker(run_config(), tmp_path, start_step=2) as tracker:
+        tracker.log(2, {"train/loss": 20})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["train/loss"]) for r in records if r["stage"] == "train"] == [(0, 0), (1, 1), (2, 20)]
+    assert [r["step"] for r in records if r["stage"] == "sft"] == [0, 1, 2, 3]
+    replaced = (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()
+    assert len(replaced) == 3
+    assert replaced[-1] == '{"step": 4, "stage": "tra'
+
+
+def test_the_recorded_configuration_gives_the_same_configuration_again(tmp_path):
+    config = run_config()
+    with Tracker(config, tmp_path):
+        pass
+    assert load_config(tmp_path / "config.yaml") == config
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert {"python", "torch", "transformers", "eureka-megatron"} <= set(versions)
+
+
+def test_another_configuration_in_the_same_folder_stands_beside_the_first(tmp_path):
+    first, second = run_config(), run_config(project="another")
+    for config, step in ((first, 0), (second, 3)):
+        with Tracker(config, tmp_path, start_step=step):
+            pass
+    assert load_config(tmp_path / "config.yaml") == first
+    assert load_config(tmp_path / "config-train-3.yaml") == second
+
+
+# ------------------------------------------------------------------------------------------------- TensorBoard and wandb
+
+
+def test_tensorboard_holds_the_same_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(run_config(tensorboard=True), tmp_path) as tracker:
+        for step in range(3):
+            tracker.log(step, {"train/reward": step / 2})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "train")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/reward")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+
+
+def test_wandb_records_offline_and_a_resume_keeps_its_id(tmp_path, no_login):
+    for start in (0, 2):
+        with Tracker(run_config(wandb="auto"), tmp_path, start_step=start) as tracker:
+            tracker.log(start, {"train/reward": 1.0})
+    name = (tmp_path / "wandb-train.id").read_text()
+    runs = list((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    assert runs
+    assert all(b"train/reward" in run.read_bytes() for run in runs)
+
+
+def test_wandb_that_cannot_start_is_one_warning_and_the_run_goes_on(tmp_path, no_login, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with Tracker(run_config(wandb="auto"), tmp_path) as tracker:
+        tracker.log(0, {"train/reward": 1.0})
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "wandb" in warnings[0]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_online_without_a_login_neither_asks_nor_waits(tmp_path, no_login, capsys):
+    start = time.monotonic()
+    with Tracker(run_config(wandb="online"), tmp_path) as tracker:
+        tracker.log(0, {"train/reward": 1.0})
+    assert time.monotonic() - start < 60
+    assert "there is no login (`wandb login`); recording offline" in capsys.readouterr().out
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_a_wandb_run_that_fails_later_is_dropped_after_one_warning(tmp_path, no_login, capsys):
+    with Tracker(run_config(wandb="offline"), tmp_path) as tracker:
+        tracker._wandb.finish()  # as if its service had died: wandb raises from here on
+        for step in range(3):
+            tracker.log(step, {"train/reward": 1.0})
+    assert capsys.readouterr().out.count("wandb failed") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_login_is_found_in_the_environment_and_in_netrc(no_login, monkeypatch):
+    assert not has_wandb_login()
+    assert wandb_mode("auto") == "offline"
+    no_login.write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
+    assert has_wandb_login()
+    assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode("auto") == "disabled"
+    assert wandb_mode("offline") == "offline"  # the configuration, when explicit, wins
+    no_login.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert has_wandb_login()
+
+
+# --------------------------------------------------------------------------------------------------------------- console
+
+
+def test_a_log_file_gets_the_first_and_the_last_step_and_few_between():
+    stream = io.StringIO()
+    with Console(100, title="demo", stream=stream) as console:
+        for step in range(100):
+            console.show(step, {"train/reward": step / 100})
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("demo 1/100 · reward 0 · ")
+    assert lines[1] == "demo 100/100 · reward 0.99"
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_slow_run_gets_a_line_for_every_step():
+    stream = io.StringIO()
+    with Console(4, stream=stream, line_seconds=0.0) as console:
+        for step in range(4):
+            console.show(step, {})
+    assert len(stream.getvalue().splitlines()) == 4
+
+
+def test_a_console_that_is_off_still_says_what_matters():
+    stream = io.StringIO()
+    with Console(2, stream=stream, enabled=False) as console:
+        console.show(0, {"a": 1.0})
+        console.say("warning: disk nearly full")
+    assert stream.getvalue() == "warning: disk nearly full\n"
+
+
+def test_phases_are_timed_summed_and_reset_by_taking_them():
+    console = Console(1, stream=io.StringIO())
+    for _ in range(2):
+        with console.phase("rollout"):
+            time.sleep(0.02)
+            with console.phase("judge"):
+                time.sleep(0.01)
+    times = console.take_times()
+    assert times["time/rollout"] >= 0.06
+    assert 0.02 <= times["time/judge"] < times["time/rollout"]
+    assert console.take_times() == {}
+
+
+def test_a_phase_that_fails_is_closed():
+    console = Console(1, stream=io.StringIO())
+    with pytest.raises(KeyError), console.phase("train"):
+        raise KeyError
+    assert list(console.take_times()) == ["time/train"]
+
+
+def test_tracker_logs_the_seconds_of_its_phases(tmp_path):
+    with Tracker(run_config(), tmp_path) as tracker:
+        for step in range(2):
+            with tracker.phase("train"):
+                time.sleep(0.01)
+            tracker.log(step, {})
+    assert all(0.01 <= record["time/train"] < 1 for record in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_time_left_follows_the_last_steps():
+    console = Console(10, stream=io.StringIO())
+    assert console.seconds_left() is None
+    for step in range(3):
+        time.sleep(0.02)
+        console.show(step, {})
+    assert console.seconds_left() == pytest.approx(7 * 0.02, rel=0.6)
+
+
+def test_the_live_table_shows_phase_progress_and_values_on_a_terminal():
+    code = """
+import time
+from eureka_megatron.tracking.console import Console
+with Console(3, title="demo") as console:
+    for step in range(2):
+        with console.phase("rollout", total=8) as rollout:
+            rollout.update(5)
+            time.sleep(0.3)
+        console.show(step, {"train/reward": 0.25 + step})
+    console.say("engine ready")
+"""
+    script = f"import pty; pty.spawn([{sys.executable!r}, '-c', {code!r}])"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=60, stdin=subprocess.DEVNULL)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stdout.decode())
+    assert "rollout 5/8" in text
+    assert "train/reward" in text
+    assert "1.25" in text
+    assert "2/3" in text
+    assert "engine ready" in text
+
+
+def test_small_pictures_and_formats():
+    assert sparkline([0, 1, 2], 24) == "▁▅█"
+    assert sparkline([1.0, math.nan, 1.0], 24) == "▁ ▁"
+    assert sparkline(list(range(100)), 4) == "▁▃▆█"
+    assert sparkline([math.nan], 4) == " "
+    assert [format_value(v) for v in (0.71834, 1024.0, 3.14e-7, math.nan, math.inf)] == [
+        "0.7183",
+        "1024",
+        "3.14e-07",
+        "nan",
+        "inf",
+    ]
+    assert [format_seconds(s) for s in (42.4, 190, 7500)] == ["42s", "3m10s", "2h05m"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- curves
+
+
+def write_run(path: Path) -> Path:
+    source = np.random.default_rng(0)
+    lines = [
+        format_line(step, "sft", {"sft/loss": 2 * math.exp(-step / 50) + 0.5, "time/sft": 0.2}) for step in range(200)
+    ]
+    for step in range(40):
+        accuracy = 0.4 + 0.4 * step / 40
+        values = {
+            "train/reward": accuracy + 0.5,
+            "train/accuracy_rewards": accuracy + source.normal(0, 0.03),
+            "train/logprob_abs_diff_max": 10.0 ** source.normal(-6, 0.2) if step else 0.0,
+            "train/response_length": 30.0,
+            "time/rollout": 1.0,
+            "time/train": 2.0,
+        }
+        lines.append(format_line(step, "train", values))
+        if step % 10 == 9:
+            lines.append(format_line(step, "train", {"eval/accuracy": accuracy, "train/kl": math.nan}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_picture_has_every_panel_and_uses_its_colours(tmp_path):
+    metrics = write_run(tmp_path / "metrics.jsonl")
+    draw_curves(
+        metrics, tmp_path / "out" / "curves.png", title="demo", levels={"Accuracy": {"before": 0.4, "after": 0.8}}
+    )
+    picture = np.asarray(Image.open(tmp_path / "out" / "curves.png").convert("RGB"))
+    height, width, _ = picture.shape
+    assert width > 1500
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["curves.png"]
+    for row in range(2):
+        for column in range(3):  # six panels: ink in each
+            panel = picture[
+                row * height // 2 : (row + 1) * height // 2, column * width // 3 : (column + 1) * width // 3
+            ]
+            assert (panel < 100).all(axis=2).mean() > 0.001
+
+
+def test_panels_without_metrics_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(format_line(0, "train", {"train/reward": 1.0, "time/train": 1.0}) + "\n")
+    draw_curves(path, tmp_path / "curves.png")
+    whole = write_run(tmp_path / "whole.jsonl")
+    draw_curves(whole, tmp_path / "whole.png")
+    assert Image.open(tmp_path / "curves.png").height < Image.open(tmp_path / "whole.png").height
+
+
+def test_nothing_to_draw_is_told(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        draw_curves(tmp_path / "none.jsonl", tmp_path / "curves.png")
+    (tmp_path / "metrics.jsonl").write_text(format_line(0, "train", {"other": 1.0}) + "\n")
+    with pytest.raises(UserError, match="holds none of the metrics"):
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_series_leave_out_nulls_and_keep_the_order_of_steps():
+    records = [{"step": 2, "a": 2.0}, {"step": 0, "a": 0.0}, {"step": 1, "a": None, "stage": "train"}]
+    steps, values = read_series(records)["a"]
+    assert steps.tolist() == [0, 2]
+    assert values.tolist() == [0.0, 2.0]
+
+
+def test_smoothing_is_a_mean_that_shortens_at_the_ends():
+    assert smooth(np.array([0.0, 3.0, 0.0]), 3).tolist() == [1.5, 1.0, 1.5]
+    assert smooth(np.full(5, 2.0), 99).tolist() == [2.0] * 5
+
+
+def test_every_panel_has_axis_labels():
+    assert all(section.ylabel and section.xlabel and section.title for section in SECTIONS)
