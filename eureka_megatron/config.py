@@ -103,6 +103,8 @@ class FilterSection(_Section):
 
 class AlgorithmSection(_Section):
     advantage: str = "grpo"  # a name of rl.advantages
+    # keyword options of that estimator: adora, clip_filter, reward_clip
+    advantage_options: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
     loss: str = "ppo_clip"  # a name of rl.losses
     loss_options: dict[str, float | str | bool | None] = Field(default_factory=dict)  # keyword options of that loss
     compat: Literal["mm_eureka"] | None = None

@@ -104,11 +104,15 @@ def _shifted(values: list[np.ndarray], filling: int, dtype: torch.dtype = torch.
     return torch.from_numpy(np.concatenate([*rows, np.zeros(filling)])).to(dtype)
 
 
+def split(values_T: torch.Tensor, micro_batch: MicroBatch) -> list[torch.Tensor]:
+    """A result per row, cut into one tensor a sample; still belonging to the prediction made at each row."""
+    pieces = values_T.split(micro_batch.cu_seqlens.diff().tolist())
+    return list(pieces[: len(micro_batch.sample_indices)])
+
+
 def unshift(values_T: torch.Tensor, micro_batch: MicroBatch) -> list[torch.Tensor]:
-    """The inverse for a result per row: one tensor a sample, value i belonging to its token i; index 0 gets 0."""
-    ends = micro_batch.cu_seqlens.tolist()
-    pieces = [values_T[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
-    return [torch.cat((piece.new_zeros(1), piece[:-1])) for piece in pieces[: len(micro_batch.sample_indices)]]
+    """The inverse of packing's shift: one tensor a sample, value i belonging to its token i; index 0 gets 0."""
+    return [torch.cat((piece.new_zeros(1), piece[:-1])) for piece in split(values_T, micro_batch)]
 
 
 def _vision(samples: list[Sample], starts: np.ndarray) -> VisionBatch | None:

@@ -5,7 +5,8 @@ same groups as a `Parallel`. Code of this package takes the handle and never ask
 """
 
 import os
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -34,7 +35,7 @@ class Parallel:
     context: Axis = Axis()
     world: Axis = Axis()
     sequence_parallel: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def first_stage(self) -> bool:
@@ -67,6 +68,8 @@ def init_parallel(
     """
     from megatron.core import parallel_state as mpu
 
+    # Advice about CUDA streams and deprecations between pinned versions, once a rank: noise to a user.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
     if world_size % (tensor * pipeline):
         raise ConfigError(f"world size {world_size} is not a multiple of tensor × pipeline = {tensor} × {pipeline}")
     if sequence_parallel and tensor == 1:

@@ -88,6 +88,18 @@ def logprobs_only(
     return logprobs.sum(), {"logprobs_T": logprobs.detach(), "entropy_T": entropy.detach()}
 
 
+def full_logits(
+    hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel
+) -> tuple[Tensor, Metrics]:
+    """A `LossFunction` that reports the logits of the whole vocabulary, "logits_TV" in fp32. For checks of small models only."""
+    logits = (hidden_TH @ weight_VH.T).float()
+    parts = [torch.empty_like(logits) for _ in range(parallel.tensor.size)]
+    if parallel.tensor.size > 1:
+        dist.all_gather(parts, logits.contiguous(), group=parallel.tensor.group)
+        logits = torch.cat(parts, dim=-1)
+    return logits.sum(), {"logits_TV": logits.detach()}
+
+
 def supervised_loss(
     hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel, global_tokens: float
 ) -> tuple[Tensor, Metrics]:

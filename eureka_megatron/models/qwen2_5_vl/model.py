@@ -55,11 +55,6 @@ class QwenVLModel(LanguageModule):
             self.vision = VisionTower(
                 vision_transformer_config(hf_config, parallel, dtype), hf_config.vision_config, _alone(groups)
             )
-            # The tower is whole on every rank: its gradients are equal there, and norms must count them once.
-            for parameter in self.vision.parameters():
-                parameter.tensor_model_parallel = False
-                # On GPUs atomics make equal gradients drift apart; gloo has no average, and CPU kernels are deterministic.
-                parameter.average_gradients_across_tp_domain = parallel.device.type == "cuda"
             self.embedding = LanguageModelEmbedding(
                 config=config,
                 vocab_size=text.vocab_size,
@@ -89,6 +84,26 @@ class QwenVLModel(LanguageModule):
             )
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
+        self._mark_parameters()
+
+    def _mark_parameters(self) -> None:
+        """Say of every parameter whether it is split over TP: norms must count replicas once and shards each.
+
+        Megatron marks weights only while it initialises them, which this package never lets it do; unmarked shards would be counted
+        on one rank alone, and clipping would be wrong without an error.
+        """
+        split = {tensor_parallel.ColumnParallelLinear: 0, tensor_parallel.VocabParallelEmbedding: 0}
+        split[tensor_parallel.RowParallelLinear] = 1
+        for module in self.modules():
+            if type(module) in split and module.weight is not None:
+                module.weight.tensor_model_parallel = True
+                module.weight.partition_dim = split[type(module)]
+                module.weight.partition_stride = 1
+        # The tower is whole on every rank although it is made of the same modules.
+        for parameter in self.vision.parameters() if self.pre_process else ():
+            parameter.tensor_model_parallel = False
+            # On GPUs atomics make equal gradients drift apart; gloo has no average, and CPU kernels are deterministic.
+            parameter.average_gradients_across_tp_domain = self.parallel.device.type == "cuda"
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hidden states from the stage before (called by Megatron's schedules)."""

@@ -1,0 +1,165 @@
+"""The reinforcement learning loop. Read `reinforce` first: it is the whole system on one screen.
+
+`Run` holds what a run consists of: trainer ranks and rollout engines under Ray, judges, data and tracking. `eureka train` opens one and calls
+`reinforce`; `eureka demo` opens one, does a supervised cold start on the same ranks, then calls the same `reinforce`.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from eureka_megatron.config import RunConfig
+from eureka_megatron.data.batch import make_batch, rollout_metrics
+from eureka_megatron.data.dataset import PromptStream, load_dataset
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.errors import UserError
+from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+from eureka_megatron.rewards import JudgePool, parseable_gold
+from eureka_megatron.rollout.collector import Collector
+from eureka_megatron.rollout.pool import RolloutPool
+from eureka_megatron.sync.check import compare
+from eureka_megatron.tracking.tracker import Tracker
+from eureka_megatron.train.actor import TrainerGroup, start_ray
+
+
+def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
+    """Collect, learn, hand the weights over, `training.steps` times. → the logged metrics of every step."""
+    config, history = run.config, []
+    updates_per_step = -(-run.responses_per_step // config.training.responses_per_update) * config.training.passes
+    run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step)
+    for step in range(config.training.steps):
+        with tracker.phase("rollout"):
+            groups = run.collector.collect(step)
+        metrics = rollout_metrics(groups) | run.collector.metrics
+        if groups:
+            with tracker.phase("train"):
+                metrics |= run.learn(make_batch(groups, config, run.processor, step))
+            with tracker.phase("sync"):
+                metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
+        if _due(config.training.evaluate_every, step) and run.test:
+            with tracker.phase("evaluate"):
+                metrics |= {f"eval/{name}": value for name, value in run.evaluate().items()}
+        tracker.log(step, metrics)
+        history.append(metrics)
+        if _due(config.training.export_every, step):
+            run.export(config.run.output / f"hf_step_{step + 1:06d}")
+    return history
+
+
+def train(config: RunConfig) -> None:
+    """`eureka train`: reinforcement learning from `model.path`, then a Hugging Face export in `run.output`/hf."""
+    with Run(config) as run, Tracker(config, config.run.output) as tracker:
+        run.sync_weights(check=True)
+        reinforce(run, tracker)
+        run.export(config.run.output / "hf")
+    tracker.say(f"done: weights in {config.run.output / 'hf'}, metrics in {config.run.output / 'metrics.jsonl'}")
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and (step + 1) % every == 0
+
+
+class Run:
+    """Everything a run needs, started together and stopped together. A context manager."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.weight_version = -1
+        self.global_step = 0  # optimizer steps of reinforcement learning
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Run:
+        config = self.config
+        # What can be refused is refused before any process starts.
+        check_layout(read_hf_config(config.model.path), config.parallel.tensor, config.parallel.pipeline)
+        data = config.data
+        self.processor = Processor(
+            config.model.path,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            max_prompt_tokens=data.max_prompt_tokens,
+            system_prompt=data.system_prompt,
+        )
+        self.train_data = self._dataset(data.train)
+        self.test = self._dataset(data.test) if data.test else None
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _start(self) -> None:
+        config = self.config
+        start_ray(self._stack)
+        self.trainer = TrainerGroup(config)
+        self._stack.callback(self.trainer.close)
+        self.pool = RolloutPool(config)  # engines load while the trainer ranks do
+        self._stack.callback(self.pool.shutdown)
+        self.layout = self.trainer.start()
+        self.pool.start()
+        rewards = config.rewards
+        judges = self._stack.enter_context(JudgePool(rewards.workers, time_limit_seconds=rewards.time_limit_seconds))
+        options: dict[str, Any] = {
+            "compat": config.algorithm.compat,
+            "think": rewards.think,
+            "strict_ends": rewards.strict_ends,
+            "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
+        }
+        stream = PromptStream(self.train_data, config.run.seed)
+        self.collector = Collector(self.pool, lambda pairs: judges.judge(pairs, **options), stream, config)
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _dataset(self, path: Path) -> Any:
+        data = self.config.data
+        return load_dataset(
+            path,
+            self.processor,
+            media=data.media,
+            on_bad_row=data.on_bad_row,
+            rejected=self.config.run.output / "rejected.jsonl",
+            check_answer=parseable_gold,
+        )
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.config.training.prompts_per_step * self.config.rollout.samples_per_prompt
+
+    def learn(self, batch: Any) -> dict[str, float]:
+        """All optimizer steps on this batch. → means of their metrics; maxima, or the last value, where the name says so."""
+        results = self.trainer.train(batch)
+
+        def over_steps(name: str) -> float:
+            values = [result[name] for result in results]
+            if name == "actor_lr":
+                return values[-1]
+            return max(values) if name.endswith("_max") else sum(values) / len(values)
+
+        self.global_step += len(results)
+        return {f"train/{name}": over_steps(name) for name in results[0]} | {"train/global_step": self.global_step}
+
+    def sync_weights(self, check: bool = False) -> dict[str, float]:
+        """Hand the trainer's weights to every engine; with `check`, compare a checksum of every tensor on both sides."""
+        self.weight_version += 1
+        start = time.perf_counter()
+        report = self.trainer.send_weights(self.pool.actors, self.weight_version, with_fingerprints=check)
+        if check:
+            for index, checksums in enumerate(self.pool.fingerprints()):
+                compare(report.fingerprints, checksums, where=f"rollout engine {index}")
+        self.pool.weights_sent(report)
+        return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
+
+    def evaluate(self, temperature: float = 1.0) -> dict[str, float]:
+        """Sample every test prompt once and judge it."""
+        if self.test is None:
+            raise UserError("data.test is not set: nothing to evaluate")
+        return self.collector.evaluate([self.test[i] for i in range(len(self.test))], temperature=temperature)
+
+    def export(self, output: Path, scores: dict[str, float] | None = None) -> None:
+        """Write the trainer's present weights as a Hugging Face directory with a model card."""
+        self.trainer.export(output, {"config": self.config.model_dump(mode="json"), "scores": scores or {}})

@@ -1,0 +1,186 @@
+"""One Ray actor a trainer rank, and the handle through which the driver speaks to all of them at once.
+
+Every call goes to all ranks (they are collectives); answers come from the reporting rank: tensor rank 0, data rank 0, last stage, which
+holds complete metrics. When a rank dies, its peers would wait in a collective until its timeout: the handle reports the death at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from eureka_megatron.config import OptimizerSection, RunConfig
+from eureka_megatron.errors import UserError
+from eureka_megatron.types import Batch, Sample
+
+
+class TrainerRank:
+    """Runs inside the actor's process. Methods are collective over all ranks."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        self.config, self.rank = config, rank
+
+    def address(self) -> str:
+        """A free TCP address on this rank's node, for the rendezvous (asked of rank 0)."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def start(self, address: str) -> dict[str, int]:
+        """Join the others and load the weights. → the layout."""
+        from eureka_megatron.parallel.runtime import init_parallel
+        from eureka_megatron.train.trainer import PolicyTrainer
+
+        sizes, model = self.config.parallel, self.config.model
+        torch.manual_seed(self.config.run.seed)
+        parallel = init_parallel(
+            sizes.tensor,
+            sizes.pipeline,
+            sequence_parallel=sizes.sequence_parallel,
+            rank=self.rank,
+            world_size=sizes.world_size,
+            init_method=address,
+        )
+        self.trainer = PolicyTrainer(
+            model.path,
+            parallel,
+            dtype=model.dtype,
+            backend=model.backend,
+            freeze=model.freeze,
+            max_tokens_per_micro_batch=self.config.training.max_tokens_per_micro_batch,
+            optimizer=self.config.optimizer,
+        )
+        return {
+            "tp": parallel.tensor.size,
+            "pp": parallel.pipeline.size,
+            "dp": parallel.data.size,
+            "sequence_parallel": int(parallel.sequence_parallel),
+        }
+
+    def reports(self) -> bool:
+        """Whether this rank's answers are the complete ones."""
+        parallel = self.trainer.parallel
+        return parallel.last_stage and parallel.tensor.rank == 0 and parallel.data.rank == 0
+
+    def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
+        """See PolicyTrainer.start_phase."""
+        self.trainer.start_phase(section, total_updates)
+
+    def train(self, batch: Batch) -> list[dict[str, float]]:
+        """One rollout step's updates with the configured loss."""
+        algorithm, passes = self.config.algorithm, self.config.training.passes
+        return self.trainer.train(batch, algorithm.loss, dict(algorithm.loss_options), algorithm.compat, passes)
+
+    def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """See PolicyTrainer.sft."""
+        return self.trainer.sft(samples)
+
+    def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
+        """Stream the weights into the engines; → a SyncReport on the sending rank."""
+        from eureka_megatron.sync.ray_transfer import send_weights
+
+        return send_weights(
+            self.trainer.weight_source(),
+            engines,
+            version=version,
+            bucket_mib=self.config.sync.bucket_mib,
+            is_sender=self.rank == 0,
+            with_fingerprints=with_fingerprints,
+        )
+
+    def export(self, output: Path, card: dict[str, Any]) -> None:
+        """Write a Hugging Face directory; collective, rank 0 writes."""
+        self.trainer.export(output, card)
+
+
+class TrainerGroup:
+    """All trainer ranks. Needs `ray.init` to have happened.
+
+    Args:
+        config: `parallel` says how many ranks; each takes one GPU where the cluster has any.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        world = config.parallel.world_size
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        threads = max(1, (os.cpu_count() or 1) // world)
+        actor = ray.remote(TrainerRank).options(
+            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+        )
+        self.ranks = [actor.remote(config, rank) for rank in range(world)]
+        self.reporter = 0
+
+    def start(self) -> dict[str, int]:
+        """Load the model on all ranks. → {"tp", "pp", "dp", "sequence_parallel"}."""
+        address = ray.get(self.ranks[0].address.remote())
+        layout = self._all("start", address)[0]
+        self.reporter = self._all("reports").index(True)
+        return layout
+
+    def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
+        """Fresh optimizer and schedule with this horizon (optimizer steps)."""
+        self._all("start_phase", section, total_updates)
+
+    def train(self, batch: Batch) -> list[dict[str, float]]:
+        """Metrics of each optimizer step of this rollout step."""
+        return self._all("train", ray.put(batch))[self.reporter]
+
+    def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Metrics of one supervised optimizer step."""
+        return self._all("sft", ray.put(list(samples)))[self.reporter]
+
+    def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool = False) -> Any:
+        """Send the present weights to the engines as `version`. → SyncReport."""
+        return self._all("send_weights", list(engines), version, with_fingerprints)[0]
+
+    def export(self, output: Path, card: dict[str, Any]) -> None:
+        """Write the present weights as a Hugging Face directory."""
+        self._all("export", output, card)
+
+    def close(self) -> None:
+        """End the rank processes."""
+        for rank in self.ranks:
+            ray.kill(rank)
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        waiting = list(calls)
+        while waiting:  # whoever fails first speaks: the others may hang in a collective that it will never join
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done[0])
+            except RayTaskError as error:
+                cause = error.cause
+                raise cause if isinstance(cause, UserError) else error from None
+            except RayActorError as error:
+                rank = calls.index(done[0])
+                raise UserError(
+                    f"trainer rank {rank} died during {method!r} ({str(error).splitlines()[0]}); "
+                    "look for an out-of-memory kill in its log"
+                ) from error
+        return ray.get(calls)
+
+
+def start_ray(stack: ExitStack) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a private one on this machine that ends with the stack."""
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="ERROR")
+    else:
+        # A short path: Ray's sockets lie below it, and the system limits their length.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eureka-", ignore_cleanup_errors=True))
+        ray.init(_temp_dir=folder, object_store_memory=512 << 20, **quiet)
+    stack.callback(ray.shutdown)

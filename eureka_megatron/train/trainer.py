@@ -1,0 +1,215 @@
+"""The policy on this trainer rank: model chunks, optimizer, and what one rollout step asks of them.
+
+Knows nothing of Ray or vLLM: `actor` puts it into a process, tests run it in plain spawned ranks.
+
+Shapes: T rows of a packed micro-batch, S tokens of one sample.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eureka_megatron.checkpoint import export_hf, hf_metadata, iter_hf_weights, load_hf
+from eureka_megatron.config import OptimizerSection
+from eureka_megatron.errors import UserError
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.model import build_model
+from eureka_megatron.parallel import packing
+from eureka_megatron.parallel.cpu import cuda_type_names
+from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.rl.losses import Metrics, policy_loss, reduce_metrics
+from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
+from eureka_megatron.train import step
+from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
+from eureka_megatron.types import Batch, MicroBatch, Sample
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PolicyTrainer:
+    """One rank's share of the policy. All methods are collective: every rank calls them in the same order."""
+
+    def __init__(
+        self,
+        model_path: Path | str,
+        parallel: Parallel,
+        *,
+        dtype: str = "float32",
+        backend: str = "local",
+        freeze: Iterable[str] = (),
+        max_tokens_per_micro_batch: int = 16384,
+        optimizer: OptimizerSection | None = None,
+    ) -> None:
+        self.parallel = parallel
+        self.model_path = Path(model_path)
+        self.max_tokens = max_tokens_per_micro_batch
+        self.hf_config = read_hf_config(model_path)
+        chunks = build_model(self.hf_config, parallel, dtype=DTYPES[dtype], backend=backend, freeze=freeze)
+        load_hf(chunks, self.model_path, parallel)
+        self.chunks = wrap(chunks, optimizer or OptimizerSection())
+        self.optimizer: Any = None
+
+    def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
+        """A fresh optimizer and schedule on the present weights. `section.name` must be that of the constructor."""
+        self.optimizer, self.scheduler = make_optimizer(self.chunks, section, total_updates)
+
+    # --- forward only ---
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[Tensor] | None:
+        """Log-probability of every token given those before it (index 0: 0), fp32 [S] each, in the samples' order.
+
+        → on the last stage of data-parallel rank 0; None on the other ranks. For checks and evaluation, not for training: every
+        data-parallel rank computes all samples.
+        """
+        return self._per_sample(samples, step.logprobs_only, "logprobs_T", packing.unshift)
+
+    def logits(self, samples: Sequence[Sample]) -> list[Tensor] | None:
+        """Logits after every token, fp32 [S, vocabulary] each; where and for what as `logprobs`."""
+        return self._per_sample(samples, step.full_logits, "logits_TV", packing.split)
+
+    def _per_sample(
+        self, samples: Sequence[Sample], loss: Any, name: str, cut: Callable[[Tensor, MicroBatch], list[Tensor]]
+    ) -> list[Tensor] | None:
+        batches = self._micro_batches(samples, range(len(samples)), data_parallel=1)[0]
+        parts = self._forward_only(batches, loss)
+        if not self.parallel.last_stage or self.parallel.data.rank:
+            return None
+        found: dict[int, Tensor] = {}
+        for batch, part in zip(batches, parts, strict=True):
+            found.update(zip(batch.sample_indices, cut(part[name], batch), strict=True))
+        return [found[index] for index in range(len(samples))]
+
+    def _forward_only(self, batches: list[MicroBatch], loss: Any = step.logprobs_only) -> list[Metrics]:
+        for chunk in self.chunks:
+            chunk.eval()
+        return step.run_schedule(
+            self.chunks, batches, partial(loss, parallel=self.parallel), self.parallel, forward_only=True
+        )
+
+    # --- training ---
+
+    def train(
+        self, batch: Batch, loss: str, options: dict[str, Any], compat: str | None = None, passes: int = 1
+    ) -> list[dict[str, float]]:
+        """All optimizer steps of one rollout step. → the metrics of each, complete on ranks of the last stage.
+
+        Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless there is
+        just one step: then they are the current ones.
+        """
+        updates = [self._micro_batches(batch.samples, indices)[self.parallel.data.rank] for indices in batch.updates]
+        # What the engine and the trainer disagree about, before anything is updated; the metric of the whole system's health.
+        updates, gap = self._with_old_logprobs(updates)
+        results = []
+        for _ in range(passes):
+            for micro_batches, indices in zip(updates, batch.updates, strict=True):
+                tokens, sequences = _global_counts([batch.samples[index] for index in indices])
+
+                def policy(
+                    hidden: Tensor,
+                    weight: Tensor,
+                    one: MicroBatch,
+                    tokens: float = tokens,
+                    sequences: float = sequences,
+                ) -> tuple[Tensor, Metrics]:
+                    inputs = step.policy_inputs(hidden, weight, one, self.parallel, tokens, sequences)
+                    return policy_loss(loss, inputs, compat=compat, **options)
+
+                results.append(self._update(micro_batches, policy) | gap)
+        return results
+
+    def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One supervised optimizer step on these samples: token mean over all of them, on all data-parallel ranks."""
+        indices = range(len(samples))
+        tokens, _ = _global_counts(samples)
+        loss = partial(step.supervised_loss, parallel=self.parallel, global_tokens=tokens)
+        return self._update(self._micro_batches(samples, indices)[self.parallel.data.rank], loss)
+
+    def accumulate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Gradients of the supervised loss without an optimizer step, for parity checks. They stand in `main_grad`."""
+        tokens, _ = _global_counts(samples)
+        loss = partial(step.supervised_loss, parallel=self.parallel, global_tokens=tokens)
+        return self._gradients(self._micro_batches(samples, range(len(samples)))[self.parallel.data.rank], loss)
+
+    def _with_old_logprobs(self, updates: list[list[MicroBatch]]) -> tuple[list[list[MicroBatch]], dict[str, float]]:
+        flat = [one for micro_batches in updates for one in micro_batches]
+        parts = self._forward_only(flat)
+        gap = torch.zeros((), dtype=torch.float64)
+        if parts:
+            flat = [replace(one, old_logprobs_T=part["logprobs_T"]) for one, part in zip(flat, parts, strict=True)]
+            for one in flat:
+                if one.rollout_logprobs_T is not None:
+                    difference = (one.old_logprobs_T.cpu() - one.rollout_logprobs_T).abs() * one.mask_T
+                    gap = torch.maximum(gap, difference.max().double())
+        metrics = step.reduce_over_data([{"logprob_abs_diff_max": gap.to(self.parallel.device)}], self.parallel)
+        places = iter(flat)
+        return [[next(places) for _ in micro_batches] for micro_batches in updates], reduce_metrics([metrics])
+
+    def _micro_batches(
+        self, samples: Sequence[Sample], indices: Iterable[int], data_parallel: int | None = None
+    ) -> list[list[MicroBatch]]:
+        indices = list(indices)
+        align = self.parallel.tensor.size if self.parallel.sequence_parallel else 1
+        plans = packing.plan(
+            [len(samples[index]) for index in indices],
+            [packing.cost(samples[index]) for index in indices],
+            data_parallel or self.parallel.data.size,
+            self.max_tokens,
+            align,
+        )
+        mine = self.parallel.data.rank if data_parallel is None else 0
+        # Only this rank's share is laid out; the others are counted, not built.
+        return [
+            [packing.pack(samples, [indices[place] for place in places], align) for places in micro_batches]
+            if rank == mine
+            else []
+            for rank, micro_batches in enumerate(plans)
+        ]
+
+    def _gradients(self, micro_batches: list[MicroBatch], loss: step.LossFunction) -> dict[str, float]:
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        parts = step.run_schedule(self.chunks, micro_batches, loss, self.parallel, forward_only=False)
+        return reduce_metrics([step.reduce_over_data(parts, self.parallel)])
+
+    def _update(self, micro_batches: list[MicroBatch], loss: step.LossFunction) -> dict[str, float]:
+        self.optimizer.zero_grad()
+        metrics = self._gradients(micro_batches, loss)
+        self.scheduler.step(1)  # before the step, so that warm-up's first update is not at rate 0
+        with cuda_type_names():
+            finite, grad_norm, _ = self.optimizer.step()
+        if not finite or not torch.isfinite(torch.tensor(float(grad_norm))):
+            raise UserError(
+                f"the gradient is not finite (norm {grad_norm}); lower optimizer.lr or look for extreme rollouts in this step"
+            )
+        return metrics | {"grad_norm": float(grad_norm), "actor_lr": learning_rate(self.optimizer)}
+
+    # --- weights ---
+
+    def hf_weights(
+        self, *, to: str = "rank0", select: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterable[tuple[str, Any]]:
+        """(HF name, full tensor) in table order, a collective in lockstep; None in place of the tensor where it is not received."""
+        chunks = [chunk.module for chunk in self.chunks]
+        return iter_hf_weights(chunks, self.parallel, to=to, **({"select": select} if select else {}))
+
+    def weight_source(self) -> MegatronWeightSource:
+        """The weights as vLLM's weight transfer wants them: declared first, then streamed."""
+        dtype = self.chunks[0].config.params_dtype
+        declared = [TensorMeta(name, dtype, tuple(shape)) for name, shape in hf_metadata(self.hf_config)]
+        return MegatronWeightSource(self.hf_weights, declared)
+
+    def export(self, output: Path, card: dict[str, Any]) -> None:
+        """Write a Hugging Face directory (collective; world rank 0 writes)."""
+        export_hf([chunk.module for chunk in self.chunks], self.parallel, self.model_path, output, card=card)
+
+
+def _global_counts(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Learned tokens and sequences that have any, over the whole update. At least 1 each, so that an all-masked update is 0, not NaN."""
+    counts = [float(sample.mask_S[1:].sum()) for sample in samples]
+    return max(sum(counts), 1.0), max(float(sum(count > 0 for count in counts)), 1.0)
