@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from eureka_megatron.rewards import format as form
 from eureka_megatron.rewards import latex, length
+from eureka_megatron.rewards.judge import JudgePool
 from eureka_megatron.rewards.math import matches, parseable_gold
 
-__all__ = ["DEFAULT_WEIGHTS", "parseable_gold", "score"]
+__all__ = ["DEFAULT_WEIGHTS", "JudgePool", "is_right", "parseable_gold", "score"]
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"accuracy": 1.0, "format": 0.5, "repetition": 1.0, "overlong": 1.0}
 
@@ -32,7 +33,7 @@ def score(
     overlong_buffer_tokens: int | None = None,
     query: str | None = None,
 ) -> dict[str, float]:
-    """Rewards of one response: each component as it enters the total, and the total.
+    """Rewards of one response: accuracy in {0, 1}, the other components as they enter the total, and the total.
 
     response      what the model wrote, without the prompt; end tokens may be there
     answer        the gold answer, any JSON value
@@ -57,7 +58,7 @@ def score(
         well_formed = form.is_well_formed(response, think=think, strict_ends=strict_ends)
     else:
         raise ValueError(f"unknown compat {compat!r}; known: 'mm_eureka' or None")
-    parts = {"accuracy": weight["accuracy"] * accuracy, "format": weight["format"] * float(well_formed)}
+    parts = {"accuracy": accuracy, "format": weight["format"] * float(well_formed)}
     if repetition:
         penalty = length.repetition_penalty(response, max_penalty=repetition, ngram=repetition_ngram)
         parts["repetition"] = weight["repetition"] * penalty
@@ -66,7 +67,8 @@ def score(
             length_tokens, max_response_tokens=max_response_tokens, buffer_tokens=overlong_buffer_tokens
         )
         parts["overlong"] = weight["overlong"] * penalty
-    return {**parts, "total": sum(parts.values())}
+    # Accuracy stays the bare verdict, which the online filter compares with its bounds; its weight acts on the total.
+    return {**parts, "total": sum(parts.values()) + (weight["accuracy"] - 1) * accuracy}
 
 
 def is_right(response: str, answer: object, *, untagged: str = "reject") -> bool:

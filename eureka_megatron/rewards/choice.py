@@ -20,6 +20,11 @@ _PREFIXED = re.compile(
     r"((?:\s*(?:,|&|and\b|or\b|和|或|\s)+\s*[(\[]?[B-Z][)\]]?(?![A-Za-z\d']))*)",
     re.IGNORECASE,
 )
+_PREFIXED_JOINED = re.compile(
+    r"(?:[Aa]nswers?|[Oo]ptions?|[Cc]hoices?|答案|选择|选项|故选|应选|选)\s*(?:is|are|为|是)?\s*:?\s*[(\[]?"
+    r"(?=[A-H]{2,8}(?![A-Za-z\d]))(?!\w*([A-H])\w*\1)([A-H]{2,8})"
+)
+_RULED_OUT = re.compile(r"\s*(?:is|are)\s+(?:not|wrong|incorrect|false|n't)|\s*(?:不|错)", re.IGNORECASE)
 _STANDALONE = re.compile(r"(?<![A-Za-z\d\\'_^=+*/-])([A-Z])(?![A-Za-z\d'_^=+*/])")
 _ARTICLE = re.compile(r"(?<![A-Za-z])A (?!is\b|are\b|and\b|or\b|because\b|since\b|as\b|matches\b|fits\b)[a-z]")
 _ARTICLE_AHEAD = re.compile(r"[Aa] (?!is\b|are\b|and\b|or\b|because\b|since\b|as\b|matches\b|fits\b)[a-z]")
@@ -52,19 +57,27 @@ def letters(text: str) -> frozenset[str] | None:
 
 
 def _from_sentence(text: str) -> frozenset[str] | None:
-    if _NEGATION.search(text):
-        return None
-    # "the answer is a triangle" names no option: there the letter is an article.
+    if match := _PREFIXED_JOINED.search(text):
+        return frozenset(match[2]) if not _NEGATION.search(text[: match.end()]) else None
     named: set[str] = set()
     for match in _PREFIXED.finditer(text):
-        if not _ARTICLE_AHEAD.match(text, match.start(1)):
+        if _NEGATION.search(text[: match.end()]) or _RULED_OUT.match(text, match.end()):
+            return None
+        if not _ARTICLE_AHEAD.match(text, match.start(1)):  # "the answer is a triangle" names no option
             further = re.sub(r"\b(?:and|or)\b", " ", match[2], flags=re.IGNORECASE)
             named |= {match[1].upper(), *(letter.upper() for letter in _LETTERS.findall(further))}
     if named:
         return frozenset(named)
+    if _NEGATION.search(text):
+        return None
     articles = {match.start() for match in _ARTICLE.finditer(text)}
     standing = {match[1] for match in _STANDALONE.finditer(text) if match.start() not in articles and match[1] != "I"}
     return frozenset(standing) if len(standing) == 1 else None
+
+
+def denies(text: str) -> bool:
+    """Whether the text holds a negation, so that a letter in it may be the one ruled out."""
+    return len(text) <= _ANSWER_LIMIT and bool(_NEGATION.search(text))
 
 
 def gold_letters(gold: str) -> frozenset[str] | None:

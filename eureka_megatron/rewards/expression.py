@@ -26,7 +26,7 @@ _mp = mpmath.mp.clone()
 _mp.dps = _DIGITS
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
+    r"\s*(?:(?P<number>\d{1,3}(?:[, ]\d{3})+(?![\d]|[, ]\d)(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
     r"|(?P<command>\\[a-zA-Z]+)|(?P<name>[A-Za-z]'*)|(?P<symbol>\*\*|[-+*/^_(){}\[\]|!%]))"
 )
 _FUNCTIONS = {
@@ -123,16 +123,16 @@ def equal(left: str, right: str) -> bool:
     return all(same(first[i % len(first)], second[i % len(second)]) for i in range(count))
 
 
-def proportional(left: str, right: str) -> bool:
-    """Whether left = c * right with one constant c != 0; for equations brought to one side. Raises Unsupported."""
+def proportion(left: str, right: str) -> mpmath.mpf | None:
+    """c if left = c * right with one constant c != 0 (for relations brought to one side). Raises Unsupported."""
     ratios = []
     first, second = _values(left), _values(right)
     for i in range(max(len(first), len(second))):
         a, b = _wide(first[i % len(first)]), _wide(second[i % len(second)])
         if abs(a) < 1e-40 or abs(b) < 1e-40:
-            return False
+            return None
         ratios.append(a / b)
-    return len(ratios) > 1 and all(same(ratio, ratios[0]) for ratio in ratios)
+    return ratios[0] if len(ratios) > 1 and all(same(ratio, ratios[0]) for ratio in ratios) else None
 
 
 def is_constant(text: str) -> bool:
@@ -249,6 +249,9 @@ class _Parser:
             token = self.peek()
             if token in ("^", "**"):
                 self.take()
+                if self.peek() == "\\circ":  # only inside a function: a closing degree sign is a unit
+                    self.take()
+                    return _multiply(value, _mp.pi / 180)
                 return _power(value, self.exponent())
             if token == "!":
                 self.take()
@@ -309,7 +312,7 @@ class _Parser:
         raise Unsupported(f"unexpected {token!r}")
 
     def number(self) -> Value:
-        text = self.take().replace(",", "")
+        text = self.take().replace(",", "").replace(" ", "")
         mantissa, _, exponent = text.lower().partition("e")
         if len(mantissa) > 400 or len(exponent) > 6:
             raise Unsupported("number too long")
@@ -321,7 +324,14 @@ class _Parser:
         follows_fraction = self.peek() == "\\frac" and mantissa.isdigit() and not exponent
         if follows_fraction and self.mixed_fraction():
             return _add(value, self.command())
+        if mantissa.isdigit() and self.mixed_slash():  # 1 1/2
+            numerator, _, denominator = (self.take() for _ in range(3))
+            return _add(value, _divide(Fraction(numerator), Fraction(denominator)))
         return value
+
+    def mixed_slash(self) -> bool:
+        upcoming = [token for _, token in self.tokens[self.position : self.position + 3]]
+        return len(upcoming) == 3 and upcoming[1] == "/" and upcoming[0].isdigit() and upcoming[2].isdigit()
 
     def mixed_fraction(self) -> bool:
         """Whether \\frac{digits}{digits} stands here, so that 1\\frac{1}{2} is one and a half."""

@@ -17,7 +17,7 @@ _LEAD_IN = re.compile(
     r"|^.*(?:等于|为|是)\s*(?=\S)",
     re.IGNORECASE,
 )
-_OPENER = re.compile(r"^(?:so|thus|hence|therefore|then|finally|answer)\s*,?\s+(?=\S)", re.IGNORECASE)
+_OPENER = re.compile(r"^(?:so|thus|hence|therefore|then|finally|answer|it|they|this|that)\s*,?\s+(?=\S)", re.IGNORECASE)
 _JOIN = re.compile(r"^(?:\s|,|;|and|or|和|或|与|及)*$", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"^(?:\\approx|≈|about|approximately|约)\s*", re.IGNORECASE)
 
@@ -27,7 +27,7 @@ def candidates(span: str) -> list[str]:
     span = _MARKUP.sub(" ", span).strip()
     parts = latex.boxed(span)
     if parts:
-        return _unique([latex.unbox(_joined(span, parts))])
+        return _renderings(latex.unbox(_joined(span, parts)))
     if len(span) > _MAX_CHARACTERS:
         return []
     parts = latex.math_segments(span)

@@ -52,9 +52,6 @@ _UNICODE = str.maketrans(
         "℃": "^\\circ C",
         "℉": "^\\circ F",
         "％": "%",
-        "²": "^{2}",
-        "³": "^{3}",
-        "⁻": "^{-}",
         "½": "\\frac{1}{2}",
         "¼": "\\frac{1}{4}",
         "¾": "\\frac{3}{4}",
@@ -91,6 +88,8 @@ _SAME = [
     (re.compile(r"\\(?:mid|vert|lvert|rvert)(?![a-zA-Z])"), "|"),
     (re.compile(r"\\(?:colon)(?![a-zA-Z])"), ":"),
     (re.compile(r"\\[%]"), "%"),
+    (re.compile(r"(?<![A-Za-z])per cent(?![A-Za-z])"), "percent"),
+    (re.compile(r"\\(begin|end)\s*\{(?:b|small|)matrix\}"), r"\\\1{pmatrix}"),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\^\s*\{\s*\\circ\s*\}|\\degree(?![a-zA-Z])"), r"^\\circ "),
     (re.compile(r"\\overset\{[^{}]*\}|\\(?:bold|boldsymbol|mathbf|mathit|mathsf|pmb)(?![a-zA-Z])"), " "),
@@ -98,6 +97,10 @@ _SAME = [
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|textsf|mathrm|mbox|hbox|operatorname|rm)\s*\{([^{}]*)\}")
 _RM_SWITCH = re.compile(r"\\(?:rm|bf|it)(?![a-zA-Z])")
 _WORD_FUNCTIONS = re.compile(r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|cot|ln|log|lg|pi|arcsin|arccos|arctan)(?![a-zA-Z])")
+_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
+_SUPERSCRIPT_RUN = re.compile(f"[{_SUPERSCRIPTS}]+")
+_FROM_SUPERSCRIPT = str.maketrans(_SUPERSCRIPTS, "0123456789+-n")
+_SUBSCRIPT_DIGITS = str.maketrans({chr(0x2080 + digit): f"_{digit}" for digit in range(10)})
 _SPACES = re.compile(r"\s+")
 _MATH_OPENERS = ("$$", "$", "\\(", "\\[")
 _CLOSER = {"$$": "$$", "$": "$", "\\(": "\\)", "\\[": "\\]"}
@@ -105,7 +108,8 @@ _CLOSER = {"$$": "$$", "$": "$", "\\(": "\\)", "\\[": "\\]"}
 
 def canonical(text: str) -> str:
     """One spelling: ASCII where possible, \\text{} unwrapped, sizing and spacing commands gone, single blanks."""
-    text = text.translate(_UNICODE)
+    text = _SUPERSCRIPT_RUN.sub(lambda run: f"^{{{run[0].translate(_FROM_SUPERSCRIPT)}}}", text)
+    text = text.translate(_SUBSCRIPT_DIGITS).translate(_UNICODE)
     for pattern, replacement in _SAME:
         text = pattern.sub(replacement, text)
     for _ in range(3):  # \text{} may be nested, but not deeply

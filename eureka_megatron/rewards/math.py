@@ -7,22 +7,27 @@ math-verify, in both argument orders, and only when it is short and holds nothin
 Left out: conversion of units and rounding ("0.33" for 1/3), which a fair examiner may debate; here they do not count.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
 import re
+
+import mpmath
 
 from eureka_megatron.rewards import choice, expression, extract, intervals, units
 from eureka_megatron.rewards.expression import Unsupported
 
 _GENOTYPE = re.compile(r"(?:([A-Za-z])(?i:\1))+")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")
+_CHEMICAL = re.compile(r"(?:\d*(?:[A-Z][a-z]?|[()])(?:_\{?\d{1,3}\}?|\d{1,3})?){1,20}")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _NAMED = re.compile(
     r"\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat|parallelogram|square)\s*\{?\s*[A-Za-z]+'?"
 )
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|[A-Za-z0-9])")
 _AND_OR = re.compile(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])|或|和|且")
+_WORDS_ONLY = re.compile(r"[A-Za-z\s\u4e00-\u9fff]+")
 _RUN = re.compile(r"[A-Za-z]{2,}")
 # Runs of three and more letters are words, unless they are a product of usual variables.
 _PRODUCTS = tuple(frozenset(group) for group in ("abc", "xyz", "pqr", "mnk", "ijk"))
@@ -56,7 +61,9 @@ def matches(answer: object, span: str) -> bool:
         if choice.letters(span) == options:
             return True
         if len(options) == 1:
-            return any(candidate == gold for candidate in extract.candidates(span))
+            (letter,) = options
+            said = () if choice.denies(span) else extract.candidates(span)
+            return any(candidate == gold or candidate.upper() == letter for candidate in said)
     return any(equal(gold, candidate) for candidate in extract.candidates(span))
 
 
@@ -78,6 +85,8 @@ def same_text(gold: str, prediction: str) -> bool:
     left, right = _SPACE.sub("", gold), _SPACE.sub("", prediction)
     if left == right:
         return bool(left)
+    if _CHEMICAL.fullmatch(left) and _CHEMICAL.fullmatch(right) and "_" in left + right:
+        return re.sub(r"[_{}]", "", left) == re.sub(r"[_{}]", "", right)  # H_2O and H2O
     if left.casefold() != right.casefold() or not is_wordy(gold):
         return False
     return all(_natural_case(word) for word in itertools.chain(gold.split(), prediction.split()))
@@ -116,6 +125,10 @@ def _equal_quantities(gold: str, prediction: str) -> bool:
         return _equal_words(gold_value, value)
     if _equal_lists(gold_value, value):
         return True
+    if (gold_unit is None) != (unit is None):  # 3m against m*3: the letter was no unit
+        with contextlib.suppress(Unsupported):
+            if expression.equal(gold, prediction):
+                return True
     # A missing percent sign is a missing unit; the other way round it would be another value.
     return gold_value.endswith("%") and "%" not in value and unit is None and _equal_lists(gold_value[:-1], value)
 
@@ -128,10 +141,10 @@ def _equal_words(gold: str, prediction: str) -> bool:
     """Words: text without articles and markup, or the right side of "Area = 12"."""
     if _bare_words(gold) == _bare_words(prediction) and same_text(_bare_words(gold), _bare_words(prediction)):
         return True
-    if "=" in prediction and "=" not in gold and not is_wordy(gold):
-        return equal(gold, prediction.rsplit("=", 1)[1].strip())
-    if "=" in gold and "=" not in prediction and is_wordy(gold.rsplit("=", 1)[0]):
-        return equal(gold.rsplit("=", 1)[1].strip(), prediction)
+    for named, other in ((prediction, gold), (gold, prediction)):
+        name, sign, value = named.partition("=")
+        if sign and "=" not in other and _WORDS_ONLY.fullmatch(name) and not is_wordy(other):
+            return equal(other, value.strip()) if named is prediction else equal(value.strip(), other)
     return same_text(_bare_words(gold), _bare_words(prediction))
 
 
@@ -146,6 +159,8 @@ def _bare_words(text: str) -> str:
 
 def _equal_lists(gold: str, prediction: str) -> bool:
     gold_items, items = split_list(gold), split_list(prediction)
+    if len(gold_items) != len(items):  # the braces of a set may be missing
+        gold_items, items = _opened_set(gold_items), _opened_set(items)
     region, other = intervals.region(gold_items), intervals.region(items)
     if region is not None and other is not None:
         return intervals.same(region, other)
@@ -214,6 +229,11 @@ def _without_common_name(items: list[str]) -> list[str]:
     return values
 
 
+def _opened_set(items: list[str]) -> list[str]:
+    inner = intervals.bracketed(items[0]) if len(items) == 1 else None
+    return split_list(inner[1]) if inner and inner[0] == "\\{" and "|" not in inner[1] else items
+
+
 def _opened_tuple(items: list[str], other: list[str]) -> list[str]:
     """(1, 2) as its elements when the other side gives them one by one with their names (x = 1, y = 2)."""
     if len(items) == 1 and len(other) > 1 and (inner := intervals.bracketed(items[0])) and inner[0] + inner[2] == "()":
@@ -263,7 +283,7 @@ def _equal_equations(gold: list[str], sides: list[str]) -> bool:
         return _equal_values(gold[-1], sides[-1])
     if first == last or first == last[::-1]:
         return True
-    return expression.proportional(f"({first[0]})-({first[1]})", f"({last[0]})-({last[1]})")
+    return expression.proportion(f"({first[0]})-({first[1]})", f"({last[0]})-({last[1]})") is not None
 
 
 def _is_named(side: str) -> bool:
@@ -291,6 +311,10 @@ def _equal_inequalities(gold: list[str], parts: list[str]) -> bool:
         same_signs = candidate[1::2] == gold[1::2]
         if same_signs and all(_equal_values(a, b) for a, b in zip(gold[::2], candidate[::2], strict=True)):
             return True
+    if len(gold) == 3:  # 2x > 6 is x > 3: the same up to a factor, whose sign may turn the relation
+        factor = expression.proportion(*(f"({side[0]})-({side[2]})" for side in (gold, parts)))
+        if factor is not None and not isinstance(factor, mpmath.mpc):
+            return gold[1] == (parts[1] if factor > 0 else _FLIP.get(parts[1], parts[1]))
     raise Unsupported("inequalities that differ in form")
 
 

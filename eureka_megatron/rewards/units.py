@@ -98,7 +98,7 @@ _WORDS = {
     "rad": "radians radian",
     "unit": "units unit 个单位 单位",
 }
-_SPELLINGS = {symbol: symbol for symbol in _SYMBOLS} | {"ml": "mL", "mph": "mi/h", "kmh": "km/h"}
+_SPELLINGS = {symbol: symbol for symbol in _SYMBOLS} | {"ml": "mL"}
 _SPELLINGS |= {word: unit for unit, words in _WORDS.items() for word in words.split()}
 _NAMES = sorted(_SPELLINGS, key=len, reverse=True)
 _LOWER = {name.lower(): unit for name, unit in _SPELLINGS.items() if len(name) > 3}
@@ -109,7 +109,13 @@ _FACTOR = rf"(?:(?:square|sq\.?|cubic|cu\.?|平方|立方)\s*)?(?i:{_NAME})(?![A
 _COMPOUND = rf"{_FACTOR}(?:\s*(?:/|\\cdot|\*|·|per\b|每)?\s*{_FACTOR}){{0,3}}"
 _OMEGA = r"k?\\Omega"
 _UNIT = re.compile(rf"\s*({_COMPOUND}|{_OMEGA}|\^\\circ(?:\s*[CF](?![A-Za-z]))?)\s*\.?$")
-_SUPERSCRIPT = re.compile(r"\^\s*\{?\s*(-?)\s*(\d)\s*\}?")
+_PART = re.compile(
+    r"(?P<slash>/)?[\s*]*(?:(?P<square>square|sq\.?|平方)|(?P<cube>cubic|cu\.?|立方))?\s*(?P<name>[A-Za-z%Ωμ$\u4e00-\u9fff]+)"
+    r"(?P<power>\s*\^\s*\{?\s*-?\s*\d\s*\}?)?(?:\s+(?:(?P<squared>squared)|(?P<cubed>cubed)))?"
+)
+_DERIVED = {"mph": {"mi": 1, "h": -1}, "kmh": {"km": 1, "h": -1}}
+_LETTER_UNITS = set("mgtshLNJWVAK")
+_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z]{2}(?![a-zA-Z])")
 _MONEY = re.compile(r"^(-?)\s*(\\\$|\$|¥|￥|€|£|RMB|US\$)\s*(?=[\d.])")
 _MONEY_AFTER = re.compile(r"(?<=[\d.])\s*(\\\$|\$|¥|￥|€|£)$")
 _NUMERIC_END = re.compile(r"(?:[\d.)}\]%!]|\\pi|\\infty)$")
@@ -129,11 +135,16 @@ def split(text: str) -> tuple[str, str | None]:
     for position in range(tail_start, len(text)):
         if position and _NUMERIC_END.search(text[max(0, position - 8) : position].rstrip()):
             match = _UNIT.match(text, position)
-            if match:
+            if match and not _is_product(text[:position], match[1].strip()):
                 return text[:position].strip(), spelling(match[1])
     if len(text) < 80 and (match := _COUNTED.match(text)):
         return match[1].strip(), " ".join(match[2].split()).casefold().rstrip("s")
     return text, None
+
+
+def _is_product(value: str, unit: str) -> bool:
+    """Whether a letter is a variable rather than a unit: (a+b)h is a product, 12 h and AB = 12 m are quantities."""
+    return unit in _LETTER_UNITS and bool(_VARIABLE.search(re.split(r"[=<>]", value)[-1]))
 
 
 def _money(sign: str) -> str:
@@ -141,19 +152,14 @@ def _money(sign: str) -> str:
 
 
 def spelling(unit: str) -> str:
-    """One spelling of a unit: "square meters" and "m^{2}" give "m^2", "\\Omega" gives "Ω"."""
-    unit = unit.replace("^\\circ", "deg").replace("\\Omega", "Ω").replace("\\cdot", "*").replace("·", "*")
-    unit = re.sub(r"\bper\b|每", "/", unit)
-    unit = _SUPERSCRIPT.sub(lambda match: f"^{match[1]}{match[2]}", unit)
-    unit = re.sub(r"(?:square|sq\.?|平方)\s*([^\s/*^]+)", r"\1^2", unit)
-    unit = re.sub(r"(?:cubic|cu\.?|立方)\s*([^\s/*^]+)", r"\1^3", unit)
-    unit = re.sub(r"\s+squared", "^2", unit)
-    unit = re.sub(r"\s+cubed", "^3", unit)
-    unit = re.sub(r"deg\s+([CF])", r"deg\1", unit)
-    unit = re.sub(r"\s*([/*])\s*", r"\1", unit.strip())
-    unit = re.sub(r"\s+", "*", unit)
-    return re.sub(r"[^/*^\d-]+", lambda match: _one(match[0]), unit)
-
-
-def _one(name: str) -> str:
-    return _SPELLINGS.get(name) or _LOWER.get(name.lower()) or name
+    """One spelling of a unit, as a product of powers: "m/s", "m s^{-1}" and "meters per second" all give "m s^-1"."""
+    unit = unit.replace("^\\circ", "deg ").replace("\\Omega", "Ω").replace("\\cdot", " ").replace("·", " ")
+    unit = re.sub(r"deg\s+([CF])", r"deg\1", re.sub(r"\bper\b|每", "/", unit))
+    powers: dict[str, int] = {}
+    for match in _PART.finditer(unit):
+        name = _SPELLINGS.get(match["name"]) or _LOWER.get(match["name"].lower()) or match["name"]
+        power = int(re.sub(r"[\s{}^]", "", match["power"] or "1"))
+        power *= 2 if match["square"] or match["squared"] else 3 if match["cube"] or match["cubed"] else 1
+        for part, exponent in _DERIVED.get(name, {name: 1}).items():
+            powers[part] = powers.get(part, 0) + exponent * (-power if match["slash"] else power)
+    return " ".join(f"{name}^{power}" if power != 1 else name for name, power in sorted(powers.items()) if power)
