@@ -27,6 +27,7 @@ SIDE = 84  # pixels of a picture
 CELL = 28  # pixels of a cell: one merge unit (2×2 patches of 14) of the vision tower
 CELLS = (SIDE // CELL) ** 2
 LARGEST = 4  # answers are 0 … 4
+GREYS = (105, 135)
 SHAPES = ("circle", "square")
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 91, 180)}
 
@@ -158,7 +159,7 @@ def _example(level: int, source: random.Random) -> Example:
         things += [(source.choice(colours), "square") for _ in range(fewer)]
         counts = (("circles", fewer + answer), ("squares", fewer))
         question = "How many more circles than squares are there?"
-    return Example(level, question, answer, counts, _place(things, source), source.randint(215, 255))
+    return Example(level, question, answer, counts, _place(things, source), source.randint(GREYS[0], GREYS[1]))
 
 
 def _place(things: list[Thing], source: random.Random) -> tuple[Placed, ...]:

@@ -1,0 +1,207 @@
+"""Chats and pictures to prompts, against the checkpoint's own processor."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.prompts import SYSTEM_PROMPTS
+from eureka_megatron.data.samples import training_sample
+from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return build_tiny(tmp_path_factory.mktemp("tiny"), weights=False)
+
+
+@pytest.fixture(scope="module")
+def processor(model_dir):
+    return Processor(model_dir, min_pixels=28 * 28, max_pixels=200 * 28 * 28)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def chat(*parts: str | Image.Image, folder=None) -> list[dict]:
+    content = []
+    for number, part in enumerate(parts):
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        else:
+            part.save(folder / f"{number}.png")
+            content.append({"type": "image", "image": f"{number}.png"})
+    return [{"role": "user", "content": content}]
+
+
+def test_prompt_equals_the_checkpoints_own_processor(processor, model_dir, tmp_path):
+    pictures = [noise(84, 84), noise(200, 61, 1)]
+    message = chat("Look:", pictures[0], "and", pictures[1], "How many circles are there?", folder=tmp_path)
+    prompt = processor.prompt(message, id="a", answer="3", folders=[tmp_path])
+    assert prompt.text.count("<|image_pad|>") == 2
+    reference = AutoProcessor.from_pretrained(model_dir)
+    shown = [picture.image for picture in prompt.pictures]
+    expected = reference(text=[prompt.text], images=shown, return_tensors="pt")
+    np.testing.assert_array_equal(prompt.tokens_S, expected["input_ids"][0].numpy())
+    assert [picture.grid_thw for picture in prompt.pictures] == [
+        tuple(grid) for grid in expected["image_grid_thw"].tolist()
+    ]
+    # The reference processor, its own resize included, leaves our pictures as they are: the patches are equal, reordered.
+    start = 0
+    for picture, offset in zip(prompt.pictures, prompt.picture_offsets, strict=True):
+        patches = expected["pixel_values"][start : start + len(picture.patches_PD)]
+        units = patches.reshape(-1, 4, patches.shape[-1])[torch.from_numpy(picture.unit_order_U)]
+        torch.testing.assert_close(picture.patches_PD, units.reshape(patches.shape), rtol=0, atol=0)
+        assert (prompt.tokens_S[offset : offset + picture.units] == processor.image_token_id).all()
+        assert prompt.tokens_S[offset - 1] != processor.image_token_id
+        start += len(patches)
+    assert start == len(expected["pixel_values"])
+    assert prompt.next_position == prompt.positions_3S.max() + 1
+
+
+def test_the_records_of_a_picture_fit_each_other(processor):
+    picture = processor.picture(noise(300, 190))
+    frames, height, width = picture.grid_thw
+    assert picture.image.size == (width * 14, height * 14)
+    assert picture.units == frames * height * width // 4
+    assert picture.patches_PD.shape == (frames * height * width, 3 * 2 * 14 * 14)
+    assert picture.coordinates_P2.shape == (len(picture.patches_PD), 2)
+    assert picture.window_lengths_W.sum() == picture.frame_lengths_F.sum() == len(picture.patches_PD)
+
+
+def test_equal_pixels_have_equal_keys(processor):
+    assert processor.picture(noise(84, 84)).key == processor.picture(noise(84, 84)).key
+    assert processor.picture(noise(84, 84)).key != processor.picture(noise(84, 84, 1)).key
+    assert processor.picture(noise(56, 112)).key != processor.picture(noise(112, 56)).key
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 900), (28, 28), (84, 84), (3000, 40), (1999, 1501), (27, 29)])
+def test_a_resized_picture_lies_within_bounds_and_is_not_resized_again(processor, size):
+    picture = processor.picture(noise(*size))
+    assert 28 * 28 <= picture.image.width * picture.image.height <= 200 * 28 * 28
+    assert processor.picture(picture.image).image.size == picture.image.size
+    assert picture.image.width % 28 == picture.image.height % 28 == 0
+
+
+def test_extreme_pictures_are_refused(processor):
+    with pytest.raises(UserError, match=r"'thin.png' is 401×2: more than 200 times"):
+        processor.picture(noise(401, 2), "thin.png")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"min_pixels": 100}, "min_pixels=100 is below the checkpoint's own bound, 784"),
+        ({"max_pixels": 10**9}, "max_pixels=1000000000 is above the checkpoint's own bound"),
+        ({"min_pixels": 784, "max_pixels": 700}, "less than one vision token"),
+        ({"system_prompt": "mm_eureka_7B"}, "did you mean 'mm_eureka_7b'"),
+    ],
+)
+def test_impossible_settings_are_refused(model_dir, bounds, message):
+    with pytest.raises(ConfigError, match=message):
+        Processor(model_dir, **bounds)
+
+
+def test_bounds_without_a_size_between_them_are_refused(model_dir):
+    processor = Processor(model_dir, min_pixels=4 * 784, max_pixels=4 * 784)
+    assert processor.picture(noise(56, 56)).image.size == (56, 56)
+    with pytest.raises(ConfigError, match="too close"):
+        processor.picture(noise(84, 28))
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config.json is missing"):
+        Processor(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Processor(tmp_path)
+
+
+def test_a_prompt_without_pictures(processor):
+    prompt = processor.prompt(
+        json.dumps([{"role": "user", "content": "How many circles are there?"}]), origin="x.jsonl:3"
+    )
+    assert prompt.pictures == ()
+    assert prompt.picture_offsets == ()
+    np.testing.assert_array_equal(prompt.positions_3S, np.tile(np.arange(len(prompt.tokens_S)), (3, 1)))
+    assert prompt.text.endswith("<|im_start|>assistant\n")
+    assert prompt.origin == "x.jsonl:3"
+
+
+def test_a_named_system_prompt_takes_the_place_of_the_rows_own(model_dir):
+    processor = Processor(model_dir, system_prompt="mm_eureka_7b", min_pixels=784)
+    message = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    text = processor.prompt(message).text
+    assert SYSTEM_PROMPTS["mm_eureka_7b"] in text
+    assert "Be brief." not in text
+    assert r"$\\boxed{2}$ </answer>" in text  # MM-EUREKA's own two backslashes
+
+
+def test_placeholders_written_as_text_are_refused(processor, tmp_path):
+    message = chat(noise(84, 84), "what is <|image_pad|>?", folder=tmp_path)
+    with pytest.raises(UserError, match=r"^d.jsonl:7: the text has 2 <|image_pad|> for 1 pictures"):
+        processor.prompt(message, folders=[tmp_path], origin="d.jsonl:7")
+
+
+def test_a_prompt_that_is_too_long_is_refused(model_dir, tmp_path):
+    processor = Processor(model_dir, min_pixels=784, max_prompt_tokens=30)
+    with pytest.raises(UserError, match=r"the prompt has 36 tokens; data\.max_prompt_tokens=30"):
+        processor.prompt(chat(noise(84, 84), "How many circles are there?", folder=tmp_path), folders=[tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("no JSON", "not JSON"),
+        ("[]", "non-empty list of turns"),
+        ({"role": "user"}, "found an object"),
+        ([{"role": "user"}], "needs the keys role and content"),
+        ([{"role": "robot", "content": "x"}], "role 'robot'"),
+        ([{"role": "user", "content": 3}], "must be a string or a list of parts"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "only pictures"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has no address"),
+        ([{"role": "user", "content": [{"type": "sound"}]}], "neither text nor picture"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "must end with a user's turn"),
+        ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "system turn that is not the first"),
+    ],
+)
+def test_messages_that_are_no_chat_are_refused(processor, message, reason):
+    with pytest.raises(UserError, match=reason):
+        processor.prompt(message, origin="d.jsonl:1")
+
+
+def test_a_response_closes_with_the_end_token_and_reads_back(processor):
+    text = "<think>circles 3</think><answer>\\boxed{3}</answer>"
+    tokens_R = processor.encode_response(text)
+    assert tokens_R[-1] == processor.end_token_id
+    assert processor.decode(tokens_R) == text
+    with pytest.raises(UserError, match="vision token"):
+        processor.encode_response("<|image_pad|>")
+
+
+def test_a_sample_is_prompt_and_response_with_the_mask_on_the_response(processor, tmp_path):
+    prompt = processor.prompt(chat(noise(84, 84), "How many?", folder=tmp_path), folders=[tmp_path])
+    sample = processor.sft_sample(prompt, "3")
+    length, response = len(prompt.tokens_S), processor.encode_response("3")
+    np.testing.assert_array_equal(sample.tokens_S[:length], prompt.tokens_S)
+    np.testing.assert_array_equal(sample.tokens_S[length:], response)
+    assert sample.mask_S.tolist() == [0.0] * length + [1.0] * len(response)
+    assert sample.positions_3S[:, length:].tolist() == [[prompt.next_position + i for i in range(len(response))]] * 3
+    assert sample.pictures is prompt.pictures
+    assert sample.rollout_logprobs_S is None
+    rollout = training_sample(prompt, response, advantage=-0.5, logprobs_R=np.full(len(response), -1.5, np.float32))
+    assert rollout.advantages_S.tolist() == [0.0] * length + [-0.5] * len(response)
+    assert rollout.rollout_logprobs_S.tolist() == [0.0] * length + [-1.5] * len(response)
+    with pytest.raises(ValueError, match="1 log-probabilities for 2 tokens"):
+        training_sample(prompt, np.array([1, 2]), logprobs_R=np.zeros(1, np.float32))
+
+
+def test_vision_tokens_to_ban_are_the_four(processor):
+    names = processor.tokenizer.convert_ids_to_tokens(list(processor.vision_token_ids))
+    assert set(names) == {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"}
