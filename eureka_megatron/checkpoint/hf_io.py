@@ -15,7 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -105,10 +105,11 @@ def _parse_entry(path: Path, name: str, entry: object, begin: int, size: int) ->
 class Reader:
     """The tensors of a checkpoint directory, one file or several with an index; `reader[name]` maps a tensor.
 
+    `rename` turns stored names into those the reader goes by (`TensorInfo.name` stays the stored one).
     Raises UserError when opened on missing shards, damaged headers, an index and files that disagree, or pickles.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, rename: Callable[[str], str] = str):
         self.directory = Path(directory)
         self.files, index = self._find_files()
         self.tensors: dict[str, TensorInfo] = {}
@@ -121,9 +122,12 @@ class Reader:
                 continue
             if index is not None:
                 problems += _disagreements(file, header, index)
-            twice = sorted(set(header) & set(self.tensors))
-            problems += [f"{file.name}: {name} stands in {self.tensors[name].file.name} too" for name in twice]
-            self.tensors.update(header)
+            for stored, info in header.items():
+                name = rename(stored)
+                if name in self.tensors:
+                    other = self.tensors[name]
+                    problems.append(f"{file}: {stored} is in {other.file.name} too, as {other.name}")
+                self.tensors[name] = info
         if problems:
             raise UserError("\n".join(problems))
         self._maps: dict[Path, mmap.mmap] = {}

@@ -1,0 +1,296 @@
+"""Weights between Hugging Face checkpoints and the Megatron chunks of this rank, through THE TABLE, one tensor at a time.
+
+`load_hf` reads the slices that this rank holds. `iter_hf_weights` goes the other way: shards are gathered over pipeline and
+tensor ranks and come out as full HF tensors; HF export and online sync both are consumers of it.
+
+What a model must offer: parameter names of the table (layers counted from 0 in each chunk, `decoder.layers[i].layer_number`
+says which layer of the model it is, from 1), `hf_config`, and, where they differ from "local" and "replicated", the
+attributes `backend` and `vision_parallel`. Wrappers (DDP, Float16Module) are looked through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eureka_megatron.checkpoint.hf_io import Reader
+from eureka_megatron.checkpoint.layouts import Rows, Shape
+from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, hub_name, rows
+from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.parallel.runtime import Parallel
+
+Select = Callable[[nn.Parameter], Tensor]
+
+READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def load_hf(
+    model_chunks: Sequence[nn.Module], hf_dir: str | Path, parallel: Parallel, *, allow_narrowing: bool = False
+) -> None:
+    """Fills all parameters of this rank from a checkpoint directory in either HF naming. Collective.
+
+    Names, shapes and dtypes of everything are compared first, on all ranks; nothing is written when anything is wrong.
+    Widening casts (bfloat16 into float32) are exact and always made, others only with `allow_narrowing`.
+
+    Raises:
+        UserError: on every rank alike, listing all missing, unexpected and mismatched tensors.
+    """
+    table = table_of(model_chunks)
+    parameters = own_parameters(model_chunks)
+    problems = check_model(parameters, table, parallel)
+    reader = None
+    try:
+        read_hf_config(hf_dir)  # names another architecture before its tensors are missed one by one
+        reader = Reader(hf_dir, rename=hub_name)
+        problems += check_hf(reader, table)
+        problems += _check_spare_head(reader, table, parallel)
+        if not problems and not allow_narrowing:
+            problems += _check_casts(reader, table, parameters)
+    except UserError as error:
+        problems.append(str(error))
+    raise_together(problems, parallel)
+    assert reader is not None
+    for name, parameter in parameters.items():
+        row = table[name]
+        row.layout.fill(parameter.data, [reader[hf] for hf in row.hf], parallel.tensor.rank, parallel.tensor.size)
+
+
+def iter_hf_weights(
+    model_chunks: Sequence[nn.Module],
+    parallel: Parallel,
+    *,
+    select: Select | None = None,
+    to: str = "rank0",
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """(HF name, full tensor) of every weight, in table order. Collective, from the call on and in lockstep.
+
+    Every rank of a model replica iterates to the end; each replica (data or context parallel) is independent, so it is
+    enough that the first does it. The tensors are new, on this rank's device; at most one row of the table is held.
+
+    Args:
+        select: what of a parameter is exported, of the parameter's shape: `lambda p: p.main_grad` exports gradients. It is
+            called twice (the first time for the dtype). Tied embeddings come from the embedding's own copy.
+        to: "rank0": only tensor rank 0 of the first stage receives, the others get None. "all": every rank receives.
+        dtype: cast before sending.
+    """
+    if to not in ("rank0", "all"):
+        raise ConfigError(f"to={to!r}; valid: rank0, all")
+    table = table_of(model_chunks)
+    parameters = own_parameters(model_chunks)
+    raise_together(check_model(parameters, table, parallel), parallel, parallel.pipeline.group)
+
+    def chosen(parameter: nn.Parameter) -> Tensor:
+        return (select(parameter) if select else parameter).detach()
+
+    mine = {name: dtype or chosen(parameter).dtype for name, parameter in parameters.items()}
+    owners = {
+        name: (stage, kind)
+        for stage, owned in enumerate(_gather_objects(mine, parallel.pipeline.group))
+        for name, kind in owned.items()
+    }
+
+    def weights() -> Iterator[tuple[str, Tensor | None]]:
+        for row in table.values():
+            if row.copy:
+                continue
+            stage, kind = owners[row.megatron]
+            parameter = parameters.get(row.megatron)
+            shard = None if parameter is None else chosen(parameter).to(kind)
+            shards = _collect(row, shard, stage, kind, parallel, to)
+            merged = [None] * len(row.hf) if shards is None else row.layout.merge(shards, row.shapes)
+            del shard, shards
+            yield from zip(row.hf, merged, strict=True)
+
+    return weights()
+
+
+# --- the two sides compared with the table ---
+
+
+def table_of(model_chunks: Sequence[nn.Module]) -> dict[str, Row]:
+    """Megatron name → row without patterns, in table order, for the model these chunks belong to."""
+    model = unwrap(model_chunks[0])
+    table = rows(
+        model.hf_config,
+        backend=getattr(model, "backend", "local"),
+        vision_parallel=getattr(model, "vision_parallel", "replicated"),
+    )
+    return {row.megatron: row for row in expand(table)}
+
+
+def unwrap(chunk: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and Float16Module."""
+    while isinstance(getattr(chunk, "module", None), nn.Module):
+        chunk = chunk.module
+    return chunk
+
+
+def own_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters of this rank by the name they have in the whole model: text layers counted over all stages."""
+    parameters = {}
+    for chunk in map(unwrap, model_chunks):
+        for local, parameter in chunk.named_parameters():
+            name = local
+            if match := re.match(r"decoder\.layers\.(\d+)\.", local):
+                layer = chunk.decoder.layers[int(match[1])].layer_number - 1
+                name = f"decoder.layers.{layer}.{local[match.end() :]}"
+            assert name not in parameters, f"{name} stands in two chunks of one rank"
+            parameters[name] = parameter
+    return parameters
+
+
+def check_model(parameters: dict[str, nn.Parameter], table: dict[str, Row], parallel: Parallel) -> list[str]:
+    """What is wrong between the model and the table, for the whole pipeline. Collective over the pipeline."""
+    n = parallel.tensor.size
+    problems = _listing("parameters have no row in the table", [name for name in parameters if name not in table])
+    wrong = []
+    for name in parameters.keys() & table.keys():
+        found, expected = tuple(parameters[name].shape), None
+        try:
+            expected = table[name].layout.shard_shape(table[name].shapes, n)
+        except UserError as error:
+            wrong.append(f"{name} ({error})")
+        if expected and found != expected:
+            wrong.append(f"{name} {found}, expected {expected}")
+    problems += _listing(f"parameters have a wrong shape at tensor-parallel size {n}", sorted(wrong))
+    existing = set().union(*_gather_objects(set(parameters), parallel.pipeline.group))
+    absent = [name for name, row in table.items() if name not in existing and not row.copy]
+    return problems + _listing("rows of the table have no parameter on any stage", absent)
+
+
+def check_hf(reader: Reader, table: dict[str, Row]) -> list[str]:
+    """What is wrong between a checkpoint and the table: all missing, unexpected, misshapen and unreadable tensors."""
+    expected = {name: shape for row in table.values() for name, shape in row.hf.items()}
+    spare = _spare_head(table)
+    found = reader.tensors
+    missing = [name for name in expected if name not in found]
+    unexpected = [f"{info.name} ({info.file.name})" for name, info in found.items() if name not in {*expected, *spare}]
+    shapes = [
+        f"{found[name].name} ({found[name].file.name}) is {found[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    dtypes = [
+        f"{found[name].name} ({found[name].file.name}) is {found[name].dtype}"
+        for name in expected
+        if name in found and found[name].dtype not in READABLE
+    ]
+    problems = _listing("tensors are missing", missing)
+    problems += _listing("tensors have no place in this model", unexpected)
+    problems += _listing("tensors have a wrong shape", shapes)
+    problems += _listing("tensors have a dtype that cannot be loaded", dtypes)
+    return [f"{reader.directory}: {problem}" for problem in problems]
+
+
+def _spare_head(table: dict[str, Row]) -> tuple[str, ...]:
+    """Some tied checkpoints store the output layer once more; it may stand there if it equals the embedding."""
+    tied = any(row.copy for row in table.values())
+    return ("lm_head.weight",) if tied else ()
+
+
+def _check_spare_head(reader: Reader, table: dict[str, Row], parallel: Parallel) -> list[str]:
+    problems = []
+    for name in _spare_head(table):
+        if name in reader and parallel.first_stage and "model.embed_tokens.weight" in reader:
+            pair = [reader[name], reader["model.embed_tokens.weight"]]
+            shards = [Rows().split([tensor], parallel.tensor.rank, parallel.tensor.size) for tensor in pair]
+            if not torch.equal(*shards):
+                problems.append(f"{reader.directory}: {name} differs from the embedding it should be tied to")
+    return problems
+
+
+def _check_casts(reader: Reader, table: dict[str, Row], parameters: dict[str, nn.Parameter]) -> list[str]:
+    lossy = [
+        f"{hf} is {reader.tensors[hf].dtype}, the parameter {parameter.dtype}"
+        for name, parameter in parameters.items()
+        for hf in table[name].hf
+        if torch.promote_types(reader.tensors[hf].dtype, parameter.dtype) != parameter.dtype
+    ]
+    problems = _listing("tensors would lose precision (allow_narrowing=True permits it)", lossy)
+    return [f"{reader.directory}: {problem}" for problem in problems]
+
+
+def _listing(what: str, items: Sequence[str]) -> list[str]:
+    return [f"{len(items)} {what}: {', '.join(items)}"] if items else []
+
+
+# --- communication ---
+
+
+def raise_together(problems: list[str], parallel: Parallel, group: dist.ProcessGroup | None = None) -> None:
+    """Raises the same UserError on all ranks of `group` (default: all) when any of them has a problem. Collective.
+
+    A rank that raised alone would leave the others waiting in the next collective.
+    """
+    everywhere = _gather_objects(problems, group or parallel.world.group)
+    distinct = dict.fromkeys(problem for found in everywhere for problem in found)
+    if distinct:
+        raise UserError("\n".join(distinct))
+
+
+def _gather_objects(value: object, group: dist.ProcessGroup | None) -> list:
+    if group is None or dist.get_world_size(group) == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _collect(
+    row: Row, shard: Tensor | None, stage: int, dtype: torch.dtype, parallel: Parallel, to: str
+) -> list[Tensor] | None:
+    """All different shards of a parameter of `stage`, on the ranks that receive it; None on the others."""
+    tensor = parallel.tensor
+    n = row.layout.shards(tensor.size)
+    if to == "rank0" and n == 1 and tensor.rank > 0:  # replicated: tensor rank 0 has it all
+        return None
+    shape = row.layout.shard_shape(row.shapes, tensor.size)
+    shard = _over_pipeline(shard, stage, shape, dtype, parallel, to)
+    if shard is None:
+        return None
+    if n == 1:
+        return [shard]
+    data = _as_bytes(shard)
+    if to == "all":
+        parts = [torch.empty_like(data) for _ in range(n)]
+        dist.all_gather(parts, data, group=tensor.group)
+    else:
+        parts = [torch.empty_like(data) for _ in range(n)] if tensor.rank == 0 else []
+        dist.gather(data, parts or None, group=tensor.group, group_dst=0)
+    return [part.view(dtype).view(shape) for part in parts] or None
+
+
+def _over_pipeline(
+    shard: Tensor | None, stage: int, shape: Shape, dtype: torch.dtype, parallel: Parallel, to: str
+) -> Tensor | None:
+    """The shard of pipeline rank `stage` on the first stage ("rank0") or on every stage ("all")."""
+    axis = parallel.pipeline
+    if axis.size == 1 or (to == "rank0" and stage == 0):
+        return shard if axis.rank == stage else None
+    if to == "rank0" and axis.rank not in (0, stage):
+        return None
+    if axis.rank == stage:
+        assert shard is not None
+        data = _as_bytes(shard)
+    else:
+        data = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device=parallel.device)
+    if to == "all":
+        dist.broadcast(data, group=axis.group, group_src=stage)
+    elif axis.rank == stage:
+        dist.send(data, group=axis.group, group_dst=0)
+        return None
+    else:
+        dist.recv(data, group=axis.group, group_src=stage)
+    return data.view(dtype).view(shape)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Flat bytes: every backend moves them, whatever the dtype, and bit for bit."""
+    return tensor.contiguous().flatten().view(torch.uint8)

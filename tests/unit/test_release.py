@@ -1,0 +1,67 @@
+"""What stands beside the weights of a release."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from eureka_megatron.checkpoint.release import COPIED_FILES, copy_companions, model_card
+from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+
+
+def test_the_card_holds_what_it_was_given_and_its_head_is_yaml():
+    card = model_card(
+        {
+            "title": "Counts: red | blue",
+            "base_model": "someone/model: tiny",
+            "data": "MMK12, 15k questions",
+            "algorithm": "GRPO",
+            "hyperparameters": {"optimizer.lr": 1e-6, "filter": "0.01|0.99"},
+            "scores": {"MathVista": 0.7312},
+            "git_commit": "abc123",
+        }
+    )
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "someone/model: tiny"
+    assert head["pipeline_tag"] == "image-text-to-text"
+    assert "license" not in head
+    for line in (
+        "- **Code**: abc123",
+        "| optimizer.lr | 1e-06 |",
+        "| filter | 0.01\\|0.99 |",
+        "| MathVista | 0.7312 |",
+    ):
+        assert line in card.splitlines()
+
+
+def test_an_empty_card_is_still_a_card():
+    card = model_card({})
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert "None" not in card
+    assert "Scores" not in card
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_companions_are_copied_by_known_name_only_and_config_says_the_dtype(tmp_path, key):
+    source = build_tiny(tmp_path / "source", weights=False)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("dtype", None)
+    config[key] = "float32"
+    (source / "config.json").write_text(json.dumps(config))
+    for stray in ("optimizer.pt", "modeling_evil.py", "pytorch_model.bin", "notes.txt"):
+        (source / stray).write_text("x")
+    target = tmp_path / "target"
+    target.mkdir()
+    copy_companions(source, target, torch.bfloat16)
+    copied = {path.name for path in target.iterdir()}
+    assert copied <= {*COPIED_FILES, "config.json"}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= copied
+    written = json.loads((target / "config.json").read_text())
+    assert written[key] == "bfloat16"
+    assert {"dtype", "torch_dtype"} & set(written) == {key}
+    config.pop(key), written.pop(key)
+    for part in (config, written):
+        for inner in ("text_config", "vision_config"):
+            part[inner].pop("dtype", None)
+    assert written == config
