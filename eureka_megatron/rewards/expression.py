@@ -13,70 +13,41 @@ from fractions import Fraction
 
 import mpmath
 
+from eureka_megatron.rewards.arithmetic import (
+    MP,
+    Unsupported,
+    Value,
+    add,
+    divide,
+    factorial,
+    multiply,
+    power,
+    root,
+    same,
+    wide,
+)
+
 MAX_CHARACTERS = 600
 MAX_TOKENS = 300
 MAX_DEPTH = 30
-_MAX_BITS = 100_000  # of an exact integer
-_MAX_EXPONENT = 10**15
-_DIGITS = 60
 _TRIALS = 3
-
-Value = Fraction | mpmath.mpf | mpmath.mpc
-_mp = mpmath.mp.clone()
-_mp.dps = _DIGITS
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d{1,3}(?:[, ]\d{3})+(?![\d]|[, ]\d)(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
     r"|(?P<command>\\[a-zA-Z]+)|(?P<name>[A-Za-z]'*)|(?P<symbol>\*\*|[-+*/^_(){}\[\]|!%]))"
 )
 _FUNCTIONS = {
-    "\\sin": _mp.sin, "\\cos": _mp.cos, "\\tan": _mp.tan, "\\cot": _mp.cot, "\\ln": _mp.ln, "\\exp": _mp.exp,
-    "\\arcsin": _mp.asin, "\\arccos": _mp.acos, "\\arctan": _mp.atan,
+    "\\sin": MP.sin, "\\cos": MP.cos, "\\tan": MP.tan, "\\cot": MP.cot, "\\ln": MP.ln, "\\exp": MP.exp,
+    "\\arcsin": MP.asin, "\\arccos": MP.acos, "\\arctan": MP.atan,
 }  # fmt: skip
-_GREEK = {
-    f"\\{name}"
-    for name in [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Sigma",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-    ]
-}
+_GREEK_NAMES = (
+    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa",
+    "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta",
+    "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega", "ell",
+)  # fmt: skip
+_GREEK = {f"\\{name}" for name in _GREEK_NAMES}
 _MULTIPLY = {"*", "\\times", "\\cdot", "\\cdotp"}
 _DIVIDE = {"/", "\\div"}
-
-
-class Unsupported(Exception):
-    """Not in the grammar, undefined (1/0), or beyond the bounds."""
 
 
 def values(text: str) -> tuple[Value, ...]:
@@ -105,17 +76,6 @@ def _values(text: str) -> tuple[Value, ...]:
     return result
 
 
-def same(left: Value, right: Value) -> bool:
-    """Exact for fractions; otherwise 30 digits relative, and everything below 1e-40 in both is one zero."""
-    if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return left == right
-    a, b = _wide(left), _wide(right)
-    size = max(abs(a), abs(b))
-    if not _mp.isfinite(size):
-        return bool(a == b)
-    return bool(size < 1e-40 or abs(a - b) <= size * _mp.mpf("1e-30"))
-
-
 def equal(left: str, right: str) -> bool:
     """Whether two expressions have the same value everywhere. Raises Unsupported when either is not understood."""
     first, second = _values(left), _values(right)
@@ -128,7 +88,7 @@ def proportion(left: str, right: str) -> mpmath.mpf | None:
     ratios = []
     first, second = _values(left), _values(right)
     for i in range(max(len(first), len(second))):
-        a, b = _wide(first[i % len(first)]), _wide(second[i % len(second)])
+        a, b = wide(first[i % len(first)]), wide(second[i % len(second)])
         if abs(a) < 1e-40 or abs(b) < 1e-40:
             return None
         ratios.append(a / b)
@@ -138,10 +98,6 @@ def proportion(left: str, right: str) -> mpmath.mpf | None:
 def is_constant(text: str) -> bool:
     """Whether the expression has no variable. Raises Unsupported."""
     return len(_values(text)) == 1
-
-
-def _wide(value: Value) -> mpmath.mpf | mpmath.mpc:
-    return _mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -202,7 +158,7 @@ class _Parser:
         value = self.product()
         while self.peek() in ("+", "-"):
             sign = 1 if self.take() == "+" else -1
-            value = _add(value, _multiply(Fraction(sign), self.product()))
+            value = add(value, multiply(Fraction(sign), self.product()))
         self.depth -= 1
         return value
 
@@ -212,21 +168,21 @@ class _Parser:
             self.depth += 1
             if self.depth > MAX_DEPTH:
                 raise Unsupported("too deep")
-            value = _multiply(Fraction(sign), self.product())
+            value = multiply(Fraction(sign), self.product())
             self.depth -= 1
             return value
         value = self.power()
         while token := self.peek():
             if token in _MULTIPLY:
                 self.take()
-                value = _multiply(value, self.signed_power())
+                value = multiply(value, self.signed_power())
             elif token in _DIVIDE:
                 self.take()
-                value = _divide(value, self.signed_power())
+                value = divide(value, self.signed_power())
             elif self.starts_factor():
                 if self.kind() == "number" and self.tokens[self.position - 1][0] == "number":
                     raise Unsupported("two numbers in a row")
-                value = _multiply(value, self.power())
+                value = multiply(value, self.power())
             else:
                 break
         return value
@@ -234,7 +190,7 @@ class _Parser:
     def signed_power(self) -> Value:
         if self.peek() in ("+", "-"):
             sign = 1 if self.take() == "+" else -1
-            return _multiply(Fraction(sign), self.power())
+            return multiply(Fraction(sign), self.power())
         return self.power()
 
     def starts_factor(self) -> bool:
@@ -251,14 +207,14 @@ class _Parser:
                 self.take()
                 if self.peek() == "\\circ":  # only inside a function: a closing degree sign is a unit
                     self.take()
-                    return _multiply(value, _mp.pi / 180)
-                return _power(value, self.exponent())
+                    return multiply(value, MP.pi / 180)
+                return power(value, self.exponent())
             if token == "!":
                 self.take()
-                value = _factorial(value)
+                value = factorial(value)
             elif token == "%":
                 self.take()
-                value = _divide(value, Fraction(100))
+                value = divide(value, Fraction(100))
             else:
                 return value
 
@@ -268,7 +224,7 @@ class _Parser:
             raise Unsupported("too deep")
         if self.peek() in ("+", "-"):
             sign = 1 if self.take() == "+" else -1
-            value = _multiply(Fraction(sign), self.atom())
+            value = multiply(Fraction(sign), self.atom())
         else:
             value = self.power()
         self.depth -= 1
@@ -320,13 +276,13 @@ class _Parser:
             mantissa = "0" + mantissa
         value = Fraction(mantissa.rstrip(".") or "0")
         if exponent:
-            value = _multiply(value, _power(Fraction(10), Fraction(int(exponent))))
+            value = multiply(value, power(Fraction(10), Fraction(int(exponent))))
         follows_fraction = self.peek() == "\\frac" and mantissa.isdigit() and not exponent
         if follows_fraction and self.mixed_fraction():
-            return _add(value, self.command())
+            return add(value, self.command())
         if mantissa.isdigit() and self.mixed_slash():  # 1 1/2
             numerator, _, denominator = (self.take() for _ in range(3))
-            return _add(value, _divide(Fraction(numerator), Fraction(denominator)))
+            return add(value, divide(Fraction(numerator), Fraction(denominator)))
         return value
 
     def mixed_slash(self) -> bool:
@@ -343,9 +299,9 @@ class _Parser:
     def variable(self) -> Value:
         name = self.take()
         if name == "e" and self.peek() != "_":
-            return _mp.e
+            return MP.e
         if name == "i" and self.peek() != "_":
-            return _mp.mpc(0, 1)
+            return MP.mpc(0, 1)
         if name in ("f", "g", "h", "F", "P") and self.peek() == "(":
             raise Unsupported("function call")
         return self.symbol(name)
@@ -371,16 +327,16 @@ class _Parser:
         name = self.take()
         if name == "\\frac":
             numerator = self.argument()
-            return _divide(numerator, self.argument())
+            return divide(numerator, self.argument())
         if name == "\\sqrt":
             degree: Value = Fraction(2)
             if self.peek() == "[":
                 degree = self.group("[", "]")
-            return _root(self.argument(), degree)
+            return root(self.argument(), degree)
         if name == "\\pi":
-            return +_mp.pi
+            return +MP.pi
         if name == "\\infty":
-            return _mp.inf
+            return MP.inf
         if name in _FUNCTIONS or name in ("\\log", "\\lg"):
             return self.function(name)
         if name in _GREEK:
@@ -407,103 +363,26 @@ class _Parser:
 
     def function(self, name: str) -> Value:
         base: Value = Fraction(10)
-        power: Value | None = None
+        raised: Value | None = None
         if name == "\\log" and self.peek() == "_":
             self.take()
             base = self.argument()
         if self.peek() == "^":
             self.take()
-            power = self.exponent()
-            if power == -1:
+            raised = self.exponent()
+            if raised == -1:
                 raise Unsupported("inverse function")
         if self.peek() in ("(", "{"):
             value = self.atom()
         else:
             value = self.power()
             while self.kind() in ("number", "name") or self.peek() in _GREEK or self.peek() == "\\pi":
-                value = _multiply(value, self.power())
-        wide = _wide(value)
-        if abs(wide) > 1e6 and name not in ("\\log", "\\ln", "\\lg"):
+                value = multiply(value, self.power())
+        argument = wide(value)
+        if abs(argument) > 1e6 and name not in ("\\log", "\\ln", "\\lg"):
             raise Unsupported("argument too large")
         if name in ("\\log", "\\lg"):
-            result = _mp.log(wide) / _mp.log(_wide(base))
+            result = MP.log(argument) / MP.log(wide(base))
         else:
-            result = _FUNCTIONS[name](wide)
-        return result if power is None else _power(result, power)
-
-
-def _both_exact(left: Value, right: Value) -> bool:
-    return isinstance(left, Fraction) and isinstance(right, Fraction)
-
-
-def _add(left: Value, right: Value) -> Value:
-    return _bounded(left + right) if _both_exact(left, right) else _finite(_wide(left) + _wide(right))
-
-
-def _multiply(left: Value, right: Value) -> Value:
-    return _bounded(left * right) if _both_exact(left, right) else _finite(_wide(left) * _wide(right))
-
-
-def _divide(left: Value, right: Value) -> Value:
-    if right == 0:
-        raise Unsupported("division by zero")
-    return _bounded(left / right) if _both_exact(left, right) else _finite(_wide(left) / _wide(right))
-
-
-def _bounded(value: Fraction) -> Fraction:
-    if value.numerator.bit_length() + value.denominator.bit_length() > _MAX_BITS:
-        raise Unsupported("number too large")
-    return value
-
-
-def _finite(value: Value) -> Value:
-    if _mp.isnan(value):
-        raise Unsupported("undefined")
-    return value
-
-
-def _power(base: Value, exponent: Value) -> Value:
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        if base == 0 and exponent <= 0:
-            raise Unsupported("0 to a power below 1")
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length(), 1)
-        if abs(exponent) * bits <= _MAX_BITS:
-            return _bounded(base ** int(exponent))
-    if isinstance(exponent, Fraction) and exponent.denominator in (2, 3) and abs(exponent) < 100:
-        return _power(_root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
-    wide_base, wide_exponent = _wide(base), _wide(exponent)
-    if not _mp.isfinite(wide_exponent) or abs(wide_exponent) > _MAX_EXPONENT or abs(wide_base) > _mp.mpf(10) ** 1000:
-        raise Unsupported("power too large")
-    return _finite(_mp.power(wide_base, wide_exponent))
-
-
-def _root(value: Value, degree: Value) -> Value:
-    if not isinstance(degree, Fraction) or degree.denominator != 1 or not 1 <= degree <= 100:
-        raise Unsupported("root of an odd degree")
-    n = int(degree)
-    if isinstance(value, Fraction):
-        sign = 1
-        if value < 0 and n % 2:
-            sign, value = -1, -value
-        numerator, denominator = _integer_root(value.numerator, n), _integer_root(value.denominator, n)
-        if numerator is not None and denominator is not None:
-            return sign * Fraction(numerator, denominator)
-        return sign * _mp.power(_wide(value), _mp.mpf(1) / n)
-    return _mp.power(value, _mp.mpf(1) / n)
-
-
-def _integer_root(value: int, n: int) -> int | None:
-    """The exact n-th root of a non-negative integer, None when there is none (or the integer is long)."""
-    if value < 0 or value.bit_length() > 4096:
-        return None
-    guess = int(_mp.nint(_mp.power(value, _mp.mpf(1) / n)))
-    return guess if guess**n == value else None
-
-
-def _factorial(value: Value) -> Value:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= 2000:
-        raise Unsupported("factorial of this")
-    result = 1
-    for factor in range(2, int(value) + 1):
-        result *= factor
-    return Fraction(result)
+            result = _FUNCTIONS[name](argument)
+        return result if raised is None else power(result, raised)

@@ -19,14 +19,12 @@ def keep_groups(accuracy_GN: Tensor, *, lower: float = 0.1, upper: float = 0.9, 
 
     The mean is taken in float64 with a tolerance of 1e-6, so 8 right answers of 10 lie on a bound of 0.8, not beside
     it. `compat="mm_eureka"` takes the mean in float32 and compares it with the double bound, as the original does:
-    there 8/10 against an upper bound of 0.8 is dropped.
+    there 8/10 against an upper bound of 0.8 is dropped. Crossed bounds keep nothing; the configuration refuses them.
     """
     if accuracy_GN.ndim != 2 or accuracy_GN.shape[1] == 0:
         raise ValueError(
             f"accuracy_GN must be [groups, samples] with at least one sample, got {list(accuracy_GN.shape)}"
         )
-    if lower > upper:
-        raise ValueError(f"filter bounds are crossed: lower {lower} > upper {upper}")
     if compat == "mm_eureka":
         mean_G = accuracy_GN.to(torch.float32).mean(dim=1).double()
         return (mean_G >= lower) & (mean_G <= upper)

@@ -9,7 +9,8 @@ and ranks, divide once at the end. A name that ends in `_max` holds a scalar to 
 does both. Names follow MM-EUREKA: policy_loss, kl, ratio, ratio_clip_upper, ratio_clip_lower, entropy.
 
 A sequence lies whole inside one call. Under context parallelism a rank holds only part of each sequence: pass
-`sequence_all_reduce`, which sums a per-sequence tensor over those ranks; everything it sees is detached.
+`sequence_all_reduce`, which sums a per-sequence tensor over those ranks (everything it sees is detached), and give
+`sequences`, so that the tensor has one size on all of them.
 
 Sources: PPO arXiv:1707.06347, dual clip arXiv:1912.09729, DAPO arXiv:2503.14476, Dr. GRPO arXiv:2503.20783, GSPO
 arXiv:2507.18071, CISPO arXiv:2506.13585, CPGD arXiv:2505.12504, truncated importance sampling between rollout engine
@@ -55,6 +56,7 @@ class LossInputs:
     rollout_logprobs_T: Tensor | None = None  # the engine that sampled, for the rollout correction
     entropy_T: Tensor | None = None  # entropy in nats; with gradient when it is rewarded
     has_image_T: Tensor | None = None  # bool, the token's sequence has an image; splits the diagnostics
+    sequences: int | None = None  # S; default: the largest id + 1. Needed when ranks hold parts of the sequences
     global_tokens: float | None = None  # response tokens of the global batch
     global_sequences: float | None = None  # sequences with at least one response token in the global batch
 
@@ -121,10 +123,9 @@ def policy_loss(
     Raises ValueError for an unknown name or option, or an input that an option needs and the record lacks.
     """
     chosen = resolve_options(name, compat, **options)
+    inputs = _without_outside(inputs)
     batch = _Batch(inputs, chosen, sequence_all_reduce)
     log_ratio_T = (inputs.logprobs_T - inputs.old_logprobs_T.detach()).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    # Outside the mask log-probabilities may be anything, infinities included; zero keeps them out of the gradient.
-    log_ratio_T = torch.where(batch.valid_T, log_ratio_T, 0.0)
     pg_T, ratio_T = LOSSES[name](batch, log_ratio_T)
     weight_T = _correction_weights(batch)
     if weight_T is not None:
@@ -141,21 +142,33 @@ def policy_loss(
         loss = loss + chosen.drift_coefficient * batch.aggregate(drift_T, chosen.drift_aggregation)
         metrics["policy_drift"] = batch.aggregate_pair(drift_T, chosen.drift_aggregation)
     if inputs.ref_logprobs_T is not None:
-        kl_T = batch.masked(kl_estimate(inputs.logprobs_T, inputs.ref_logprobs_T.detach(), chosen.kl_estimator))
+        kl_T = kl_estimate(inputs.logprobs_T, inputs.ref_logprobs_T.detach(), chosen.kl_estimator)
         metrics["kl"] = batch.aggregate_pair(kl_T, chosen.kl_aggregation)
         if chosen.kl_coefficient:
             loss = loss + chosen.kl_coefficient * batch.aggregate(kl_T, chosen.kl_aggregation)
     elif chosen.kl_coefficient:
         raise ValueError("kl_coefficient is set but the record has no ref_logprobs_T")
     if inputs.entropy_T is not None:
-        entropy_T = batch.masked(inputs.entropy_T)
-        metrics["entropy"] = batch.pair(entropy_T)
+        metrics["entropy"] = batch.pair(inputs.entropy_T)
         if chosen.entropy_coefficient:
-            loss = loss - chosen.entropy_coefficient * batch.aggregate(entropy_T)
+            loss = loss - chosen.entropy_coefficient * batch.aggregate(inputs.entropy_T)
     elif chosen.entropy_coefficient:
         raise ValueError("entropy_coefficient is set but the record has no entropy_T")
     metrics["policy_loss"] = _loss_pair(metrics, chosen)
     return loss, metrics
+
+
+def _without_outside(inputs: LossInputs) -> LossInputs:
+    """The record with zeros outside the mask. There values may be anything, NaN included, and a product with a zero
+    mask would still carry a NaN into the gradient; `where` at the entrance keeps it out of everything that follows."""
+    valid_T = inputs.mask_T.bool()
+    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    clean = {
+        name: torch.where(valid_T, value, 0.0)
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.shape == valid_T.shape and value.is_floating_point()
+    }
+    return replace(inputs, **clean)
 
 
 def resolve_options(name: str, compat: str | None = None, **options: object) -> LossOptions:
@@ -222,7 +235,8 @@ class _Batch:
             ids_T = self.inputs.sequence_ids_T.long()
             # Padding may carry any id; 0 is always in range and the mask keeps it out of every sum.
             self._ids_T = torch.where(self.valid_T, ids_T, 0)
-            self._sequences = int(self._ids_T.max()) + 1 if ids_T.numel() else 0
+            largest = int(self._ids_T.max()) + 1 if ids_T.numel() else 0
+            self._sequences = self.inputs.sequences if self.inputs.sequences is not None else largest
         return self._ids_T
 
     @property
@@ -315,13 +329,13 @@ def _cispo(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
     """-sg(clip(r, 0, 1 + clip_high)) A logprob: no token loses its gradient."""
     ratio_T = log_ratio_T.detach().exp()
     weight_T = ratio_T.clamp(max=1 + batch.options.clip_high)
-    return -weight_T * batch.inputs.advantages_T * batch.masked(batch.inputs.logprobs_T), ratio_T
+    return -weight_T * batch.inputs.advantages_T * batch.inputs.logprobs_T, ratio_T
 
 
 def _cpgd(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
     """Clipped log-probability instead of the ratio: the gradient does not grow with the ratio."""
     inputs, options = batch.inputs, batch.options
-    logprob_T, old_T = batch.masked(inputs.logprobs_T), batch.masked(inputs.old_logprobs_T.detach())
+    logprob_T, old_T = inputs.logprobs_T, inputs.old_logprobs_T.detach()
     upper_T = torch.minimum(logprob_T, old_T + torch.log1p(logprob_T.new_tensor(options.clip_high)))
     lower_T = torch.maximum(logprob_T, old_T + torch.log1p(logprob_T.new_tensor(-options.clip_low)))
     bounded_T = torch.where(inputs.advantages_T > 0, upper_T, lower_T)
@@ -341,7 +355,7 @@ LOSSES: dict[str, LossFunction] = {
 def _drift(batch: _Batch, log_ratio_T: Tensor) -> Tensor:
     """CPGD's drift: the k3-like pull towards the old policy, bounded above only, as in the paper and the original."""
     weight_T = (log_ratio_T.detach().exp() - 1).clamp(max=batch.options.drift_clip)
-    return weight_T * batch.masked(batch.inputs.logprobs_T)
+    return weight_T * batch.inputs.logprobs_T
 
 
 # --- rollout correction ---
@@ -352,7 +366,7 @@ def _rollout_gap(batch: _Batch) -> Tensor | None:
     rollout_T = batch.inputs.rollout_logprobs_T
     if rollout_T is None:
         return None
-    return batch.masked((batch.inputs.old_logprobs_T - rollout_T).detach())
+    return (batch.inputs.old_logprobs_T - rollout_T).detach()
 
 
 def _correction_weights(batch: _Batch) -> Tensor | None:
