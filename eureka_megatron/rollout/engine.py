@@ -99,23 +99,17 @@ class Engine:
 
         on_gpu = torch.cuda.is_available()
         register_ray_backend()
-        memory = (
-            {"gpu_memory_utilization": options.gpu_memory_utilization}
-            if on_gpu
-            else {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30)}
-        )
         self._llm = LLM(
             model=str(directory),
             dtype=options.dtype,
             max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
             max_num_seqs=options.max_concurrent,
-            enforce_eager=not on_gpu,
             seed=options.seed,
             mm_processor_kwargs={"min_pixels": options.min_pixels, "max_pixels": options.max_pixels},
             mm_processor_cache_gb=1,
             limit_mm_per_prompt={"video": 0},
             weight_transfer_config=WeightTransferConfig(backend=options.backend or default_backend()),
-            **memory,
+            **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
         config = json.loads((directory / "config.json").read_text())
         self._banned = {config[key] for key in _VISION_TOKEN_KEYS if config.get(key) is not None}
@@ -407,6 +401,25 @@ def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarra
         raise UserError(
             f"prompt {prompt.id}: vLLM has token {found[first]} at {first}, tokens_S has {expected_S[first]}"
         )
+
+
+def _gpu_settings(options: EngineOptions) -> dict[str, Any]:
+    return {"gpu_memory_utilization": options.gpu_memory_utilization}
+
+
+def _cpu_settings(options: EngineOptions) -> dict[str, Any]:
+    """vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when the prompt of a seeded request is processed in parts.
+
+    So prompts are never split: not for the token budget, and not at the end of a cached prefix (whose blocks of 128 tokens are longer
+    than the prompts a CPU is used for).
+    """
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": max(options.max_model_tokens + 1, 2048),
+    }
 
 
 def _set_environment() -> None:

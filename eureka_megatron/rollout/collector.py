@@ -1,0 +1,234 @@
+"""From prompts to the judged groups of one step: rollouts, rewards, online filter, dynamic sampling (ALGORITHMS, "Online filter").
+
+Groups whose mean accuracy lies outside [lower, upper] carry no signal and are dropped before any log-probability is computed. Sampling goes
+on until `prompts_per_step` groups are there or `max_generation_batches` is reached. Groups beyond what a step needs wait in a buffer
+with their weight version; too old ones are dropped. The buffer is part of `state_dict`.
+
+Knows nothing of Ray, vLLM or Megatron: the pool and the judge are arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from eureka_megatron.config import RunConfig
+from eureka_megatron.rl.filters import keep_groups, outcome_counts
+from eureka_megatron.types import Group, Prompt
+
+log = logging.getLogger(__name__)
+
+Judge = Callable[[list[tuple[str, str]]], list[dict[str, float]]]  # (response, answer) pairs → rewards by name
+
+
+class Generates(Protocol):
+    """What the collector needs of a RolloutPool."""
+
+    version: int
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, n: int, temperature: float, top_p: float, max_tokens: int, seed: int
+    ) -> list[Group]: ...
+
+
+class Stream(Protocol):
+    """What the collector needs of a data.dataset.PromptStream."""
+
+    def next(self, n: int) -> list[Prompt]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class _Tally:
+    """Counts of one `collect`, over everything sampled in it, kept or not."""
+
+    batches: int = 0
+    groups: int = 0
+    kept: int = 0
+    tokens: int = 0
+    reward: float = 0.0  # sum of totals
+    seconds_sampling: float = 0.0
+    seconds_judging: float = 0.0
+    outcomes: Counter[str] = field(default_factory=Counter)  # all_wrong, mixed, all_right
+    accuracies: list[float] = field(default_factory=list)  # mean of each group
+    truncated: int = 0
+    rollouts: int = 0
+
+
+class Collector:
+    """Collects the groups of a step. `metrics` holds the figures of the last `collect`.
+
+    Args:
+        pool: a RolloutPool.
+        judge: rewards of (response text, answer) pairs, in order, each with "accuracy" and what else is configured.
+        max_age: weight versions a buffered group may lie behind the current one before it is dropped.
+    """
+
+    def __init__(self, pool: Generates, judge: Judge, stream: Stream, config: RunConfig, *, max_age: int = 1) -> None:
+        self.metrics: dict[str, float] = {}
+        self._pool, self._judge, self._stream, self._config = pool, judge, stream, config
+        self._max_age = max_age
+        self._buffer: list[Group] = []
+
+    def collect(self, step: int) -> list[Group]:
+        """Up to `training.prompts_per_step` judged groups, oldest first; empty when fewer than `filter.min_groups` came together.
+
+        An empty step is announced by a warning that names the filter; its groups stay in the buffer for the next one.
+        """
+        wanted, rule = self._config.training.prompts_per_step, self._config.algorithm.filter
+        filtering = rule.enabled and step > rule.freezing_steps
+        dropped = self._drop_old()
+        reused = min(len(self._buffer), wanted)
+        tally = _Tally()
+        while len(self._buffer) < wanted and (tally.batches == 0 or filtering):
+            if tally.batches == rule.max_generation_batches:
+                break
+            # Without a filter every group is kept, so no more is sampled than is missing.
+            count = wanted if filtering else wanted - len(self._buffer)
+            groups = self._sample(self._stream.next(count), self._seed(step, tally.batches), tally)
+            self._buffer += self._filter(groups, tally, filtering)
+        enough = min(rule.min_groups, wanted) if filtering else 1
+        ready = self._buffer[:wanted] if len(self._buffer) >= enough else []
+        if ready:
+            self._buffer = self._buffer[wanted:]
+        else:
+            self._warn(step, tally)
+        self.metrics = self._figures(tally, reused=reused, dropped=dropped, ready=len(ready))
+        return ready
+
+    def evaluate(self, prompts: Sequence[Prompt], n: int = 1, temperature: float = 1.0) -> dict[str, float]:
+        """Sample every prompt n times and judge: mean of each reward, "response_length", "truncated", "samples".
+
+        The seed is the run's, so that two evaluations of equal weights give equal figures.
+        """
+        if not prompts:
+            return {"samples": 0.0}
+        tally = _Tally()
+        groups = self._sample(prompts, self._seed("evaluate"), tally, n=n, temperature=temperature)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        names = sorted(set().union(*(rollout.rewards for rollout in rollouts)))
+        means = {name: float(np.mean([rollout.rewards[name] for rollout in rollouts])) for name in names}
+        return means | {
+            "response_length": tally.tokens / len(rollouts),
+            "truncated": tally.truncated / len(rollouts),
+            "samples": float(len(rollouts)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer and the place in the prompt stream: what a resumed run needs to go on as if nothing had happened."""
+        return {"buffer": list(self._buffer), "stream": self._stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._buffer = list(state["buffer"])
+        self._stream.load_state_dict(state["stream"])
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        tally: _Tally,
+        n: int | None = None,
+        temperature: float | None = None,
+    ) -> list[Group]:
+        """Rollouts of the prompts, judged."""
+        rollout = self._config.rollout
+        start = time.perf_counter()
+        groups = self._pool.generate(
+            prompts,
+            n=rollout.samples_per_prompt if n is None else n,
+            temperature=rollout.temperature if temperature is None else temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            seed=seed,
+        )
+        sampled = time.perf_counter()
+        pairs = [(one.text, group.prompt.answer) for group in groups for one in group.rollouts]
+        verdicts = iter(self._judge(pairs))
+        judged = [
+            replace(group, rollouts=tuple(replace(one, rewards=dict(next(verdicts))) for one in group.rollouts))
+            for group in groups
+        ]
+        tally.batches += 1
+        tally.seconds_sampling += sampled - start
+        tally.seconds_judging += time.perf_counter() - sampled
+        for one in (one for group in judged for one in group.rollouts):
+            tally.rollouts += 1
+            tally.tokens += len(one.tokens_R)
+            tally.reward += one.rewards.get("total", 0.0)
+            tally.truncated += one.finish_reason == "length"
+        return judged
+
+    def _filter(self, groups: list[Group], tally: _Tally, filtering: bool) -> list[Group]:
+        rule = self._config.algorithm.filter
+        accuracy_GN = torch.tensor(np.array([group.rewards("accuracy") for group in groups]))
+        tally.outcomes.update(outcome_counts(accuracy_GN))
+        tally.accuracies += accuracy_GN.mean(dim=1).tolist()
+        tally.groups += len(groups)
+        if filtering:
+            compat = self._config.algorithm.compat
+            kept_G = keep_groups(accuracy_GN, lower=rule.lower, upper=rule.upper, compat=compat).tolist()
+            groups = [group for group, kept in zip(groups, kept_G, strict=True) if kept]
+        tally.kept += len(groups)
+        return groups
+
+    def _drop_old(self) -> int:
+        young = [g for g in self._buffer if self._pool.version - g.rollouts[0].weight_version <= self._max_age]
+        dropped = len(self._buffer) - len(young)
+        self._buffer = young
+        return dropped
+
+    def _warn(self, step: int, tally: _Tally) -> None:
+        rule, outcomes = self._config.algorithm.filter, tally.outcomes
+        log.warning(
+            "step %d skipped: algorithm.filter (%g <= accuracy <= %g) left %d groups, fewer than algorithm.filter.min_groups=%d, "
+            "after %d generation batches: %d all wrong, %d mixed, %d all right",
+            step,
+            rule.lower,
+            rule.upper,
+            len(self._buffer),
+            rule.min_groups,
+            tally.batches,
+            outcomes["all_wrong"],
+            outcomes["mixed"],
+            outcomes["all_right"],
+        )
+
+    def _figures(self, tally: _Tally, *, reused: int, dropped: int, ready: int) -> dict[str, float]:
+        figures = {
+            "filter/all_wrong": float(tally.outcomes["all_wrong"]),
+            "filter/mixed": float(tally.outcomes["mixed"]),
+            "filter/all_right": float(tally.outcomes["all_right"]),
+            "filter/kept": float(tally.kept),
+            "filter/from_buffer": float(reused),
+            "filter/in_buffer": float(len(self._buffer)),
+            "filter/dropped_old": float(dropped),
+            "filter/skipped": float(ready == 0),
+            "rollout/generation_batches": float(tally.batches),
+            "rollout/groups": float(tally.groups),
+            "rollout/seconds": tally.seconds_sampling,
+            "rollout/judge_seconds": tally.seconds_judging,
+        }
+        if tally.groups:
+            figures["train/accuracy_rewards_original"] = float(np.mean(tally.accuracies))  # before the filter
+            figures["rollout/reward"] = tally.reward / tally.rollouts  # before the filter, too
+            figures["rollout/truncated"] = tally.truncated / tally.rollouts
+            figures["rollout/tokens_per_second"] = tally.tokens / max(tally.seconds_sampling, 1e-9)
+        return figures
+
+    def _seed(self, *parts: int | str) -> int:
+        """A different stream of random numbers for every generation batch of every step, the same in a resumed run."""
+        text = "/".join(map(str, (self._config.run.seed, *parts)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 2

@@ -1,0 +1,260 @@
+"""Several engines as Ray actors: start together, fan prompts out, replace an engine that dies.
+
+A replaced engine has the weights of `model.path`; when others have been sent since, `resend` (set by whoever owns the trainer) gives it the
+current ones before its prompts are done again. Weights come from the trainer, not from a copy kept here: a second whole model
+in the object store would cost more host memory than the first.
+
+Left out: engines over several GPUs, asynchronous rollouts. Ray must be initialised by the caller.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from eureka_megatron.config import RunConfig
+from eureka_megatron.errors import UserError
+from eureka_megatron.rollout.engine import Engine, EngineOptions, request_seeds
+from eureka_megatron.sync.check import Fingerprint
+from eureka_megatron.types import Group, Picture, Prompt, Rollout
+
+_MAX_DEATHS = 3  # of engines within one call: then something kills them, and restarting does not help
+
+
+def engine_options(config: RunConfig) -> EngineOptions:
+    """What the run's engines are started with."""
+    rollout = config.rollout
+    return EngineOptions(
+        model=config.model.path,
+        dtype=config.model.dtype,
+        max_model_tokens=rollout.max_model_tokens,
+        max_concurrent=rollout.max_concurrent,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        seed=config.run.seed,
+    )
+
+
+class RolloutPool:
+    """`rollout.engines` engines. They begin to start on construction; `start` waits for them.
+
+    Args:
+        resend: called with the handles of replaced engines, must send them the current weights under the current version.
+        engine_class: for tests.
+
+    Attributes:
+        version: of the weights every engine has.
+        restarts: engines replaced so far.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        resend: Callable[[list[Any]], Any] | None = None,
+        engine_class: type[Engine] = Engine,
+    ) -> None:
+        self.config = config
+        self.resend = resend
+        self.version = 0
+        self.restarts = 0
+        self._sent = False  # whether the engines have other weights than those of model.path
+        self._options = engine_options(config)
+        count = config.rollout.engines
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        # Trainer ranks rest while engines sample; still, whoever shares the machine with others says so by OMP_NUM_THREADS.
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+        self._actor_class = ray.remote(engine_class).options(
+            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}}
+        )
+        self._actors = [self._actor_class.remote(self._options) for _ in range(count)]
+
+    @property
+    def actors(self) -> list[Any]:
+        """Handles of the engines, for `send_weights`. An entry changes when its engine is replaced."""
+        return list(self._actors)
+
+    def start(self) -> list[dict[str, Any]]:
+        """Wait until all engines are up. → status of each. Raises UserError naming an engine that cannot start, and why."""
+        return [self._ready(index) for index in range(len(self._actors))]
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, n: int, temperature: float, top_p: float, max_tokens: int, seed: int
+    ) -> list[Group]:
+        """n rollouts for every prompt, in order, spread over the engines; the result does not depend on how.
+
+        Prompts of an engine that dies are done again by its replacement. Raises UserError when engines keep dying.
+        """
+        seeds = request_seeds(prompts, seed)
+        options = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+        costs = [len(prompt.tokens_S) + n * max_tokens for prompt in prompts]
+
+        def submit(engine: int, share: list[int]) -> Any:
+            part = [_without_features(prompts[i]) for i in share]
+            return self._actors[engine].generate.remote(part, **options, seed=[seeds[i] for i in share])
+
+        found: dict[int, tuple[Rollout, ...]] = {}
+        for share, rollouts in self._fan_out(balance(costs, len(self._actors)), submit):
+            found.update(zip(share, map(tuple, rollouts), strict=True))
+        self._check_versions(found.values())
+        return [Group(prompt, found[i]) for i, prompt in enumerate(prompts)]
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """float32 [R] each: log-probabilities of given responses, see Engine.score."""
+        costs = [len(prompt.tokens_S) + len(tokens_R) for prompt, tokens_R in zip(prompts, responses, strict=True)]
+
+        def submit(engine: int, share: list[int]) -> Any:
+            part = [_without_features(prompts[i]) for i in share]
+            return self._actors[engine].score.remote(part, [responses[i] for i in share])
+
+        found: dict[int, np.ndarray] = {}
+        for share, scores in self._fan_out(balance(costs, len(self._actors)), submit):
+            found.update(zip(share, scores, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def weights_sent(self, report: Any) -> None:
+        """Take note of a finished update (`sync.ray_transfer.SyncReport`): every engine must have its version from now on.
+
+        Engines that died during the update are replaced and sent the weights again.
+        """
+        self.version = report.version
+        self._sent = True
+        for index, status in enumerate(self._on_all("status")):
+            self._require_version(index, status)
+
+    def fingerprints(self) -> list[dict[str, Fingerprint]]:
+        """Of every engine: checksums of the weights it computes with, for `sync.check.compare`."""
+        return self._on_all("checksums")
+
+    def status(self) -> list[dict[str, Any]]:
+        """Of every engine: process id, weight version, failure."""
+        return self._on_all("status")
+
+    def reset(self) -> None:
+        """Drop all caches of all engines."""
+        self._on_all("drop_caches")
+
+    def shutdown(self) -> None:
+        """End the engines. The pool cannot be used afterwards."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _fan_out(self, shares: list[list[int]], submit: Callable[[int, list[int]], Any]) -> Any:
+        """Yield (share, result) as engines finish; a share whose engine died is submitted again to the new one."""
+        pending = {submit(engine, share): (engine, share) for engine, share in enumerate(shares) if share}
+        deaths = 0
+        while pending:
+            (done,), _ = ray.wait(list(pending), num_returns=1)
+            engine, share = pending.pop(done)
+            try:
+                result = ray.get(done)
+            except RayActorError as error:
+                deaths += 1
+                if deaths > _MAX_DEATHS:
+                    raise UserError(
+                        f"rollout engines died {deaths} times in one call, the last was engine {engine}: {_first_line(error)}; "
+                        "look for an out-of-memory kill, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
+                    ) from error
+                self._replace(engine)
+                pending[submit(engine, share)] = (engine, share)
+            except RayTaskError as error:
+                raise _readable(error) from None
+            else:
+                yield share, result
+
+    def _on_all(self, method: str) -> list[Any]:
+        """Call a method of every engine; dead ones are replaced first."""
+        calls = [getattr(actor, method).remote() for actor in self._actors]
+        results = []
+        for index, call in enumerate(calls):
+            try:
+                results.append(ray.get(call))
+            except RayActorError:
+                self._replace(index)
+                results.append(ray.get(getattr(self._actors[index], method).remote()))
+            except RayTaskError as error:
+                raise _readable(error) from None
+        return results
+
+    def _replace(self, index: int) -> None:
+        """A new engine at this place, with the current weights."""
+        if self._sent and self.resend is None:
+            raise UserError(
+                f"rollout engine {index} died and its replacement cannot get the weights of version {self.version}: "
+                "RolloutPool.resend is not set"
+            )
+        self.restarts += 1
+        self._actors[index] = self._actor_class.remote(self._options)
+        self._ready(index)
+        if self._sent:
+            assert self.resend is not None
+            self.resend([self._actors[index]])
+            self._require_version(index, ray.get(self._actors[index].status.remote()))
+
+    def _ready(self, index: int) -> dict[str, Any]:
+        try:
+            return ray.get(self._actors[index].status.remote())
+        except (RayActorError, RayTaskError) as error:
+            raise UserError(f"rollout engine {index} did not start: {_last_line(error)}") from error
+
+    def _require_version(self, index: int, status: dict[str, Any]) -> None:
+        if status["failure"] is not None or status["weight_version"] != self.version:
+            reason = f" ({status['failure']})" if status["failure"] else ""
+            raise UserError(
+                f"rollout engine {index} has weights of version {status['weight_version']}{reason}, expected {self.version}"
+            )
+
+    def _check_versions(self, found: Any) -> None:
+        versions = {rollout.weight_version for rollouts in found for rollout in rollouts}
+        if versions - {self.version}:
+            raise UserError(f"rollouts come from weight versions {sorted(versions)}, expected {self.version} only")
+
+
+def balance(costs: Sequence[float], engines: int) -> list[list[int]]:
+    """Indices of the items of each engine: longest first, each to the engine with the least so far. Shares keep the order.
+
+    Example: costs [5, 1, 1, 4] over 2 engines gives [[0, 1], [2, 3]].
+    """
+    loads = [(0.0, engine) for engine in range(engines)]
+    shares: list[list[int]] = [[] for _ in range(engines)]
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, engine = heapq.heappop(loads)
+        shares[engine].append(index)
+        heapq.heappush(loads, (load + costs[index], engine))
+    return [sorted(share) for share in shares]
+
+
+def _without_features(prompt: Prompt) -> Prompt:
+    """The prompt as an engine needs it: patches weigh ten times what the picture does, and the engine makes its own."""
+    return replace(prompt, pictures=tuple(_picture_only(picture) for picture in prompt.pictures))
+
+
+def _picture_only(picture: Picture) -> Picture:
+    return replace(picture, patches_PD=picture.patches_PD[:0].clone(), coordinates_P2=picture.coordinates_P2[:0].copy())
+
+
+def _readable(error: RayTaskError) -> Exception:
+    return error.cause if isinstance(error.cause, UserError) else error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _last_line(error: Exception) -> str:
+    """Ray ends its message with the remote exception's own last line."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -1,0 +1,134 @@
+"""A real vLLM engine as a Ray actor: what it samples, what it refuses. One engine serves the whole module."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eureka_megatron.errors import UserError
+from tests.helpers.engines import (
+    Prompts,
+    load_reference,
+    noise_picture,
+    private_ray,
+    reference_logprobs,
+    run_config,
+    worst,
+)
+
+pytestmark = pytest.mark.system
+
+OPTIONS: dict[str, Any] = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_dir: Path) -> Iterator[Any]:
+    from eureka_megatron.rollout.pool import RolloutPool
+
+    with private_ray():
+        pool = RolloutPool(run_config(tiny_dir))
+        pool.start()
+        yield pool
+        pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_dir: Path) -> Prompts:
+    return Prompts(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_dir: Path) -> Any:
+    return load_reference(tiny_dir)
+
+
+def test_sampled_logprobs_equal_transformers(pool: Any, prompts: Prompts, reference: Any, tiny_dir: Path) -> None:
+    mixture = prompts.mixture()
+    for temperature in (1.0, 0.6):  # the log-probabilities are those before temperature
+        groups = pool.generate(mixture, **OPTIONS | {"temperature": temperature}, seed=5)
+        assert [len(group.rollouts) for group in groups] == [4, 4, 4]
+        difference = worst(reference, tiny_dir, mixture, groups)
+        print(f"largest difference to transformers at temperature {temperature}: {difference:.2e}")
+        assert difference <= 1e-5
+
+
+def test_scores_of_given_responses_equal_transformers(
+    pool: Any, prompts: Prompts, reference: Any, tiny_dir: Path
+) -> None:
+    mixture = prompts.mixture()
+    responses = [np.array([300, 12, 44, 9]), np.array([7]), np.arange(50, 80)]
+    scores = pool.score(mixture, responses)
+    for prompt, tokens_R, found in zip(mixture, responses, scores, strict=True):
+        assert found.dtype == np.float32
+        assert np.abs(found - reference_logprobs(reference, tiny_dir, prompt, tokens_R)).max() <= 1e-5
+
+
+def test_equal_seeds_give_equal_responses_whatever_the_order(pool: Any, prompts: Prompts) -> None:
+    mixture = prompts.mixture()
+    first = pool.generate(mixture, **OPTIONS, seed=1)
+    again = pool.generate(mixture[::-1], **OPTIONS, seed=1)[::-1]
+    other = pool.generate(mixture, **OPTIONS, seed=2)
+    assert _tokens(first) == _tokens(again)
+    assert _tokens(first) != _tokens(other)
+
+
+def test_samples_of_one_prompt_differ_even_when_it_comes_twice(pool: Any, prompts: Prompts) -> None:
+    prompt = prompts.mixture()[0]
+    responses = _tokens(pool.generate([prompt, prompt], **OPTIONS, seed=1))
+    flat = [tuple(tokens) for group in responses for tokens in group]
+    assert len(set(flat)) == 8
+
+
+def test_vision_special_tokens_are_never_sampled(pool: Any, prompts: Prompts) -> None:
+    # An untrained model gives each of its 384 tokens about equal chances: 4 banned ones would come some 80 times here.
+    vision = {
+        prompts.tokenizer.convert_tokens_to_ids(f"<|{n}|>")
+        for n in ("vision_start", "vision_end", "image_pad", "video_pad")
+    }
+    groups = pool.generate(prompts.mixture(), **OPTIONS | {"n": 50, "max_tokens": 60, "temperature": 2.0}, seed=3)
+    sampled = np.concatenate([rollout.tokens_R for group in groups for rollout in group.rollouts])
+    assert len(sampled) > 5000
+    assert not vision.intersection(sampled.tolist())
+
+
+def test_a_response_ends_with_its_end_token_or_at_the_limit(pool: Any, prompts: Prompts, tiny_dir: Path) -> None:
+    listed = json.loads((tiny_dir / "generation_config.json").read_text())["eos_token_id"]
+    ends = {prompts.tokenizer.convert_tokens_to_ids("<|im_end|>"), *(listed if isinstance(listed, list) else [listed])}
+    groups = pool.generate(prompts.mixture(), **OPTIONS | {"n": 40, "max_tokens": 60}, seed=4)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        stopped = rollout.finish_reason == "stop"
+        assert (int(rollout.tokens_R[-1]) in ends) == stopped
+        assert not ends.intersection(rollout.tokens_R[:-1].tolist())
+        assert stopped or len(rollout.tokens_R) == 60
+        assert len(rollout.logprobs_R) == len(rollout.tokens_R)
+        assert rollout.weight_version == 0
+        assert "<|im_end|>" not in rollout.text
+
+
+def test_tokens_that_vllm_expands_differently_are_refused(pool: Any, prompts: Prompts) -> None:
+    prompt = prompts.mixture()[0]
+    other_size = replace(prompt, pictures=(noise_picture(1, 4, 4),))
+    short = replace(other_size, pictures=(replace(other_size.pictures[0], unit_order_U=np.arange(9)),))
+    with pytest.raises(UserError, match=r"prompt one: vLLM expands it to \d+ tokens, tokens_S has \d+"):
+        pool.generate([short], **OPTIONS, seed=0)
+
+
+def test_a_prompt_without_room_for_a_response_is_refused(pool: Any, prompts: Prompts) -> None:
+    long = prompts.make("long", "circles " * 600)
+    with pytest.raises(UserError, match=r"prompt long has .* tokens and leaves no room"):
+        pool.generate([long], **OPTIONS, seed=0)
+
+
+def test_vision_tokens_in_a_given_response_are_refused(pool: Any, prompts: Prompts) -> None:
+    with pytest.raises(UserError, match="vision special tokens"):
+        pool.score(prompts.mixture()[:1], [np.array([5, prompts.placeholder])])
+
+
+def _tokens(groups: Any) -> list[list[list[int]]]:
+    return [[rollout.tokens_R.tolist() for rollout in group.rollouts] for group in groups]
