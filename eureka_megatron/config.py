@@ -144,7 +144,7 @@ class SyncSection(_Section):
 
 
 class TrackingSection(_Section):
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a login, else offline
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a login, else offline
     project: str = "eureka_megatron"
     tensorboard: bool = True
     console: bool = True

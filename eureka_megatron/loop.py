@@ -11,18 +11,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, rollout_metrics
-from eureka_megatron.data.dataset import PromptStream, load_dataset
-from eureka_megatron.data.processor import Processor
-from eureka_megatron.errors import UserError
+from eureka_megatron.data.dataset import Dataset, PromptStream, load_dataset
+from eureka_megatron.data.processor import Processor, make_processor
+from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.rewards import JudgePool, parseable_gold
+from eureka_megatron.rl import advantages
+from eureka_megatron.rl.losses import resolve_options
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.tracker import Tracker
-from eureka_megatron.train.actor import TrainerGroup, start_ray
+from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
 
 
 def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
@@ -36,7 +40,7 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
         metrics = rollout_metrics(groups) | run.collector.metrics
         if groups:
             with tracker.phase("train"):
-                metrics |= run.learn(make_batch(groups, config, run.processor, step))
+                metrics |= run.learn(make_batch(groups, config, step))
             with tracker.phase("sync"):
                 metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
         if _due(config.training.evaluate_every, step) and run.test:
@@ -67,7 +71,7 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.weight_version = -1
+        self.weight_version = 0  # what the engines load from model.path
         self.global_step = 0  # optimizer steps of reinforcement learning
         self._stack = ExitStack()
 
@@ -75,16 +79,10 @@ class Run:
         config = self.config
         # What can be refused is refused before any process starts.
         check_layout(read_hf_config(config.model.path), config.parallel.tensor, config.parallel.pipeline)
-        data = config.data
-        self.processor = Processor(
-            config.model.path,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            max_prompt_tokens=data.max_prompt_tokens,
-            system_prompt=data.system_prompt,
-        )
-        self.train_data = self._dataset(data.train)
-        self.test = self._dataset(data.test) if data.test else None
+        check_algorithm(config)
+        self.processor = make_processor(config)
+        self.train_data = open_dataset(config, config.data.train, self.processor)
+        self.test = open_dataset(config, config.data.test, self.processor) if config.data.test else None
         try:
             self._start()
         except BaseException:
@@ -101,30 +99,15 @@ class Run:
         self._stack.callback(self.pool.shutdown)
         self.layout = self.trainer.start()
         self.pool.start()
+        self.pool.resend = lambda engines: self.trainer.send_weights(engines, self.weight_version)
         rewards = config.rewards
         judges = self._stack.enter_context(JudgePool(rewards.workers, time_limit_seconds=rewards.time_limit_seconds))
-        options: dict[str, Any] = {
-            "compat": config.algorithm.compat,
-            "think": rewards.think,
-            "strict_ends": rewards.strict_ends,
-            "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
-        }
+        options = reward_options(config)
         stream = PromptStream(self.train_data, config.run.seed)
         self.collector = Collector(self.pool, lambda pairs: judges.judge(pairs, **options), stream, config)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def _dataset(self, path: Path) -> Any:
-        data = self.config.data
-        return load_dataset(
-            path,
-            self.processor,
-            media=data.media,
-            on_bad_row=data.on_bad_row,
-            rejected=self.config.run.output / "rejected.jsonl",
-            check_answer=parseable_gold,
-        )
 
     @property
     def responses_per_step(self) -> int:
@@ -162,4 +145,49 @@ class Run:
 
     def export(self, output: Path, scores: dict[str, float] | None = None) -> None:
         """Write the trainer's present weights as a Hugging Face directory with a model card."""
-        self.trainer.export(output, {"config": self.config.model_dump(mode="json"), "scores": scores or {}})
+        self.trainer.export(output, model_card(self.config, scores))
+
+
+def open_dataset(config: RunConfig, path: Path, processor: Processor, response_key: str | None = None) -> Dataset:
+    """A data file read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl."""
+    return load_dataset(
+        path,
+        processor,
+        media=config.data.media,
+        on_bad_row=config.data.on_bad_row,
+        rejected=config.run.output / f"rejected_{path.stem}.jsonl" if config.data.on_bad_row == "skip" else None,
+        check_answer=unjudgeable,
+        response_key=response_key,
+    )
+
+
+def reward_options(config: RunConfig) -> dict[str, Any]:
+    """Keyword options of `rewards.score` for this run."""
+    rewards = config.rewards
+    return {
+        "compat": config.algorithm.compat,
+        "think": rewards.think,
+        "strict_ends": rewards.strict_ends,
+        "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
+    }
+
+
+def check_algorithm(config: RunConfig) -> None:
+    """Refuse names and options that `rl` does not know, before anything starts. Raises ConfigError."""
+    algorithm = config.algorithm
+    try:
+        resolve_options(algorithm.loss, algorithm.compat, **algorithm.loss_options)
+        advantages.compute(
+            algorithm.advantage,
+            torch.zeros(1, 2),
+            lengths_GN=torch.ones(1, 2),
+            compat=algorithm.compat,
+            **algorithm.advantage_options,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"algorithm: {error}") from error
+
+
+def unjudgeable(answer: Any) -> str | None:
+    """Why no response could ever be right for this answer, or None."""
+    return None if parseable_gold(answer) else f"answer {answer!r} cannot be parsed"

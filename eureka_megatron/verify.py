@@ -94,7 +94,7 @@ def made_up_samples(
     """Samples with noise pictures of the given (height, width) in merge units, one tuple a sample; () is text only."""
     layouts = tuple(pictures) or (((3, 3),), (), ((1, 1), (5, 2)), ((4, 8), (2, 3), (7, 5)), ())
     side = 2 * read_hf_config(hf_dir).vision_config.patch_size
-    processor = Processor(hf_dir, min_pixels=1, max_pixels=1 << 24, max_prompt_tokens=1 << 20, system_prompt="none")
+    processor = Processor(hf_dir, min_pixels=None, max_pixels=None, max_prompt_tokens=1 << 20, system_prompt="none")
     random = np.random.default_rng(seed)
     samples = []
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +107,7 @@ def made_up_samples(
                 content += [{"type": "image", "image": str(path)}, {"type": "text", "text": f"picture {place}"}]
             content.append({"type": "text", "text": f"How many? {int(random.integers(1 << 30))}"})
             message = [{"role": "user", "content": content}]
-            prompt = processor.prompt(f"made-up-{number}", message, answer="0", media=(Path(folder),))
+            prompt = processor.prompt(message, id=f"made-up-{number}", folders=(Path(folder),))
             samples.append(processor.sft_sample(prompt, f"<answer>{int(random.integers(1 << 30))}</answer>"))
     return samples
 

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.samples import training_sample
 from eureka_megatron.rl import advantages
 from eureka_megatron.types import Batch, Group
 
 
-def make_batch(groups: Sequence[Group], config: RunConfig, processor: Processor, step: int) -> Batch:
+def make_batch(groups: Sequence[Group], config: RunConfig, step: int) -> Batch:
     """All rollouts of the groups as samples with advantages, shuffled into updates of `training.responses_per_update`.
 
     The shuffle depends only on `run.seed` and `step`, so that a resumed run repeats it.
     """
     values = group_advantages(groups, config)
     samples = [
-        processor.training_sample(group.prompt, rollout, advantage)
+        training_sample(group.prompt, rollout.tokens_R, advantage=advantage, logprobs_R=rollout.logprobs_R)
         for group, row in zip(groups, values.tolist(), strict=True)
         for rollout, advantage in zip(group.rollouts, row, strict=True)
     ]

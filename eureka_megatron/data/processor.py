@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from eureka_megatron.config import RunConfig
 from eureka_megatron.data.chat import Chat, located, read_chat
 from eureka_megatron.data.pictures import load_picture
 from eureka_megatron.data.positions import Span, mrope_positions
@@ -44,16 +45,18 @@ class Processor:
         self,
         model_dir: Path | str,
         *,
-        min_pixels: int = 4 * 28 * 28,
-        max_pixels: int = 640 * 28 * 28,
+        min_pixels: int | None = 4 * 28 * 28,
+        max_pixels: int | None = 640 * 28 * 28,
         max_prompt_tokens: int = 3000,
         system_prompt: str = "none",
     ) -> None:
         self.model_dir = Path(model_dir)
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.max_prompt_tokens = max_prompt_tokens
         self.system_prompt = named_system_prompt(system_prompt)
         config, self._hf = _load(self.model_dir)
+        own = self._hf.image_processor.size  # None asks for the checkpoint's own bounds
+        self.min_pixels = own["shortest_edge"] if min_pixels is None else min_pixels
+        self.max_pixels = own["longest_edge"] if max_pixels is None else max_pixels
         self.tokenizer = self._hf.tokenizer
         self._vision = config.vision_config
         names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>")
@@ -222,3 +225,15 @@ def _load(model_dir: Path) -> tuple[Any, Any]:
     if config.model_type != "qwen2_5_vl" or not hasattr(processor, "image_processor"):
         raise UserError(f"{model_dir} holds a {config.model_type!r} checkpoint; qwen2_5_vl is what is supported")
     return config, processor
+
+
+def make_processor(config: RunConfig) -> Processor:
+    """The processor of a run's checkpoint, with the run's limits and system prompt."""
+    data = config.data
+    return Processor(
+        config.model.path,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        max_prompt_tokens=data.max_prompt_tokens,
+        system_prompt=data.system_prompt,
+    )

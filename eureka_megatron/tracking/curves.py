@@ -21,8 +21,10 @@ RAW_ALPHA = 0.28
 LABELS = {
     "train/accuracy_rewards": "groups trained on",
     "train/accuracy_rewards_original": "all rollouts, before the filter",
-    "train/reward": "total",
-    "train/format_rewards": "format",
+    "rollout/reward": "all rollouts, before the filter",
+    "train/reward": "groups trained on",
+    "train/format_rewards": "of these: format",
+    "train/logprob_abs_diff_max": "largest of a step",
     "train/response_length": "all",
     "train/correct_response_length": "correct",
     "train/wrong_response_length": "wrong",
@@ -46,9 +48,9 @@ class Section:
 
 SECTIONS = (
     Section(
-        "Accuracy", ("train/accuracy_rewards", "train/accuracy_rewards_original", "eval/accuracy*"), "share", share=True
+        "Accuracy", ("train/accuracy_rewards_original", "train/accuracy_rewards", "eval/accuracy*"), "share", share=True
     ),
-    Section("Reward", ("train/reward", "train/format_rewards"), "mean reward of a response"),
+    Section("Reward", ("rollout/reward", "train/reward", "train/format_rewards"), "mean reward of a response"),
     Section("Cold start", ("sft/loss",), "loss of a token (nats)", xlabel="supervised step", stage="sft"),
     Section("Trainer against rollout engine", ("*logprob*diff*",), "difference of log-probabilities", log=True),
     Section(

@@ -80,8 +80,7 @@ class Tracker:
 
             folder = self.run_dir / "tensorboard" / self.stage
             self._tensorboard = SummaryWriter(str(folder), purge_step=self.start_step)
-        if self.config.tracking.wandb != "off":
-            self._start_wandb()
+        self._start_wandb()
         self.console.__enter__()
         return self
 

@@ -172,6 +172,24 @@ class TrainerGroup:
         return ray.get(calls)
 
 
+def model_card(config: RunConfig, scores: dict[str, float] | None = None) -> dict[str, Any]:
+    """What a release says of the run it comes from (keys of checkpoint.release.CARD_KEYS)."""
+    algorithm = config.algorithm
+    flat = {
+        f"{section}.{key}": value
+        for section in ("optimizer", "rollout", "training", "algorithm")
+        for key, value in config.model_dump(mode="json")[section].items()
+    }
+    return {
+        "base_model": str(config.model.path),
+        "data": str(config.data.train),
+        "algorithm": f"{algorithm.advantage} advantages, {algorithm.loss} loss",
+        "run_id": config.run.name,
+        "hyperparameters": flat,
+        "scores": scores or {},
+    }
+
+
 def start_ray(stack: ExitStack) -> None:
     """Join the cluster of RAY_ADDRESS, or start a private one on this machine that ends with the stack."""
     if ray.is_initialized():
