@@ -168,25 +168,29 @@ def _packages() -> list[Finding]:
             "transformer-engine",
             ("transformer-engine", "transformer_engine"),
             False,
-            "fused kernels and FP8 on GPUs; `model.backend: local` does without",
+            "Megatron's fused optimizer kernels on GPUs (apex has them too); `model.backend: local` needs none of it",
             gpu,
         ),
         package(
             "apex",
             ("apex",),
             False,
-            "its fused optimizer and gradient kernels; torch's run instead",
+            "its fused optimizer kernels; Transformer Engine's or torch's run instead",
             "build it from github.com/NVIDIA/apex",
         ),
         package(
             "flash-attn",
             ("flash-attn", "flash-attn-3", "flash_attn_3"),
             False,
-            "faster attention on GPUs; torch's runs instead",
+            "nothing yet: training uses torch's own flash kernels, and vLLM brings its own",
             gpu,
         ),
         package(
-            "modelopt", ("nvidia-modelopt",), False, "quantised exports", "pip install 'eureka-megatron[quantize]'"
+            "modelopt",
+            ("nvidia-modelopt",),
+            False,
+            "nothing yet: it is for quantised exports, which are planned",
+            "pip install 'eureka-megatron[quantize]'",
         ),
     ]
 

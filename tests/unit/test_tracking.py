@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_config(**tracking: object) -> RunConfig:
-    plain = {"wandb": "off", "tensorboard": False, "console": False}
+    plain = {"wandb": "disabled", "tensorboard": False, "console": False}
     return make_config(
         {
             "model": {"path": "model"},
