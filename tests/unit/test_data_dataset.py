@@ -1,0 +1,186 @@
+"""JSONL files: every bad row is named, good ones are read as needed, streams resume exactly."""
+
+import json
+from itertools import chain
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eureka_megatron.data.dataset import PromptStream, load_dataset
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.errors import UserError
+from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    model_dir = build_tiny(tmp_path_factory.mktemp("tiny"), weights=False)
+    return Processor(model_dir, min_pixels=28 * 28, max_prompt_tokens=60)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (56, 28), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def row(number: int, **changes) -> dict:
+    content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "How many?"}]
+    message = json.dumps([{"role": "user", "content": content}])
+    return {
+        "id": f"r{number}",
+        "message": message,
+        "answer": str(number),
+        "response": f"<think>{number}</think>",
+    } | changes
+
+
+def write(folder, rows, name="data.jsonl"):
+    path = folder / name
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+    return path
+
+
+def test_rows_become_prompts_in_order(folder, processor):
+    path = write(folder, [row(0), b"", row(1, id=17, answer=2.5), row(2, message=json.loads(row(2)["message"]))])
+    dataset = load_dataset(path, processor)
+    assert [prompt.id for prompt in dataset] == ["r0", "17", "r2"]
+    assert [prompt.answer for prompt in dataset] == ["0", "2.5", "2"]
+    assert [prompt.origin for prompt in dataset] == [f"{path}:{line}" for line in (1, 3, 4)]
+    assert dataset[1].pictures[0].image.getpixel((0, 0)) == (40, 0, 0)
+    assert dataset.rejected == 0
+
+
+BAD = [
+    (b"{", "not JSON"),
+    (b"[1]", "must be a JSON object, found list"),
+    (b'{"a": "\xff"}', "not UTF-8"),
+    ({"id": "x", "answer": "1"}, "key 'message' is missing; found answer, id"),
+    ({"id": "x", "message": row(0)["message"]}, "key 'answer' is missing"),
+    (row(0, answer="  "), "'answer' must be a non-empty string or a number"),
+    (row(0, answer=["3"]), "'answer' must be a non-empty string or a number"),
+    (row(0, message="hello"), "not JSON"),
+    (row(9), "'9.png' does not exist"),
+    (row(0, message=row(0)["message"].replace("0.png", "/etc/hostname")), "outside the allowed folders"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD)
+def test_a_bad_row_is_an_error_with_file_and_line(folder, processor, bad, reason):
+    path = write(folder, [row(0), bad, row(1)])
+    with pytest.raises(UserError) as error:
+        load_dataset(path, processor)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert reason in str(error.value)
+
+
+def test_bad_rows_are_skipped_counted_and_written_down(folder, processor):
+    rejected = folder / "out" / "rejected.jsonl"
+    path = write(folder, [row(0), *(bad for bad, _ in BAD), row(1)])
+    dataset = load_dataset(path, processor, on_bad_row="skip", rejected=rejected)
+    assert [prompt.id for prompt in dataset] == ["r0", "r1"]
+    records = [json.loads(line) for line in rejected.read_text().splitlines()]
+    assert dataset.rejected == len(records) == len(BAD)
+    assert [record["origin"] for record in records] == [f"{path}:{line}" for line in range(2, 2 + len(BAD))]
+    assert all(reason in record["reason"] for record, (_, reason) in zip(records, BAD, strict=True))
+    assert json.loads(records[3]["row"]) == BAD[3][0]
+
+
+def test_many_bad_rows_give_five_lines_and_a_count(folder, processor):
+    path = write(folder, [b"{"] * 9 + [row(0)])
+    with pytest.raises(UserError, match="9 bad rows in all") as error:
+        load_dataset(path, processor)
+    assert str(error.value).count("not JSON") == 5
+
+
+def test_answers_that_cannot_be_judged_are_bad_rows(folder, processor):
+    path = write(folder, [row(0), row(1, answer="??")])
+    with pytest.raises(UserError, match=r":2: 'answer' '\?\?' cannot be judged: no number"):
+        load_dataset(path, processor, check_answer=lambda answer: None if answer.isdigit() else "no number")
+
+
+def test_files_without_usable_rows_are_refused(folder, processor):
+    with pytest.raises(UserError, match="does not exist"):
+        load_dataset(folder / "none.jsonl", processor)
+    with pytest.raises(UserError, match="no usable row"):
+        load_dataset(write(folder, []), processor)
+    with pytest.raises(UserError, match=r"no usable row; the first is bad: .*data.jsonl:1: not JSON"):
+        load_dataset(write(folder, [b"{"]), processor, on_bad_row="skip")
+
+
+def test_what_only_decoding_shows_is_reported_when_the_row_is_used(folder, processor):
+    (folder / "2.png").write_bytes(b"\x89PNG broken")
+    path = write(folder, [row(0), row(2), row(1, message=json.dumps([{"role": "user", "content": "why " * 99}]))])
+    dataset = load_dataset(path, processor)
+    with pytest.raises(UserError, match=rf"{path}:2: picture '2.png' is corrupt"):
+        dataset[1]
+    with pytest.raises(UserError, match=rf"{path}:3: the prompt has \d+ tokens"):
+        dataset[2]
+    rejected = folder / "rejected.jsonl"
+    stream = PromptStream(load_dataset(path, processor, on_bad_row="skip", rejected=rejected))
+    assert [prompt.id for prompt in stream.next(5)] == ["r0"] * 5
+    assert stream.dataset.rejected == 2  # counted once each, however often they come up
+    assert len(rejected.read_text().splitlines()) == 2
+
+
+def test_a_stream_over_nothing_but_bad_rows_ends_with_an_error(folder, processor):
+    (folder / "2.png").write_bytes(b"broken")
+    stream = PromptStream(load_dataset(write(folder, [row(2)]), processor, on_bad_row="skip"))
+    with pytest.raises(UserError, match="no usable row is left; 1 were rejected"):
+        stream.next(1)
+
+
+def test_each_epoch_shows_every_row_once_in_an_order_of_its_own(folder, processor):
+    dataset = load_dataset(write(folder, [row(number) for number in range(6)]), processor)
+    stream = PromptStream(dataset, seed=3)
+    epochs = [[prompt.id for prompt in stream.next(6)] for _ in range(4)]
+    assert all(sorted(epoch) == [f"r{number}" for number in range(6)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert [prompt.id for prompt in PromptStream(dataset, seed=3).next(24)] == list(chain.from_iterable(epochs))
+    assert [prompt.id for prompt in PromptStream(dataset, seed=4).next(24)] != list(chain.from_iterable(epochs))
+
+
+@pytest.mark.parametrize("before", [0, 4, 6, 11, 18])
+def test_a_resumed_stream_gives_what_an_uninterrupted_one_gives(folder, processor, before):
+    path = write(folder, [row(number) for number in range(6)])
+    whole = PromptStream(load_dataset(path, processor), seed=1)
+    expected = [prompt.id for prompt in whole.next(30)][before:]
+    first = PromptStream(load_dataset(path, processor), seed=1)
+    first.next(before)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = PromptStream(load_dataset(path, processor), seed=1)
+    second.load_state_dict(state)
+    assert [prompt.id for prompt in second.next(30 - before)] == expected
+
+
+def test_a_stream_is_not_resumed_on_other_data(folder, processor):
+    state = PromptStream(load_dataset(write(folder, [row(0), row(1)]), processor)).state_dict()
+    for rows, seed in (([row(0), row(2)], 0), ([row(1), row(0)], 0), ([row(0), row(1)], 5)):
+        with pytest.raises(UserError, match="cannot resume"):
+            PromptStream(load_dataset(write(folder, rows), processor), seed).load_state_dict(state)
+
+
+def test_rows_with_a_response_become_supervised_samples(folder, processor):
+    path = write(folder, [row(0), row(1)])
+    stream = PromptStream(load_dataset(path, processor, response_key="response"))
+    samples = stream.next_samples(2)
+    texts = {processor.decode(sample.tokens_S[sample.mask_S == 1]) for sample in samples}
+    assert texts == {"<think>0</think>", "<think>1</think>"}
+    with pytest.raises(UserError, match=":1: key 'text' is missing"):
+        load_dataset(path, processor, response_key="text")
+    with pytest.raises(UserError, match=":1: 'response' must be a non-empty string"):
+        load_dataset(write(folder, [row(0, response="")]), processor, response_key="response")
+
+
+def test_the_cache_is_bounded_and_changes_nothing(folder, processor):
+    dataset = load_dataset(write(folder, [row(number) for number in range(6)]), processor)
+    kept = dataset[0]
+    assert dataset[0] is kept
+    dataset._cache_bytes = 3 * dataset._cached_bytes
+    again = [dataset[number] for number in range(6)]
+    assert len(dataset._cache) == 3
+    assert dataset._cached_bytes <= dataset._cache_bytes
+    assert dataset[0] is not kept
+    np.testing.assert_array_equal(dataset[0].pictures[0].patches_PD, again[0].pictures[0].patches_PD)
