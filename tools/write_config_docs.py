@@ -1,0 +1,136 @@
+"""Write docs/configuration.md from eureka_megatron/config.py: every key with its type, bounds, default and comment.
+
+Usage: python tools/write_config_docs.py [--check]     (--check writes nothing and exits 1 when the page is out of date)
+"""
+
+import ast
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from eureka_megatron import config
+
+SOURCE = Path(config.__file__)
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+HEAD = """# Configuration
+
+A run is one YAML file plus overrides on the command line: `eureka train run.yaml optimizer.lr=3e-4 data.media=[pictures]`.
+Only `model.path` and `data.train` are required. An unknown key, a wrong type or a combination that cannot work is refused
+before anything starts. Keys may refer to each other: `output: runs/${run.name}`.
+
+This page is written by `tools/write_config_docs.py` from the comments in `eureka_megatron/config.py`; edit those.
+"""
+BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def main(arguments: list[str]) -> int:
+    page = render()
+    if arguments == ["--check"]:
+        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
+        if not current:
+            print(f"error: {PAGE.name} is out of date; run python tools/write_config_docs.py", file=sys.stderr)
+        return 0 if current else 1
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+def render() -> str:
+    """The whole page."""
+    text = SOURCE.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    parts = [HEAD]
+    for path, section in _sections(config.RunConfig, ""):
+        comments = _comments(classes[section.__name__], lines)
+        rows = [
+            f"| `{name}` | {_type(field)} | {_default(field)} | {comments.get(name, '')} |"
+            for name, field in section.model_fields.items()
+            if not _is_section(field.annotation)
+        ]
+        parts.append("\n".join([f"## {path}\n", "| key | type | default | |", "|---|---|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _sections(parent: type[BaseModel], prefix: str) -> list[tuple[str, type[BaseModel]]]:
+    """Sections in the order of declaration, `algorithm.filter` after `algorithm`."""
+    found = []
+    for name, field in parent.model_fields.items():
+        if _is_section(field.annotation):
+            found += [(prefix + name, field.annotation), *_sections(field.annotation, f"{prefix}{name}.")]
+    return found
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _comments(node: ast.ClassDef, lines: list[str]) -> dict[str, str]:
+    """The comment of each field: behind it, else the comment lines just above it."""
+    found = {}
+    for item in node.body:
+        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+            continue
+        behind = lines[item.end_lineno - 1][_column(lines[item.end_lineno - 1], item.end_col_offset) :].strip()
+        above: list[str] = []
+        for line in reversed(lines[: item.lineno - 1]):
+            if not line.strip().startswith("#"):
+                break
+            above.insert(0, line.strip().lstrip("# "))
+        found[item.target.id] = (behind.lstrip("# ") or " ".join(above)).replace("|", "\\|")
+    return found
+
+
+def _column(line: str, byte_offset: int) -> int:
+    """ast counts columns in UTF-8 bytes."""
+    return len(line.encode()[:byte_offset].decode())
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name, sign in BOUNDS.items()
+        if hasattr(rule, name)
+    ]
+    return ", ".join([_name(field.annotation), *bounds])
+
+
+def _name(annotation: Any) -> str:
+    """`Literal["a", "b"] | None` → "`a`, `b` or null"; `tuple[Path, ...]` → "list of path"."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return _either([f"`{value}`" for value in inner])
+    if origin in (typing.Union, types.UnionType):
+        return _either([_name(one) for one in inner])
+    if origin is tuple:
+        if inner[-1] is Ellipsis:
+            return f"list of {_name(inner[0])}"
+        return f"{len(inner)} × {_name(inner[0])}"
+    if origin is dict:
+        return f"mapping to {_name(inner[1])}"
+    names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", type(None): "null"}
+    return names[annotation]
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(value, default_flow_style=True, width=200).removesuffix("...\n")
+    return f"`{text.strip()}`"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
