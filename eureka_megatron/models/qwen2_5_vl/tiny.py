@@ -119,10 +119,10 @@ def build_tiny(
         weights: False leaves the weights out (for tests of what only reads configuration and tokenizer).
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(vocab_size, sentences)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     _check_sizes(text_hidden, text_heads, kv_heads, vision_hidden, vision_heads)
+    directory.mkdir(parents=True, exist_ok=True)
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": vocab_size,
