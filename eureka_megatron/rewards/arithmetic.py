@@ -18,6 +18,10 @@ class Unsupported(Exception):
     """Not in the grammar, undefined (1/0), or beyond the bounds."""
 
 
+class Unbounded(Unsupported):
+    """Beyond the bounds: too large or too deep. Nobody else should try it either."""
+
+
 def same(left: Value, right: Value) -> bool:
     """Exact for fractions; otherwise 30 digits relative, and everything below 1e-40 in both is one zero."""
     if isinstance(left, Fraction) and isinstance(right, Fraction):
@@ -53,7 +57,7 @@ def divide(left: Value, right: Value) -> Value:
 
 def _bounded(value: Fraction) -> Fraction:
     if value.numerator.bit_length() + value.denominator.bit_length() > _MAX_BITS:
-        raise Unsupported("number too large")
+        raise Unbounded("number too large")
     return value
 
 
@@ -74,7 +78,7 @@ def power(base: Value, exponent: Value) -> Value:
         return power(root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
     wide_base, wide_exponent = wide(base), wide(exponent)
     if not MP.isfinite(wide_exponent) or abs(wide_exponent) > _MAX_EXPONENT or abs(wide_base) > MP.mpf(10) ** 1000:
-        raise Unsupported("power too large")
+        raise Unbounded("power too large")
     return _finite(MP.power(wide_base, wide_exponent))
 
 

@@ -15,6 +15,7 @@ import mpmath
 
 from eureka_megatron.rewards.arithmetic import (
     MP,
+    Unbounded,
     Unsupported,
     Value,
     add,
@@ -65,7 +66,9 @@ def _values_or_error(text: str) -> tuple[Value, ...] | Unsupported:
         return (first, *(_Parser(text, trial).parse() for trial in range(1, _TRIALS)))
     except Unsupported as error:
         return error
-    except (ZeroDivisionError, OverflowError, ValueError, RecursionError, mpmath.libmp.NoConvergence) as error:
+    except (OverflowError, RecursionError) as error:
+        return Unbounded(str(error))
+    except (ZeroDivisionError, ValueError, mpmath.libmp.NoConvergence) as error:
         return Unsupported(str(error))
 
 
@@ -112,7 +115,7 @@ class _Parser:
 
     def __init__(self, text: str, trial: int) -> None:
         if len(text) > MAX_CHARACTERS:
-            raise Unsupported("too long")
+            raise Unbounded("too long")
         self.tokens: list[tuple[str, str]] = []
         position = 0
         text = text.rstrip()
@@ -154,7 +157,7 @@ class _Parser:
     def sum(self) -> Value:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unsupported("too deep")
+            raise Unbounded("too deep")
         value = self.product()
         while self.peek() in ("+", "-"):
             sign = 1 if self.take() == "+" else -1
@@ -167,7 +170,7 @@ class _Parser:
             sign = 1 if self.take() == "+" else -1
             self.depth += 1
             if self.depth > MAX_DEPTH:
-                raise Unsupported("too deep")
+                raise Unbounded("too deep")
             value = multiply(Fraction(sign), self.product())
             self.depth -= 1
             return value
@@ -221,7 +224,7 @@ class _Parser:
     def exponent(self) -> Value:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unsupported("too deep")
+            raise Unbounded("too deep")
         if self.peek() in ("+", "-"):
             sign = 1 if self.take() == "+" else -1
             value = multiply(Fraction(sign), self.atom())
@@ -271,7 +274,7 @@ class _Parser:
         text = self.take().replace(",", "").replace(" ", "")
         mantissa, _, exponent = text.lower().partition("e")
         if len(mantissa) > 400 or len(exponent) > 6:
-            raise Unsupported("number too long")
+            raise Unbounded("number too long")
         if mantissa.startswith("."):
             mantissa = "0" + mantissa
         value = Fraction(mantissa.rstrip(".") or "0")
@@ -380,7 +383,7 @@ class _Parser:
                 value = multiply(value, self.power())
         argument = wide(value)
         if abs(argument) > 1e6 and name not in ("\\log", "\\ln", "\\lg"):
-            raise Unsupported("argument too large")
+            raise Unbounded("argument too large")
         if name in ("\\log", "\\lg"):
             result = MP.log(argument) / MP.log(wide(base))
         else:

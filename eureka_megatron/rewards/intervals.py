@@ -3,7 +3,7 @@
 import re
 
 from eureka_megatron.rewards import expression
-from eureka_megatron.rewards.expression import Unsupported
+from eureka_megatron.rewards.arithmetic import Unsupported
 
 # (opening bracket, low, high, closing bracket)
 Interval = tuple[str, str, str, str]

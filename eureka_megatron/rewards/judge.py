@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from eureka_megatron.rewards.scoring import score
+
 _START_SECONDS = 120.0  # a cold file system, many ranks importing at once
 _GRACE_SECONDS = 2.0  # the worker's own alarm comes first; the parent steps in only if that fails
 _CHUNK = 64
@@ -78,10 +80,16 @@ class JudgePool:
         """
         if self._closed:
             raise ValueError("the JudgePool is closed")
+        if self._limits["user_function"] is None:
+            score("", "", **options)  # a wrong option is the caller's error, not a failed answer
         with self._lock:
             run = _Run(list(samples), options, self._workers, self._limits)
             verdicts = run.finish()
-            self.timeouts += run.failures
+        self.timeouts += run.failures
+        if run.last_error and run.failures == len(samples) > 0:
+            raise RuntimeError(
+                f"the reward function failed on every one of {len(samples)} answers; last: {run.last_error}"
+            )
         return verdicts
 
 
@@ -142,6 +150,7 @@ class _Run:
         self.verdicts: list[dict[str, float] | None] = [None] * len(samples)
         self.open = len(samples)
         self.failures = 0
+        self.last_error: str | None = None
         # Small enough chunks that all workers finish together.
         self.chunk = max(1, min(_CHUNK, len(samples) // (4 * len(workers)) + 1))
 
@@ -173,11 +182,7 @@ class _Run:
         while self.queue and len(chunk) < self.chunk and size < _CHUNK_CHARACTERS:
             index = self.queue.popleft()
             chunk.append([index, self.samples[index], self.options])
-            size += (
-                len(str(self.samples[index]))
-                if not isinstance(self.samples[index], tuple)
-                else len(self.samples[index][0])
-            )
+            size += _characters(self.samples[index])
         if not chunk:
             return
         try:
@@ -197,7 +202,8 @@ class _Run:
             if not worker.ready:
                 worker.ready = True
                 continue
-            index, verdict = message
+            index, verdict, error = message
+            self.last_error = error or self.last_error
             assert worker.pending.popleft() == index, "a judge worker answers in order"
             self._settle(index, verdict)
         worker.touch()
@@ -225,3 +231,9 @@ class _Run:
         fresh = _Worker(self.limits)
         self.workers[self.workers.index(worker)] = fresh
         self._register(selector, fresh)
+
+
+def _characters(sample: Any) -> int:
+    """Rough size of a sample, to keep chunks of long responses small."""
+    parts = sample.values() if isinstance(sample, dict) else sample
+    return sum(len(part) if isinstance(part, str) else 100 for part in parts)

@@ -16,7 +16,7 @@ import re
 import mpmath
 
 from eureka_megatron.rewards import choice, expression, extract, intervals, units
-from eureka_megatron.rewards.expression import Unsupported
+from eureka_megatron.rewards.arithmetic import Unbounded, Unsupported
 
 _GENOTYPE = re.compile(r"(?:([A-Za-z])(?i:\1))+")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")
@@ -46,13 +46,18 @@ _DANGER = re.compile(
     r"|\^[^^]{0,40}\^[^^]{0,40}\^|\*\*[^*]{0,40}\*\*"  # towers
     r"|\^\s*\{[^{}]{0,20}\^"
     r"|\d{3,}\s*!|!\s*!|\d{100,}"
+    r"|[-+*/^_=|!,(\[{~]{9,}|(?:\\[a-zA-Z]+\s*){8,}|[^\x20-\x7e]"  # piles of signs; anything but printable ASCII
     r"|\\(?:input|include|write|read|def|let|csname|usepackage)"
 )
 _MATH_VERIFY_CHARACTERS = 300
+_MATH_VERIFY_NESTING = 8  # its parser is exponential in nested brackets
+_ANSWER_CHARACTERS = 20_000  # whoever writes more between the answer tags gives no answer
 
 
 def matches(answer: object, span: str) -> bool:
     """Whether the text between the answer tags gives the gold answer."""
+    if len(span) > _ANSWER_CHARACTERS:
+        return False
     gold = extract.gold(answer)
     if not gold or len(gold) > _MATH_VERIFY_CHARACTERS * 4:
         return False
@@ -76,6 +81,8 @@ def equal(gold: str, prediction: str) -> bool:
         return False
     try:
         return _equal_quantities(gold, prediction)
+    except Unbounded:
+        return False
     except Unsupported:
         return _math_verify(gold, prediction)
 
@@ -370,7 +377,9 @@ def _equal_brackets(first: tuple[str, str, str], second: tuple[str, str, str]) -
 
 def _math_verify(gold: str, prediction: str) -> bool:
     """math-verify in both argument orders, for what the grammar above does not know."""
-    if max(len(gold), len(prediction)) > _MATH_VERIFY_CHARACTERS or _DANGER.search(gold) or _DANGER.search(prediction):
+    if any(len(text) > _MATH_VERIFY_CHARACTERS or _DANGER.search(text) for text in (gold, prediction)):
+        return False
+    if max(_nesting(gold), _nesting(prediction)) > _MATH_VERIFY_NESTING:
         return False
     if set(_HEAVY.findall(prediction)) - set(_HEAVY.findall(gold)) or is_wordy(gold) or is_wordy(prediction):
         return False
@@ -381,6 +390,14 @@ def _math_verify(gold: str, prediction: str) -> bool:
         verify(*pair, timeout_seconds=None, allow_set_relation_comp=True)
         for pair in ((parsed_gold, parsed), (parsed, parsed_gold))
     )
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 @functools.cache

@@ -8,6 +8,7 @@ its memory. The parent sees the pipe close and knows from the verdicts which ans
 import importlib
 import importlib.util
 import json
+import math
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from eureka_megatron.rewards import score
+from eureka_megatron.rewards.scoring import score
 
 _RECURSION_LIMIT = 3000
 
@@ -57,21 +58,33 @@ def main() -> None:
     for line in sys.stdin.buffer:
         for index, sample, options in json.loads(line):
             signal.setitimer(signal.ITIMER_REAL, limits["time_limit_seconds"])
-            verdict = _judge(sample, options, user)
+            verdict, error = _judge(sample, options, user)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            verdicts.write(json.dumps([index, verdict]) + "\n")
+            verdicts.write(json.dumps([index, verdict, error]) + "\n")
 
 
-def _judge(sample: Any, options: dict[str, Any], user: Callable | None) -> dict[str, float] | None:
-    """The verdict, or None when judging failed; running out of memory counts as a failure of this answer only."""
+def _judge(sample: Any, options: dict[str, Any], user: Callable | None) -> tuple[dict[str, float] | None, str | None]:
+    """(verdict, None), or (None, what went wrong); running out of memory costs this answer only."""
     try:
         if user is None:
-            return score(sample[0], sample[1], **options)
-        (verdict,) = user([sample])
-        return {str(name): float(value) for name, value in verdict.items()}
+            return score(sample[0], sample[1], **options), None
+        if isinstance(sample, list):
+            sample = {"response": sample[0], "answer": sample[1]}
+        return _checked(user([sample])), None
     except Exception as error:
-        print(f"judge failed: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
+        return None, f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def _checked(result: Any) -> dict[str, float]:
+    """A user's verdict: needs "accuracy" (the online filter compares it); "total" defaults to the sum."""
+    if not isinstance(result, list) or len(result) != 1 or not isinstance(result[0], dict):
+        raise TypeError(f"a reward function returns one dictionary a sample, got {type(result).__name__}")
+    verdict = {str(name): float(value) for name, value in result[0].items()}
+    if "accuracy" not in verdict:
+        raise KeyError(f"a reward function's dictionary needs 'accuracy', got {sorted(verdict)}")
+    if not all(math.isfinite(value) for value in verdict.values()):
+        raise ValueError(f"a reward is not finite: {verdict}")
+    return {**verdict, "total": verdict.get("total", sum(verdict.values()))}
 
 
 if __name__ == "__main__":
