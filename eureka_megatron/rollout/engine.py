@@ -378,6 +378,9 @@ def _flush_reload(worker: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+    worker = getattr(
+        worker, "worker", worker
+    )  # vLLM hands over a wrapper; setting an attribute of it would change nothing
     with set_current_vllm_config(worker.vllm_config):
         finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
     worker._weight_update_active = False

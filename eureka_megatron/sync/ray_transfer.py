@@ -14,6 +14,7 @@ sender (world rank 0) talks to engines. On an error the sender finishes the pass
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import deque
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from eureka_megatron.sync.check import Fingerprint, fingerprint
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta, hub_name
+
+log = logging.getLogger(__name__)
 
 RAY_BACKEND = "eureka_ray"
 _ALIGNMENT = 64  # bytes: every tensor starts where any dtype may, and on a cache line
@@ -193,11 +196,13 @@ class _Update:
             )
 
     def abort(self, reason: str) -> None:
-        for _, reference in self.call("abort_weight_update", reason):
+        for index, reference in self.call("abort_weight_update", reason):
             try:
                 ray.get(reference, timeout=_DEADLINE_SECONDS)
-            except (RayActorError, RayTaskError, GetTimeoutError):
-                continue  # the pool replaces engines that do not answer; the first error is the one to report
+            except (RayActorError, RayTaskError, GetTimeoutError) as error:  # the first error is the one to raise
+                log.warning(
+                    "rollout engine %d could not abort the update to version %d: %s", index, self.version, error
+                )
 
 
 def _cause(error: RayTaskError) -> Exception:

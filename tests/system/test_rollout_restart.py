@@ -1,0 +1,122 @@
+"""Two engines, one of which is killed: the work is finished, by an engine that has the current weights."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eureka_megatron.errors import UserError
+from eureka_megatron.sync.source import module_source
+from tests.helpers.engines import Prompts, load_reference, noise_picture, private_ray, run_config, worst
+
+pytestmark = pytest.mark.system
+
+OPTIONS: dict[str, Any] = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_dir: Path) -> Iterator[Any]:
+    from eureka_megatron.rollout.pool import RolloutPool
+
+    with private_ray():
+        pool = RolloutPool(run_config(tiny_dir, engines=2))
+        pool.start()
+        yield pool
+        pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_dir: Path) -> Any:
+    model = load_reference(tiny_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def questions(tiny_dir: Path) -> list[Any]:
+    prompts = Prompts(tiny_dir)
+    return [prompts.make(f"q{i}", "How many circles are there?", [noise_picture(i)]) for i in range(12)]
+
+
+def _kill_during(pool: Any, index: int, seconds: float) -> threading.Thread:
+    pid = pool.status()[index]["pid"]
+
+    def kill() -> None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_a_killed_engine_without_a_source_of_weights_is_an_error(pool: Any, trainer: Any, questions: list[Any]) -> None:
+    from eureka_megatron.sync.ray_transfer import send_weights
+
+    def send(engines: list[Any]) -> Any:
+        return send_weights(module_source(trainer), engines, version=1, bucket_mib=64, is_sender=True)
+
+    pool.weights_sent(send(pool.actors))
+    thread = _kill_during(pool, 1, 0.5)
+    with pytest.raises(UserError, match=r"engine 1 died and its replacement cannot get the weights of version 1"):
+        pool.generate(questions, **OPTIONS, seed=1)
+    thread.join()
+    pool.resend = send
+    assert [status["weight_version"] for status in pool.status()] == [1, 1]  # the next call mends it
+    assert pool.restarts == 1
+
+
+def test_the_prompts_of_a_killed_engine_are_done_again_with_the_current_weights(
+    pool: Any, trainer: Any, questions: list[Any], tiny_dir: Path
+) -> None:
+    undisturbed = pool.generate(questions, **OPTIONS, seed=2)
+    restarts = pool.restarts
+    victim = pool.status()[0]["pid"]
+    thread = _kill_during(pool, 0, 0.5)
+    groups = pool.generate(questions, **OPTIONS, seed=2)
+    thread.join()
+    assert pool.restarts == restarts + 1
+    assert pool.status()[0]["pid"] != victim
+    assert [group.prompt.id for group in groups] == [question.id for question in questions]
+    assert {rollout.weight_version for group in groups for rollout in group.rollouts} == {1}
+    assert worst(trainer, tiny_dir, questions, groups) <= 1e-5
+    for group, expected in zip(groups, undisturbed, strict=True):  # per-request seeds: nothing shows that it happened
+        for rollout, other in zip(group.rollouts, expected.rollouts, strict=True):
+            assert np.array_equal(rollout.tokens_R, other.tokens_R)
+
+
+def test_an_engine_that_dies_during_a_sync_is_replaced_and_the_others_are_complete(pool: Any, trainer: Any) -> None:
+    from eureka_megatron.sync.check import compare
+    from eureka_megatron.sync.ray_transfer import send_weights
+
+    def send(engines: list[Any], version: int) -> Any:
+        return send_weights(
+            module_source(trainer), engines, version=version, bucket_mib=1, is_sender=True, with_fingerprints=True
+        )
+
+    os.kill(pool.status()[1]["pid"], signal.SIGKILL)
+    report = send(pool.actors, 5)
+    assert report.lost == (1,)
+    pool.resend = lambda engines: send(engines, 5)
+    pool.weights_sent(report)
+    assert [status["weight_version"] for status in pool.status()] == [5, 5]
+    for found in pool.fingerprints():
+        compare(report.fingerprints, found)
+
+
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, pool: Any) -> None:
+    from eureka_megatron.rollout.pool import RolloutPool
+
+    broken = RolloutPool(run_config(tmp_path))
+    with pytest.raises(UserError, match=rf"rollout engine 0 did not start: .*{tmp_path.name}.* has no config.json"):
+        broken.start()
+    broken.shutdown()
