@@ -98,8 +98,8 @@ class PolicyTrainer:
     ) -> list[dict[str, float]]:
         """All optimizer steps of one rollout step. → the metrics of each, complete on ranks of the last stage.
 
-        Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless there is
-        just one step: then they are the current ones.
+        Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
+        samples bring them.
         """
         updates = [self._micro_batches(batch.samples, indices)[self.parallel.data.rank] for indices in batch.updates]
         # What the engine and the trainer disagree about, before anything is updated; the metric of the whole system's health.
@@ -137,10 +137,12 @@ class PolicyTrainer:
 
     def _with_old_logprobs(self, updates: list[list[MicroBatch]]) -> tuple[list[list[MicroBatch]], dict[str, float]]:
         flat = [one for micro_batches in updates for one in micro_batches]
-        parts = self._forward_only(flat)
+        given = all(one.old_logprobs_T is not None for one in flat if one.sample_indices)
+        parts = [] if given else self._forward_only(flat)
         gap = torch.zeros((), dtype=torch.float64)
         if parts:
             flat = [replace(one, old_logprobs_T=part["logprobs_T"]) for one, part in zip(flat, parts, strict=True)]
+        if parts or given:
             for one in flat:
                 if one.rollout_logprobs_T is not None:
                     difference = (one.old_logprobs_T.cpu() - one.rollout_logprobs_T).abs() * one.mask_T

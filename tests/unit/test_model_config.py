@@ -1,0 +1,57 @@
+"""config.json is read whole, in both its shapes, and what is missing or impossible is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+
+
+@pytest.fixture
+def config_file(tiny_dir: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text((tiny_dir / "config.json").read_text())
+    return path
+
+
+def edit(path: Path, change: object) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_the_flat_hub_shape_reads_the_same(config_file: Path) -> None:
+    nested = read_hf_config(config_file.parent)
+
+    def flatten(values: dict) -> None:
+        text = values.pop("text_config")
+        rope = text.pop("rope_parameters")
+        values |= {name: value for name, value in text.items() if name not in ("model_type", "dtype")}
+        values["rope_theta"] = rope["rope_theta"]
+        values["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+
+    edit(config_file, flatten)
+    assert read_hf_config(config_file.parent) == nested
+
+
+def test_a_missing_number_is_named_not_guessed(config_file: Path) -> None:
+    edit(config_file, lambda values: values["text_config"].pop("rms_norm_eps"))
+    with pytest.raises(UserError, match=r"config\.json: key 'rms_norm_eps' is missing"):
+        read_hf_config(config_file.parent)
+
+
+def test_another_architecture_is_refused(config_file: Path) -> None:
+    edit(config_file, lambda values: values.update(model_type="llama"))
+    with pytest.raises(UserError, match=r"model_type is 'llama', need 'qwen2_5_vl'"):
+        read_hf_config(config_file.parent)
+
+
+def test_impossible_layouts_name_the_possible_ones(tiny_dir: Path) -> None:
+    config = read_hf_config(tiny_dir)
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=8 does not divide num_attention_heads=4; possible: \[1, 2, 4\]"):
+        check_layout(config, 8, 1)
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline=3 does not divide num_hidden_layers=4"):
+        check_layout(config, 1, 3)
+    check_layout(config, 4, 2)  # two kv heads over four ranks is possible

@@ -1,0 +1,108 @@
+"""Packing's invariants, as its docstring states them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eureka_megatron.errors import UserError
+from eureka_megatron.parallel.packing import pack, plan, split, unshift
+from eureka_megatron.types import Picture, Sample
+
+
+def picture(key: str, units: int) -> Picture:
+    """A row of merge units in reversed window order."""
+    return Picture(
+        key=key,
+        image=None,
+        grid_thw=(1, 2, 2 * units),
+        patches_PD=torch.full((4 * units, 3), float(ord(key[0]))),
+        coordinates_P2=np.zeros((4 * units, 2), dtype=np.int64),
+        unit_order_U=np.arange(units)[::-1].copy(),
+        window_lengths_W=np.array([4 * units]),
+        frame_lengths_F=np.array([4 * units]),
+    )
+
+
+def sample(length: int, first: int = 0, pictures: tuple[Picture, ...] = (), offsets: tuple[int, ...] = ()) -> Sample:
+    mask = np.zeros(length, dtype=np.float32)
+    mask[length // 2 :] = 1
+    values = np.arange(length, dtype=np.float32)
+    return Sample(
+        tokens_S=np.arange(first, first + length),
+        positions_3S=np.broadcast_to(np.arange(length), (3, length)),
+        mask_S=mask,
+        advantages_S=values,
+        rollout_logprobs_S=-values,
+        pictures=pictures,
+        picture_offsets=offsets,
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    ranks=st.integers(1, 5),
+    align=st.sampled_from([1, 2, 4]),
+)
+def test_every_sample_once_same_count_everywhere_and_no_row_too_long(
+    lengths: list[int], ranks: int, align: int
+) -> None:
+    plans = plan(lengths, [float(length) for length in lengths], ranks, 64, align)
+    assert sorted(i for rank in plans for row in rank for i in row) == list(range(len(lengths)))
+    assert len({len(rank) for rank in plans}) == 1
+    assert all(sum(lengths[i] for i in row) <= 64 for rank in plans for row in rank)
+
+
+def test_ranks_are_balanced_by_cost() -> None:
+    costs = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    plans = plan([1] * 8, costs, 2, 100)
+    loads = [sum(costs[i] for row in rank for i in row) for rank in plans]
+    assert loads == [18.0, 18.0]
+
+
+def test_a_sample_longer_than_a_row_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"sample 1 has 65 tokens.*max_tokens_per_micro_batch=64"):
+        plan([3, 65], [1.0, 1.0], 1, 64)
+
+
+def test_values_move_to_the_row_that_predicts_their_token_and_back() -> None:
+    samples = [sample(5, 10), sample(3, 50)]
+    batch = pack(samples, [1, 0], align=4)
+    assert batch.tokens_T.tolist() == [50, 51, 52, 10, 11, 12, 13, 14]
+    assert batch.labels_T.tolist() == [51, 52, 0, 11, 12, 13, 14, 0]
+    assert batch.advantages_T.tolist() == [1, 2, 0, 1, 2, 3, 4, 0]
+    assert batch.mask_T.tolist() == [1, 1, 0, 0, 1, 1, 1, 0]
+    assert batch.cu_seqlens.tolist() == [0, 3, 8]
+    assert batch.sequence_ids_T.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    back = unshift(batch.advantages_T, batch)
+    assert [one.tolist() for one in back] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert [len(one) for one in split(batch.tokens_T, batch)] == [3, 5]
+
+
+def test_filling_is_a_sequence_of_its_own_without_weight() -> None:
+    batch = pack([sample(5)], [0], align=4)
+    assert batch.tokens == 8
+    assert batch.cu_seqlens.tolist() == [0, 5, 8]
+    assert batch.mask_T[5:].tolist() == [0, 0, 0]
+    assert batch.sequence_ids_T[5:].tolist() == [-1, -1, -1]
+
+
+def test_an_empty_micro_batch_is_one_filler_row() -> None:
+    batch = pack([sample(5)], [], align=2)
+    assert (batch.tokens, float(batch.mask_T.sum()), batch.vision, batch.sample_indices) == (2, 0.0, None, ())
+    assert batch.rollout_logprobs_T is None
+
+
+def test_a_shared_picture_is_encoded_once_and_placed_in_reading_order_everywhere() -> None:
+    a, b = picture("a", 3), picture("b", 2)
+    samples = [sample(8, pictures=(a,), offsets=(2,)), sample(9, pictures=(b, a), offsets=(1, 5))]
+    vision = pack(samples, [0, 1]).vision
+    assert vision is not None
+    assert vision.units == 5
+    assert len(vision.patches_PD) == 20
+    assert vision.cu_frames.tolist() == [0, 12, 20]
+    # Unit at window place u is unit 2−u (or 1−u) in reading order; sample 1 starts at row 8.
+    assert vision.source_E.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert vision.placement_E.tolist() == [4, 3, 2, 10, 9, 15, 14, 13]
