@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Only defects of this package escape as exceptions."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    _quieten()
     try:
         parsed = _parse([argument for argument in arguments if argument != "--debug"])
         return int(parsed.command(parsed) or 0)
@@ -62,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in MACHINE_ERRORS or error.filename is None:
             raise
         return _complain(f"{error.filename}: {error.strerror}", 1, debug)
+
+
+def _quieten() -> None:
+    """Megatron-Core warns nine times, in every rank, that optional parts are absent; `eureka doctor` says so once."""
+    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:Transformer Engine and Apex are not installed:UserWarning")
 
 
 def _complain(message: object, exit_code: int, debug: bool) -> int:
