@@ -85,6 +85,11 @@ class TrainerRank:
         """See PolicyTrainer.sft."""
         return self.trainer.sft(samples)
 
+    def logprobs(self, samples: Sequence[Sample]) -> list[Any] | None:
+        """See PolicyTrainer.logprobs; numpy, on the reporting rank."""
+        values = self.trainer.logprobs(samples)
+        return None if values is None else [value.float().cpu().numpy() for value in values]
+
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
         """Stream the weights into the engines; → a SyncReport on the sending rank."""
         from eureka_megatron.sync.ray_transfer import send_weights
@@ -139,6 +144,10 @@ class TrainerGroup:
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
         return self._all("sft", ray.put(list(samples)))[self.reporter]
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[Any]:
+        """float32 [S] each: log-probability of every token of the samples, index 0 is 0."""
+        return self._all("logprobs", ray.put(list(samples)))[self.reporter]
 
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool = False) -> Any:
         """Send the present weights to the engines as `version`. → SyncReport."""

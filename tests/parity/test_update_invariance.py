@@ -25,13 +25,17 @@ def rl_batch(directory: Path) -> Batch:
     random = np.random.default_rng(3)
     samples = []
     for sample in made_up_samples(directory, seed=5):
-        values = {name: float(value) for name, value in zip(NAMES, random.normal((0, -6, -6), (1, 0.3, 0.3)), strict=True)}
+        values = {
+            name: float(value) for name, value in zip(NAMES, random.normal((0, -6, -6), (1, 0.3, 0.3)), strict=True)
+        }
         spread = {name: (sample.mask_S * value).astype(np.float32) for name, value in values.items()}
         samples.append(Sample(**{**sample.__dict__, **spread}))
     return Batch(tuple(samples), (tuple(range(len(samples))),))
 
 
-def update(rank: int, directory: str, batch: Batch, layout: dict, max_tokens: int, loss: str, options: dict) -> dict | None:
+def update(
+    rank: int, directory: str, batch: Batch, layout: dict, max_tokens: int, loss: str, options: dict
+) -> dict | None:
     from eureka_megatron.train.trainer import PolicyTrainer
 
     parallel = init_parallel(
@@ -97,9 +101,7 @@ def test_every_loss_gives_one_update_at_two_very_different_layouts(
 ) -> None:
     batch = plain[1]
     one = run_ranks(update, 1, str(tiny_dir), batch, {}, 4096, loss, options)[0]
-    other = run_ranks(
-        update, 4, str(tiny_dir), batch, {"tensor": 2, "sequence_parallel": True}, 160, loss, options
-    )[0]
+    other = run_ranks(update, 4, str(tiny_dir), batch, {"tensor": 2, "sequence_parallel": True}, 160, loss, options)[0]
     assert one["clipped"] > 0.1, "the case must exercise clipping"
     error = compare(other, one)
     assert error <= 1e-5  # measured 4e-6

@@ -20,7 +20,9 @@ def data() -> tuple[torch.Tensor, ...]:
     return hidden, weight, labels, upstream
 
 
-def gradients(function: object, hidden: torch.Tensor, weight: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
+def gradients(
+    function: object, hidden: torch.Tensor, weight: torch.Tensor, upstream: torch.Tensor
+) -> list[torch.Tensor]:
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logprobs, entropies = function(hidden, weight)
     (logprobs * upstream[0] + entropies * upstream[1]).sum().backward()

@@ -50,7 +50,9 @@ def test_another_architecture_is_refused(config_file: Path) -> None:
 
 def test_impossible_layouts_name_the_possible_ones(tiny_dir: Path) -> None:
     config = read_hf_config(tiny_dir)
-    with pytest.raises(ConfigError, match=r"parallel\.tensor=8 does not divide num_attention_heads=4; possible: \[1, 2, 4\]"):
+    with pytest.raises(
+        ConfigError, match=r"parallel\.tensor=8 does not divide num_attention_heads=4; possible: \[1, 2, 4\]"
+    ):
         check_layout(config, 8, 1)
     with pytest.raises(ConfigError, match=r"parallel\.pipeline=3 does not divide num_hidden_layers=4"):
         check_layout(config, 1, 3)
