@@ -81,7 +81,7 @@ def _complain(message: object, exit_code: int, debug: bool) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser, commands = _build()
+    parser, commands = _build(with_conversions="convert" in arguments)
     if not arguments:
         parser.print_help(sys.stderr)
         raise ConfigError("eureka: a command is required")
@@ -101,8 +101,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and the parser of every command by its full name (`eureka data counting`)."""
+def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and the parser of every command by its full name (`eureka data counting`).
+
+    The options of `eureka convert` are declared beside the conversions, behind torch, so only that command asks for them.
+    """
     parser = _Parser(
         prog="eureka",
         description="MM-EUREKA on Megatron-Core: rule-based reinforcement learning for Qwen2.5-VL.",
@@ -134,6 +137,18 @@ def _build() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     verify.add_argument("--sequence-parallel", action="store_true", help="split the sequence over the tensor ranks")
     verify.add_argument("--grads", action="store_true", help="compare the gradient of every parameter too")
     verify.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+    convert = add(children, "convert", None, "checkpoints between Hugging Face and Megatron, and what is inside them")
+    if with_conversions:
+        from eureka_megatron.checkpoint.commands import add_conversion_arguments, add_inspection_arguments
+
+        kinds = convert.add_subparsers(metavar="KIND", required=True, dest="kind")
+        for kind, text in (
+            ("hf-to-megatron", "a checkpoint that loads at every parallel layout, from a Hugging Face directory"),
+            ("megatron-to-hf", "a Hugging Face directory, from a Megatron checkpoint"),
+        ):
+            add_conversion_arguments(add(kinds, kind, _convert, text))
+        add_inspection_arguments(add(kinds, "inspect", _inspect, "list the tensors of one checkpoint, or compare two"))
 
     data = add(children, "data", None, "data sets: the made-up counting task")
     kinds = data.add_subparsers(metavar="KIND", required=True)
@@ -207,6 +222,18 @@ def _verify(args: argparse.Namespace) -> int:
         grads=args.grads,
         as_json=args.json,
     )
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from eureka_megatron.checkpoint.commands import run_conversion
+
+    return run_conversion(args.kind, args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from eureka_megatron.checkpoint.commands import run_inspection
+
+    return run_inspection(args)
 
 
 def _counting(args: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "sft", "train", "verify", "data", "doctor"):
+    for command in ("demo", "sft", "train", "verify", "convert", "data", "doctor"):
         assert f"\n    {command} " in done.stdout
     assert time.monotonic() - start < 5  # 0.06 s alone; other processes share the cores
 
@@ -70,6 +70,14 @@ def test_no_command_shows_the_help_and_fails(capsys):
         (["verify", "--hf", "x", "--tpp", "2"], "eureka verify: unknown option '--tpp'; did you mean '--tp'?"),
         (["verify", "--hf", "x", "--sequence"], "did you mean '--sequence-parallel'?"),
         (["verify", "--hf", "x", "--tp", "0"], "--tp: expected a whole number of at least 1, found '0'"),
+        (
+            ["convert", "hf-to-megatrn"],
+            "eureka convert: unknown command 'hf-to-megatrn'; did you mean 'hf-to-megatron'?",
+        ),
+        (
+            ["convert", "inspect", "x", "--jsn"],
+            "eureka convert inspect: unknown option '--jsn'; did you mean '--json'?",
+        ),
         (["verify"], "required: --hf; see `eureka verify --help`"),
         (["train"], "eureka train: the following arguments are required: CONFIG"),
         (["demo", "extra"], "unexpected argument 'extra'; overrides have the form section.key=value"),
@@ -112,6 +120,16 @@ def test_counting_writes_the_task(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert len(list((tmp_path / "images").glob("*.png"))) == 5
+
+
+def test_a_checkpoint_goes_to_megatron_and_back_bitwise(tiny_dir, tmp_path, capsys):
+    megatron, back = tmp_path / "megatron", tmp_path / "hf"
+    for kind, source, target in (("hf-to-megatron", tiny_dir, megatron), ("megatron-to-hf", megatron, back)):
+        assert main(["convert", kind, "--input", str(source), "--output", str(target), "--verify", "--quiet"]) == 0
+    assert main(["convert", "inspect", str(tiny_dir), str(back)]) == 0
+    assert "no differences" in capsys.readouterr().out
+    assert main(["convert", "hf-to-megatron", "--input", str(tmp_path / "none"), "--output", str(tmp_path / "x")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_file_where_a_folder_must_be_is_an_error_line(tmp_path, capsys):
