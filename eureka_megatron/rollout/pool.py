@@ -227,7 +227,7 @@ class RolloutPool:
 def balance(costs: Sequence[float], engines: int) -> list[list[int]]:
     """Indices of the items of each engine: longest first, each to the engine with the least so far. Shares keep the order.
 
-    Example: costs [5, 1, 1, 4] over 2 engines gives [[0, 1], [2, 3]].
+    Example: costs [5, 1, 1, 4] over 2 engines gives [[0, 2], [1, 3]].
     """
     loads = [(0.0, engine) for engine in range(engines)]
     shares: list[list[int]] = [[] for _ in range(engines)]
