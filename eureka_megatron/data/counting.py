@@ -19,6 +19,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -27,7 +28,9 @@ SIDE = 84  # pixels of a picture
 CELL = 28  # pixels of a cell: one merge unit (2×2 patches of 14) of the vision tower
 CELLS = (SIDE // CELL) ** 2
 LARGEST = 4  # answers are 0 … 4
-GREYS = (105, 135)
+GREYS = (105, 135)  # background brightness
+JITTER = 1  # pixels a shape may lie off the middle of its cell
+RADII = (9, 11)  # pixels
 SHAPES = ("circle", "square")
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 91, 180)}
 
@@ -84,14 +87,17 @@ def write_counting(
         raise ValueError(f"noise={noise} must lie in [0, 1]")
     directory = Path(directory)
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    source = examples(seed)
-    # One stream without repeated scenes, test rows first: the test set does not depend on the number of training rows.
+    stream = examples(seed)
+    # Test rows come first, so they do not depend on the number of training rows.
+    tested = list(islice(stream, test))
+    scenes = {example.scene for example in tested}
+    unseen = (example for example in stream if example.scene not in scenes)
+    drawn = {"test": tested, "train": list(islice(unseen, train))}
     paths = {split: directory / f"{split}.jsonl" for split in ("test", "train")}
-    for split, number in (("test", test), ("train", train)):
+    for split, chosen in drawn.items():
         teacher = random.Random(f"{seed}-{split}-teacher")
         lines = []
-        for index in range(number):
-            example = next(source)
+        for index, example in enumerate(chosen):
             picture = f"images/{split}-{index:05d}.png"
             draw(example).save(directory / picture, compress_level=1)
             text = response(example, teacher, noise if split == "train" else 0.0)
@@ -103,16 +109,10 @@ def write_counting(
 
 
 def examples(seed: int = 0) -> Iterator[Example]:
-    """An endless stream of examples, levels 1, 2, 3 in turn, no scene twice."""
+    """An endless stream of examples, levels 1, 2, 3 in turn."""
     source = random.Random(seed)
-    seen: set[frozenset] = set()
-    level = 0
-    while True:
-        example = _example(1 + level % 3, source)
-        if example.scene not in seen:
-            seen.add(example.scene)
-            level += 1
-            yield example
+    for level in cycle((1, 2, 3)):
+        yield _example(level, source)
 
 
 def draw(example: Example) -> Image.Image:
@@ -159,13 +159,20 @@ def _example(level: int, source: random.Random) -> Example:
         things += [(source.choice(colours), "square") for _ in range(fewer)]
         counts = (("circles", fewer + answer), ("squares", fewer))
         question = "How many more circles than squares are there?"
-    return Example(level, question, answer, counts, _place(things, source), source.randint(GREYS[0], GREYS[1]))
+    return Example(level, question, answer, counts, _place(things, source), source.randint(*GREYS))
 
 
 def _place(things: list[Thing], source: random.Random) -> tuple[Placed, ...]:
     cells = source.sample(range(CELLS), len(things))
     return tuple(
-        Placed(cell, colour, shape, source.randint(-2, 2), source.randint(-2, 2), source.randint(8, 11))
+        Placed(
+            cell,
+            colour,
+            shape,
+            source.randint(-JITTER, JITTER),
+            source.randint(-JITTER, JITTER),
+            source.randint(*RADII),
+        )
         for cell, (colour, shape) in zip(cells, things, strict=True)
     )
 
