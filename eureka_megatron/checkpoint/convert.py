@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from eureka_megatron.checkpoint.dist_io import METADATA_FILE, DistReader
 from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.checkpoint.layouts import Rows, Shape
 from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, hub_name, rows
@@ -33,7 +34,7 @@ READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def load_hf(
     model_chunks: Sequence[nn.Module], hf_dir: str | Path, parallel: Parallel, *, allow_narrowing: bool = False
 ) -> None:
-    """Fills all parameters of this rank from a checkpoint directory in either HF naming. Collective.
+    """Fills all parameters of this rank from an HF directory in either naming, or a converted one. Collective.
 
     Names, shapes and dtypes of everything are compared first, on all ranks; nothing is written when anything is wrong.
     Widening casts (bfloat16 into float32) are exact and always made, others only with `allow_narrowing`.
@@ -44,12 +45,12 @@ def load_hf(
     table = table_of(model_chunks)
     parameters = own_parameters(model_chunks)
     problems = check_model(parameters, table, parallel)
-    reader = None
+    reader: Reader | DistReader | None = None
     try:
         read_hf_config(hf_dir)  # names another architecture before its tensors are missed one by one
-        reader = Reader(hf_dir, rename=hub_name)
+        reader = open_checkpoint(hf_dir)
         problems += check_hf(reader, table)
-        problems += _check_spare_head(reader, table, parallel)
+        problems += check_spare_head(reader, table, parallel)
         if not problems and not allow_narrowing:
             problems += _check_casts(reader, table, parameters)
     except UserError as error:
@@ -165,7 +166,14 @@ def check_model(parameters: dict[str, nn.Parameter], table: dict[str, Row], para
     return problems + _listing("rows of the table have no parameter on any stage", absent)
 
 
-def check_hf(reader: Reader, table: dict[str, Row]) -> list[str]:
+def open_checkpoint(directory: str | Path) -> Reader | DistReader:
+    """The HF tensors, under hub names, of an HF directory or of one that was converted to Megatron's format."""
+    if (Path(directory) / METADATA_FILE).is_file():
+        return DistReader(directory, read_hf_config(directory))
+    return Reader(directory, rename=hub_name)
+
+
+def check_hf(reader: Reader | DistReader, table: dict[str, Row]) -> list[str]:
     """What is wrong between a checkpoint and the table: all missing, unexpected, misshapen and unreadable tensors."""
     expected = {name: shape for row in table.values() for name, shape in row.hf.items()}
     spare = _spare_head(table)
@@ -195,7 +203,8 @@ def _spare_head(table: dict[str, Row]) -> tuple[str, ...]:
     return ("lm_head.weight",) if tied else ()
 
 
-def _check_spare_head(reader: Reader, table: dict[str, Row], parallel: Parallel) -> list[str]:
+def check_spare_head(reader: Reader | DistReader, table: dict[str, Row], parallel: Parallel) -> list[str]:
+    """What is wrong with a tied checkpoint's output layer; each tensor rank compares its own rows."""
     problems = []
     for name in _spare_head(table):
         if name in reader and parallel.first_stage and "model.embed_tokens.weight" in reader:
@@ -206,7 +215,7 @@ def _check_spare_head(reader: Reader, table: dict[str, Row], parallel: Parallel)
     return problems
 
 
-def _check_casts(reader: Reader, table: dict[str, Row], parameters: dict[str, nn.Parameter]) -> list[str]:
+def _check_casts(reader: Reader | DistReader, table: dict[str, Row], parameters: dict[str, nn.Parameter]) -> list[str]:
     lossy = [
         f"{hf} is {reader.tensors[hf].dtype}, the parameter {parameter.dtype}"
         for name, parameter in parameters.items()

@@ -15,7 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -227,7 +227,7 @@ class Writer:
             self._file.close()
         if kind is None:
             assert self._expected is None, f"the checkpoint ends before {self._expected}"
-            self._write_index()
+            write_index(self.directory, self.shards)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Appends one tensor; names, shapes and dtypes must come exactly as announced."""
@@ -246,18 +246,20 @@ class Writer:
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
-    def _write_index(self) -> None:
-        if len(self.shards) == 1:
-            return
-        plan = [item for shard in self.shards.values() for item in shard]
-        index = {
-            "metadata": {
-                "total_parameters": sum(prod(shape) for _, shape, _ in plan),
-                "total_size": sum(prod(shape) * dtype.itemsize for _, shape, dtype in plan),
-            },
-            "weight_map": {name: file for file, shard in self.shards.items() for name, _, _ in shard},
-        }
-        (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+def write_index(directory: Path, shards: Mapping[str, Sequence[tuple[str, Shape, torch.dtype]]]) -> None:
+    """model.safetensors.index.json for these files and their tensors; one file alone has none."""
+    if len(shards) == 1:
+        return
+    plan = [item for shard in shards.values() for item in shard]
+    index = {
+        "metadata": {
+            "total_parameters": sum(prod(shape) for _, shape, _ in plan),
+            "total_size": sum(prod(shape) * dtype.itemsize for _, shape, dtype in plan),
+        },
+        "weight_map": {name: file for file, shard in shards.items() for name, _, _ in shard},
+    }
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def plan_shards(

@@ -96,6 +96,15 @@ class Layout:
         for piece in self.pieces([tuple(source.shape) for source in sources], r, n):
             shard[piece.at_shard].copy_(self.hf_view(sources[piece.source])[piece.at_source])
 
+    def fill_rows(self, block: Tensor, sources: Sequence[Tensor], start: int) -> None:
+        """Writes rows start, start+1, … of the Megatron tensor that one rank alone would hold into `block`."""
+        for piece in self.pieces([tuple(source.shape) for source in sources], 0, 1):
+            at, rows = piece.at_shard[0], piece.at_source[0]
+            begin, end = max(at.start, start), min(at.stop, start + len(block))
+            if begin < end:
+                wanted = slice(rows.start + begin - at.start, rows.start + end - at.start)
+                block[begin - start : end - start].copy_(self.hf_view(sources[piece.source])[wanted])
+
     def split(self, sources: Sequence[Tensor], r: int, n: int) -> Tensor:
         """Shard r of n of the Megatron parameter, as a new tensor."""
         shard = torch.empty(self.shard_shape([tuple(s.shape) for s in sources], n), dtype=sources[0].dtype)

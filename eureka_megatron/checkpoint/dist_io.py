@@ -1,0 +1,344 @@
+"""Megatron's sharded checkpoint format (`torch_dist`) read and written file by file, without ranks and without Megatron.
+
+The format is that of torch.distributed.checkpoint: `.metadata` lists, for every tensor, rectangular chunks and where each
+lies; a chunk is one `torch.save` archive inside a `.distcp` file. Names are those that Megatron's own `sharded_state_dict`
+gives this model: layers of the text decoder are stacked along a leading axis, vision layers are not. Chunks may be cut in any
+way (by the tensor ranks of a training run, or by rows here), so a checkpoint loads at any layout.
+
+`DistReader` offers the HF tensors of such a directory, in the manner of `hf_io.Reader`: slices of them are put together from
+mapped chunks. Nothing in the files is executed: `.metadata` is a pickle and is read with a list of permitted classes.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from eureka_megatron.checkpoint.hf_io import TensorInfo
+from eureka_megatron.checkpoint.layouts import Shape
+from eureka_megatron.checkpoint.qwen2_5_vl import Row, rows
+from eureka_megatron.errors import UserError
+
+METADATA_FILE = ".metadata"
+FORMAT_FILE = "metadata.json"
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# Parts of a training checkpoint that are no weights.
+NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Megatron parameter is stored: under `key`, and in which layer of the stack if it is stacked."""
+
+    key: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a stored tensor, in the tensor's coordinates. `offset` and `nbytes` bound its archive in `file`."""
+
+    offsets: Shape
+    sizes: Shape
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    shape: Shape
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+def places(row: Row) -> list[tuple[Row, Place]]:
+    """A row of the table, expanded, and where Megatron stores each of its parameters."""
+    if row.stack is None:
+        return [(row, Place(row.megatron, None))]
+    layers = range(row.stack.layers)
+    if row.stack.name == "text":  # a TransformerBlock stacks equal layers
+        return [(row.at(i), Place(row.megatron.replace("{i}.", ""), i)) for i in layers]
+    return [(row.at(i), Place(row.at(i).megatron, None)) for i in layers]
+
+
+def stored_shape(row: Row, place: Place, layers: int) -> Shape:
+    """Shape of the stored tensor that holds this parameter."""
+    shape = row.layout.shard_shape(row.shapes, 1)
+    return shape if place.layer is None else (layers, *shape)
+
+
+# --- reading ---
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes the records of `.metadata` and nothing else."""
+
+    RECORDS = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")
+    ALLOWED = (
+        *(("torch.distributed.checkpoint.metadata", record) for record in RECORDS),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "PurePosixPath"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in self.ALLOWED:
+            raise UserError(f"names {module}.{name}, which has no place in a checkpoint's metadata; not loaded")
+        return super().find_class(module, name)
+
+
+def read_metadata(directory: Path) -> dict[str, StoredTensor]:
+    """Name → stored tensor. UserError when files are missing, truncated or of another format."""
+    # Imported where needed: it takes a second, and HF directories do without.
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    path = directory / METADATA_FILE
+    try:
+        said = json.loads((directory / FORMAT_FILE).read_text())
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} does not exist: the checkpoint is incomplete") from None
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {error!r}") from None
+    if said.get("sharded_backend") != "torch_dist":
+        raise UserError(
+            f"{directory / FORMAT_FILE}: sharded_backend is {said.get('sharded_backend')!r}, need 'torch_dist'"
+        )
+    tensors, ends = {}, {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(NO_WEIGHTS):
+            chunks = []
+            for chunk in entry.chunks:
+                info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                file = str(info.relative_path)
+                chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
+                ends[file] = max(ends.get(file, 0), info.offset + info.length)
+            tensors[name] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
+    _check_files(directory, ends)
+    gaps = [name for name, t in tensors.items() if sum(prod(chunk.sizes) for chunk in t.chunks) != prod(t.shape)]
+    if gaps:
+        raise UserError(f"{path}: the chunks of these tensors do not cover them: {', '.join(gaps)}")
+    return tensors
+
+
+def _check_files(directory: Path, ends: dict[str, int]) -> None:
+    strange = sorted(file for file in ends if Path(file).name != file)
+    absent = sorted(file for file in ends if not (directory / file).is_file())
+    if strange or absent:
+        raise UserError(f"{directory / METADATA_FILE} names files that are absent: {', '.join(strange + absent)}")
+    short = sorted(file for file, end in ends.items() if (directory / file).stat().st_size < end)
+    if short:
+        raise UserError(f"{directory}: truncated: {', '.join(short)}")
+
+
+class DistReader:
+    """The HF tensors of a torch_dist directory. `reader[name]` is a `Stored`, which slices like a tensor.
+
+    What does not fit the table shows in `tensors` with its stored name and shape, as it would in an HF directory.
+    """
+
+    def __init__(self, directory: str | Path, hf_config: Any):
+        self.directory = Path(directory)
+        self.stored = read_metadata(self.directory)
+        self.files = sorted({self.directory / chunk.file for t in self.stored.values() for chunk in t.chunks})
+        self.tensors: dict[str, TensorInfo] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        self._data: dict[Chunk, Tensor] = {}
+        self._found: dict[str, tuple[Row, Place, int]] = {}
+        used = set()
+        # Which backend wrote the checkpoint shows in the names of the norms.
+        for local, fused in zip(rows(hf_config), rows(hf_config, backend="te"), strict=True):
+            for (row, place), (_, other) in zip(places(local), places(fused), strict=True):
+                spelled = next((p for p in (place, other) if p.key in self.stored), None)
+                if spelled is None or row.copy:
+                    continue
+                used.add(spelled.key)
+                layers = local.stack.layers if local.stack else 0
+                fits = self.stored[spelled.key].shape == stored_shape(row, spelled, layers)
+                for source, (name, shape) in enumerate(row.hf.items()):
+                    self._found[name] = (row, spelled, source)
+                    self._announce(name, spelled.key, shape if fits else self.stored[spelled.key].shape)
+        for key in self.stored.keys() - used:
+            self._announce(key, key, self.stored[key].shape)
+
+    def _announce(self, name: str, key: str, shape: Shape) -> None:
+        dtype = self.stored[key].dtype
+        file = self.directory / METADATA_FILE
+        self.tensors[name] = TensorInfo(key, shape, dtype, file, 0, prod(shape) * dtype.itemsize)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> Stored:
+        return Stored(self, *self._found[name])
+
+    def read(self, place: Place, start: int, stop: int, columns: slice, out: Tensor) -> None:
+        """Rows start … stop-1 and these columns of a parameter, as one rank alone would hold it, into `out`."""
+        layer = () if place.layer is None else (place.layer,)
+        for chunk in self.stored[place.key].chunks:
+            if layer and not chunk.offsets[0] <= layer[0] < chunk.offsets[0] + chunk.sizes[0]:
+                continue
+            row, height = chunk.offsets[len(layer)], chunk.sizes[len(layer)]
+            begin, end = max(start, row), min(stop, row + height)
+            if begin >= end:
+                continue
+            block = self._chunk(chunk, out.dtype)
+            if layer:
+                block = block[layer[0] - chunk.offsets[0]]
+            block = block[begin - row : end - row]
+            if out.ndim == 1:
+                out[begin - start : end - start] = block
+                continue
+            first, width = chunk.offsets[len(layer) + 1], chunk.sizes[len(layer) + 1]
+            left, right = max(columns.start, first), min(columns.stop, first + width)
+            if left < right:
+                target = out[begin - start : end - start, left - columns.start : right - columns.start]
+                target.copy_(block[:, left - first : right - first])
+
+    def _chunk(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        """The values of a chunk, mapped: the archive stores them as they are."""
+        if chunk not in self._data:
+            expected = prod(chunk.sizes) * dtype.itemsize
+            if chunk.file not in self._maps:
+                with (self.directory / chunk.file).open("rb") as file:
+                    self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            start = _data_offset(self._maps[chunk.file], chunk, expected, self.directory)
+            flat = torch.frombuffer(self._maps[chunk.file], dtype=torch.uint8, count=expected, offset=start)
+            flat = flat if start % dtype.itemsize == 0 else flat.clone()
+            self._data[chunk] = flat.view(dtype).view(chunk.sizes)
+        return self._data[chunk]
+
+
+def _data_offset(data: mmap.mmap, chunk: Chunk, expected: int, directory: Path) -> int:
+    """Where the values begin, from the archive's directory."""
+    name = f"{directory / chunk.file} at byte {chunk.offset}"
+    try:
+        with zipfile.ZipFile(_Section(data, chunk.offset, chunk.nbytes)) as archive:
+            (record,) = [item for item in archive.infolist() if item.filename.endswith("/data/0")]
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise UserError(f"{name}: no archive of one tensor ({error})") from None
+    if record.compress_type != zipfile.ZIP_STORED or record.file_size != expected:
+        raise UserError(f"{name}: holds {record.file_size} bytes, the metadata says {expected}")
+    at = chunk.offset + record.header_offset
+    return (
+        at + 30 + int.from_bytes(data[at + 26 : at + 28], "little") + int.from_bytes(data[at + 28 : at + 30], "little")
+    )
+
+
+class _Section:
+    """A part of mapped memory as a file, for `zipfile`."""
+
+    def __init__(self, data: mmap.mmap, start: int, size: int):
+        self.data, self.start, self.size, self.at = data, start, size, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, count: int = -1) -> bytes:
+        stop = self.size if count < 0 else min(self.size, self.at + count)
+        found = self.data[self.start + self.at : self.start + stop]
+        self.at = max(self.at, stop)
+        return found
+
+
+class Stored:
+    """One HF tensor inside a Megatron tensor. Slicing, in the coordinates of `Layout.hf_view`, reads what it needs."""
+
+    def __init__(self, reader: DistReader, row: Row, place: Place, source: int):
+        self.reader, self.row, self.place, self.source = reader, row, place, source
+        self.shape: Shape = row.shapes[source]
+        self.dtype = reader.stored[place.key].dtype
+        self._flat = row.layout.flat_shapes(row.shapes)[source]
+
+    def view(self, *_: int) -> Stored:
+        return self  # `hf_view` asks for what the slices mean already
+
+    def __getitem__(self, index: slice | Sequence[slice]) -> Tensor:
+        bounds = (index,) if isinstance(index, slice) else tuple(index)
+        bounds += tuple(slice(None) for _ in self._flat[len(bounds) :])
+        limits = [slice(*bound.indices(length)[:2]) for bound, length in zip(bounds, self._flat, strict=True)]
+        wanted, columns = limits[0], limits[1] if len(limits) > 1 else slice(0, 1)
+        out = torch.empty([limit.stop - limit.start for limit in limits], dtype=self.dtype)
+        for piece in self.row.layout.pieces(self.row.shapes, 0, 1):
+            rows_, at = piece.at_source[0], piece.at_shard[0].start
+            begin, end = max(rows_.start, wanted.start), min(rows_.stop, wanted.stop)
+            if piece.source == self.source and begin < end:
+                start = at + begin - rows_.start
+                target = out[begin - wanted.start : end - wanted.start]
+                self.reader.read(self.place, start, start + end - begin, columns, target)
+        return out
+
+
+# --- writing ---
+
+
+def append(file: IO[bytes], values: Tensor, offsets: Shape, name: str) -> Chunk:
+    """Appends one chunk to a .distcp file. `values` must own its storage: all of it is written."""
+    assert values.is_contiguous()
+    assert values.untyped_storage().nbytes() == values.nbytes
+    start = file.tell()
+    try:
+        torch.save(values, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
+    return Chunk(offsets, tuple(values.shape), name, start, file.tell() - start)
+
+
+def write_metadata(directory: Path, tensors: dict[str, StoredTensor]) -> None:
+    """`.metadata`, `metadata.json` and an empty `common.pt`, as Megatron's loader wants them."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    entries, storage = {}, {}
+    for name, tensor in tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks]
+        properties = TensorProperties(dtype=tensor.dtype)
+        entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for number, chunk in enumerate(tensor.chunks):
+            index = MetadataIndex(name, torch.Size(chunk.offsets), number)
+            storage[index] = _StorageInfo(chunk.file, chunk.offset, chunk.nbytes)
+    torch.save({}, directory / "common.pt")
+    (directory / FORMAT_FILE).write_text(json.dumps(FORMAT))
+    (directory / METADATA_FILE).write_bytes(pickle.dumps(Metadata(entries, storage_data=storage)))
