@@ -30,7 +30,7 @@ from eureka_megatron.rewards.arithmetic import (
 
 MAX_CHARACTERS = 600
 MAX_TOKENS = 300
-MAX_DEPTH = 30
+MAX_DEPTH = 80
 _TRIALS = 3
 
 _TOKEN = re.compile(
@@ -280,6 +280,8 @@ class _Parser:
         value = Fraction(mantissa.rstrip(".") or "0")
         if exponent:
             value = multiply(value, power(Fraction(10), Fraction(int(exponent))))
+        if "." in text and not exponent and self.peek() == "\\overline":
+            return add(value, self.repeating(len(mantissa.partition(".")[2])))
         follows_fraction = self.peek() == "\\frac" and mantissa.isdigit() and not exponent
         if follows_fraction and self.mixed_fraction():
             return add(value, self.command())
@@ -287,6 +289,16 @@ class _Parser:
             numerator, _, denominator = (self.take() for _ in range(3))
             return add(value, divide(Fraction(numerator), Fraction(denominator)))
         return value
+
+    def repeating(self, places: int) -> Value:
+        """The tail of 0.1\\overline{6}: period / (10^n - 1), shifted behind the digits before it."""
+        self.take()
+        self.expect("{")
+        period = self.take()
+        self.expect("}")
+        if not period.isdigit() or len(period) + places > 50:
+            raise Unsupported("repeating decimal")
+        return Fraction(int(period), (10 ** len(period) - 1) * 10**places)
 
     def mixed_slash(self) -> bool:
         upcoming = [token for _, token in self.tokens[self.position : self.position + 3]]

@@ -27,7 +27,7 @@ def candidates(span: str) -> list[str]:
     span = _MARKUP.sub(" ", span).strip()
     parts = latex.boxed(span)
     if parts:
-        return _renderings(latex.unbox(_joined(span, parts)))
+        return _renderings(latex.unbox(_with_unit(span, parts)))
     if len(span) > _MAX_CHARACTERS:
         return []
     parts = latex.math_segments(span)
@@ -53,8 +53,10 @@ def _joined(text: str, parts: list[tuple[int, int, str]]) -> str:
 def _with_unit(text: str, parts: list[tuple[int, int, str]]) -> str:
     """The joined formula plus a unit that stands right behind it, as in $5$ cm."""
     value = _joined(text, parts)
-    behind = latex.canonical(text[parts[-1][1] :][:40]).rstrip(".")
-    if behind and units.split(f"1 {behind}")[0] == "1" and len(behind.split()) <= 3:
+    behind = text[parts[-1][1] :][:40].lstrip("$").removeprefix("\\)").removeprefix("\\]")
+    behind = latex.canonical(behind.split("$")[0].split("\\(")[0]).rstrip(".")
+    is_unit = behind and len(behind.split()) <= 3 and units.split(f"1 {behind}")[0] == "1"
+    if is_unit and units.split(latex.canonical(value))[1] is None:
         return f"{value} {behind}"
     return value
 

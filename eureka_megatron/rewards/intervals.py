@@ -33,10 +33,11 @@ def bracketed(text: str) -> tuple[str, str, str] | None:
     return (opening, content.strip(), closing) if depth == 0 else None
 
 
-def region(items: list[str]) -> list[Interval] | None:
+def region(items: list[str], *, together: bool = False) -> list[Interval] | None:
     """The union that the items describe (intervals, inequalities); None when they are something else.
 
     ["x<1", "x>3"] gives the two rays; ["(-1,2)"] one interval, though it may be a point: same brackets compare alike.
+    together: "x > -1 and x < 2" are two rays that hold at once, so their intersection.
     """
     found: list[Interval] = []
     for item in items:
@@ -48,6 +49,11 @@ def region(items: list[str]) -> list[Interval] | None:
             if part is None:
                 return None
             found += part
+    if together and len(found) == 2:
+        up = [one for one in found if _INFINITY.match(one[2])]
+        down = [one for one in found if _INFINITY.match(one[1])]
+        if len(up) == len(down) == 1 and up != down:
+            return [(up[0][0], up[0][1], down[0][2], down[0][3])]
     return found
 
 

@@ -33,7 +33,7 @@ class JudgePool:
 
     workers             number of processes
     time_limit_seconds  for each answer
-    memory_limit_bytes  address space of a worker
+    memory_limit_bytes  address space a worker may add to what it holds once it has started
     user_function       "module:function" or "path.py:function" to call instead of `rewards.score`
     timeouts            how many answers so far got 0 because they broke a limit or the judge
     """
@@ -43,7 +43,7 @@ class JudgePool:
         workers: int = 2,
         *,
         time_limit_seconds: float = 10.0,
-        memory_limit_bytes: int = 2 * 1024**3,
+        memory_limit_bytes: int = 1024**3,
         user_function: str | None = None,
     ) -> None:
         if workers < 1 or time_limit_seconds <= 0:

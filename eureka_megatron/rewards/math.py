@@ -21,7 +21,8 @@ from eureka_megatron.rewards.arithmetic import Unbounded, Unsupported
 _GENOTYPE = re.compile(r"(?:([A-Za-z])(?i:\1))+")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")
 _CHEMICAL = re.compile(r"(?:\d*(?:[A-Z][a-z]?|[()])(?:_\{?\d{1,3}\}?|\d{1,3})?){1,20}")
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]*\}|\\[a-zA-Z]+")
+_MATRIX = re.compile(r"\\begin\{(p|v|V)matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}", re.DOTALL)
 _NAMED = re.compile(
     r"\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat|parallelogram|square)\s*\{?\s*[A-Za-z]+'?"
 )
@@ -32,6 +33,8 @@ _RUN = re.compile(r"[A-Za-z]{2,}")
 # Runs of three and more letters are words, unless they are a product of usual variables.
 _PRODUCTS = tuple(frozenset(group) for group in ("abc", "xyz", "pqr", "mnk", "ijk"))
 _SHORT_WORDS = {"no", "up", "on", "is", "it", "to", "of", "we", "he"}
+_TOGETHER = re.compile(r"(?<![A-Za-z])and(?![A-Za-z])|且")
+_SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且]")
 _CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _RELATION = re.compile(r"\\leq|\\geq|\\neq|(?<![\\<>])[<>=]|\\(?:approx|equiv|sim|cong)(?![a-zA-Z])")
@@ -168,7 +171,8 @@ def _equal_lists(gold: str, prediction: str) -> bool:
     gold_items, items = split_list(gold), split_list(prediction)
     if len(gold_items) != len(items):  # the braces of a set may be missing
         gold_items, items = _opened_set(gold_items), _opened_set(items)
-    region, other = intervals.region(gold_items), intervals.region(items)
+    region = intervals.region(gold_items, together=bool(_TOGETHER.search(gold)))
+    other = intervals.region(items, together=bool(_TOGETHER.search(prediction)))
     if region is not None and other is not None:
         return intervals.same(region, other)
     if len(gold_items) == len(items) == 1:
@@ -199,7 +203,7 @@ def split_list(text: str) -> list[str]:
         elif character in ")]}":
             depth -= 1
         elif depth == 0:
-            match = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|或|和").match(text, position)
+            match = _SEPARATOR.match(text, position)
             if match:
                 items.append(text[start:position])
                 position = start = match.end()
@@ -332,6 +336,9 @@ def _equal_values(gold: str, prediction: str) -> bool:
     first, second = intervals.bracketed(gold), intervals.bracketed(prediction)
     if first and second and ("," in first[1] or "," in second[1] or first[0] == "\\{" or second[0] == "\\{"):
         return _equal_brackets(first, second)
+    matrix, other_matrix = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(prediction)
+    if matrix and other_matrix and matrix[1] == other_matrix[1] == "p":
+        return _equal_matrices(matrix[2], other_matrix[2])
     if first and first[0] == "\\{" and second is None:  # {1, 2} against 1, 2 never arrives here; {3} against 3 does
         return _equal_values(first[1], prediction)
     (gold_value, gold_unit), (value, unit) = (_percent(*units.split(text)) for text in (gold, prediction))
@@ -355,6 +362,14 @@ def _equal_ratios(gold: str, prediction: str) -> bool:
     return all(
         expression.equal(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in zip(first, second, strict=True)
     )
+
+
+def _equal_matrices(gold: str, prediction: str) -> bool:
+    rows, others = ([row.split("&") for row in text.strip(" \\").split("\\\\")] for text in (gold, prediction))
+    if [len(row) for row in rows] != [len(row) for row in others]:
+        return False
+    cells = zip(itertools.chain(*rows), itertools.chain(*others), strict=True)
+    return all(_equal_values(a.strip(), b.strip()) for a, b in cells)
 
 
 def _equal_brackets(first: tuple[str, str, str], second: tuple[str, str, str]) -> bool:

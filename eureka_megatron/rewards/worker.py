@@ -51,7 +51,10 @@ def main() -> None:
     user = load_function(limits["user_function"]) if limits["user_function"] else None
     if user is None:
         score("<think>x</think><answer>$\\begin{pmatrix}1\\end{pmatrix}$</answer>", "\\begin{pmatrix}2\\end{pmatrix}")
-    resource.setrlimit(resource.RLIMIT_AS, (limits["memory_limit_bytes"],) * 2)
+    # On top of what is mapped now: a user's module may have brought large libraries.
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + limits["memory_limit_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     verdicts.write('{"ready": true}\n')
