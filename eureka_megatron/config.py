@@ -7,31 +7,41 @@ of MM-EUREKA where it has one (ALGORITHMS: hyper-parameters of the published run
 Reads no environment variables and evaluates no expressions: OmegaConf interpolation such as `${run.name}` works, resolvers do not.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
 
 from eureka_megatron.errors import ConfigError, nearest
 
-
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, values: Any) -> Any:
+        """`true` is no number, although Python thinks so; YAML writes it for `on` and `yes`, too."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation in (int, float):
+                raise ValueError(f"{name}: needs a number, found {str(value).lower()}")
+        return values
 
 
 class RunSection(_Section):
     name: str = "eureka"
     output: Path = Path("runs/eureka")  # everything the run writes lies below this folder
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class ModelSection(_Section):
     path: Path  # Hugging Face directory: config.json, safetensors, tokenizer, processor
     backend: Literal["local", "te"] = "local"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    vision_parallel: Literal["replicated"] = "replicated"
     freeze: tuple[Literal["vision", "merger", "language"], ...] = ()
 
 
@@ -121,6 +131,12 @@ class OptimizerSection(_Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, ge=0)  # 0: no clipping
 
+    @model_validator(mode="after")
+    def _averages(self) -> "OptimizerSection":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        return self
+
 
 class TrainingSection(_Section):
     steps: int = Field(1000, ge=1)  # rollout steps
@@ -195,22 +211,32 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:
-        merged = OmegaConf.load(path)
-        for override in overrides or []:
-            key, equals, _ = override.partition("=")
-            if not equals or not key:
-                raise ConfigError(f"override {override!r} is not of the form section.key=value")
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # PyYAML's errors share no public base with OmegaConf's
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        raise
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
+        ) from error
+    merged = _parse(lambda: OmegaConf.create(text), str(path))
+    for override in overrides or []:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        added = _parse(lambda line=override: OmegaConf.from_dotlist([line]), f"override {override!r}")
+        merged = _parse(lambda base=merged, more=added: OmegaConf.merge(base, more), f"override {override!r}")
+    if "${oc." in text or any("${oc." in override for override in overrides or []):
+        raise ConfigError(f"{path}: resolvers such as ${{oc.env:…}} are not allowed; write the value")
+    values = _parse(lambda: OmegaConf.to_container(merged, resolve=True), str(path))
     return make_config(values, origin=str(path))
+
+
+def _parse(read: Callable[[], Any], origin: str) -> Any:
+    """What OmegaConf makes of it, with its errors as ours."""
+    try:
+        return read()
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def make_config(values: Any, origin: str = "configuration") -> RunConfig:
@@ -231,7 +257,7 @@ def _describe(problem: Any, origin: str) -> str:
         for part in location[:-1]:
             section = section.model_fields[part].annotation
         return f"{origin}: unknown key {key!r}{nearest(location[-1], section.model_fields)}"
-    if problem["type"] == "missing":
+    if problem["type"] == "missing" and not location[-1].isdigit():
         return f"{origin}: key {key!r} is required"
     message = problem["msg"].removeprefix("Value error, ")
     if not key:

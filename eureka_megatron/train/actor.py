@@ -28,6 +28,8 @@ class TrainerRank:
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         self.config, self.rank = config, rank
+        self._nccl: Any = None
+        self._nccl_engines: list[Any] = []
 
     def address(self) -> str:
         """A free TCP address on this rank's node, for the rendezvous (asked of rank 0)."""
@@ -92,16 +94,24 @@ class TrainerRank:
 
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
         """Stream the weights into the engines; → a SyncReport on the sending rank."""
-        from eureka_megatron.sync.ray_transfer import send_weights
+        from eureka_megatron.sync import ray_transfer
 
-        return send_weights(
-            self.trainer.weight_source(),
-            engines,
-            version=version,
-            bucket_mib=self.config.sync.bucket_mib,
-            is_sender=self.rank == 0,
-            with_fingerprints=with_fingerprints,
-        )
+        source, bucket_mib = self.trainer.weight_source(), self.config.sync.bucket_mib
+        if ray_transfer.default_backend() != "nccl":
+            return ray_transfer.send_weights(
+                source,
+                engines,
+                version=version,
+                bucket_mib=bucket_mib,
+                is_sender=self.rank == 0,
+                with_fingerprints=with_fingerprints,
+            )
+        if self._nccl_engines != list(engines):  # the first time, and after an engine was replaced: a new NCCL group
+            if self._nccl is not None:
+                self._nccl.shutdown()
+            self._nccl = ray_transfer.NcclTransfer(source, engines, rank=self.rank, bucket_mib=bucket_mib)
+            self._nccl_engines = list(engines)
+        return self._nccl.send(version, with_fingerprints=with_fingerprints)
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
         """Write a Hugging Face directory; collective, rank 0 writes."""

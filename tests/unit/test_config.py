@@ -101,7 +101,7 @@ def test_world_size_is_the_product_of_the_axes():
         ("training.steps=", "training.steps: Input should be a valid integer, found None"),
         ("training.steps=0", "training.steps: Input should be greater than or equal to 1, found 0"),
         ("optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, found -1"),
-        ("optimizer.lr=nan", "optimizer.lr: Input should be greater than 0"),
+        ("optimizer.lr=nan", "optimizer.lr: Input should be a finite number"),
         ("optimizer.lr.x=1", "optimizer.lr: Input should be a valid number"),
         ("model=3", "model: Input should be a valid dictionary"),
         ("model.backend=tee", "model.backend: Input should be 'local' or 'te', found 'tee'"),
@@ -122,7 +122,12 @@ def test_a_wrong_key_or_value_is_named(path, override, expected):
     [
         (["parallel.sequence_parallel=true"], "sequence_parallel needs tensor > 1"),
         (["algorithm.filter.lower=0.95"], "need 0 <= lower <= upper <= 1, got lower=0.95, upper=0.9"),
-        (["algorithm.filter.lower=nan"], "need 0 <= lower <= upper <= 1"),
+        (["algorithm.filter.lower=nan"], "algorithm.filter.lower: Input should be a finite number"),
+        (["run.seed=-1"], "run.seed: Input should be greater than or equal to 0"),
+        (["optimizer.betas=[0.9,1.5]"], "betas must lie in [0, 1), got [0.9, 1.5]"),
+        (["training.steps=true"], "steps: needs a number, found true"),
+        (["run.name=${oc.env:HOME}"], "resolvers such as ${oc.env:…} are not allowed"),
+        (["optimizer.lr=["], "override 'optimizer.lr=['"),
         (
             ["training.responses_per_update=100"],
             "must divide training.prompts_per_step × rollout.samples_per_prompt = 1024",
