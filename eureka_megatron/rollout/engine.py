@@ -57,7 +57,6 @@ class EngineOptions:
     min_pixels: int = 4 * 28 * 28  # bounds of the image processor; pictures already within them pass unchanged
     max_pixels: int = 640 * 28 * 28
     seed: int = 0
-    backend: str | None = None  # weight transfer; None: NCCL where there is a GPU, else Ray's object store
     weight_version: int = 0  # of the weights in `model`
 
 
@@ -95,10 +94,9 @@ class Engine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
-        from eureka_megatron.sync.ray_transfer import default_backend, register_ray_backend
+        from eureka_megatron.sync.ray_transfer import register_backend
 
         on_gpu = torch.cuda.is_available()
-        register_ray_backend()
         self._llm = LLM(
             model=str(directory),
             dtype=options.dtype,
@@ -108,7 +106,7 @@ class Engine:
             mm_processor_kwargs={"min_pixels": options.min_pixels, "max_pixels": options.max_pixels},
             mm_processor_cache_gb=1,
             limit_mm_per_prompt={"video": 0},
-            weight_transfer_config=WeightTransferConfig(backend=options.backend or default_backend()),
+            weight_transfer_config=WeightTransferConfig(backend=register_backend()),
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
         config = json.loads((directory / "config.json").read_text())

@@ -10,6 +10,7 @@ Left out: engines over several GPUs, asynchronous rollouts. Ray must be initiali
 from __future__ import annotations
 
 import heapq
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.rollout.engine import Engine, EngineOptions, request_seeds
 from eureka_megatron.sync.check import Fingerprint
 from eureka_megatron.types import Group, Picture, Prompt, Rollout
+
+log = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3  # of engines within one call: then something kills them, and restarting does not help
 
@@ -48,7 +51,8 @@ class RolloutPool:
     """`rollout.engines` engines. They begin to start on construction; `start` waits for them.
 
     Args:
-        resend: called with the handles of replaced engines, must send them the current weights under the current version.
+        resend: called with the handles of replaced engines, must send them the current weights under the current version and
+            return the SyncReport. Without it engines can be replaced only as long as no weights have been sent.
         engine_class: for tests.
 
     Attributes:
@@ -131,7 +135,7 @@ class RolloutPool:
         self.version = report.version
         self._sent = True
         for index, status in enumerate(self._on_all("status")):
-            self._require_version(index, status)
+            self._require_version(index, status, self.version)
 
     def fingerprints(self) -> list[dict[str, Fingerprint]]:
         """Of every engine: checksums of the weights it computes with, for `sync.check.compare`."""
@@ -198,12 +202,13 @@ class RolloutPool:
                 "RolloutPool.resend is not set"
             )
         self.restarts += 1
+        log.warning("rollout engine %d died; starting another in its place", index)
         self._actors[index] = self._actor_class.remote(self._options)
         self._ready(index)
-        if self._sent:
-            assert self.resend is not None
-            self.resend([self._actors[index]])
-            self._require_version(index, ray.get(self._actors[index].status.remote()))
+        if self.resend is not None:
+            report = self.resend([self._actors[index]])
+            # While an update is under way the trainer is one version ahead of what has been reported here.
+            self._require_version(index, self._ready(index), getattr(report, "version", self.version))
 
     def _ready(self, index: int) -> dict[str, Any]:
         try:
@@ -211,11 +216,11 @@ class RolloutPool:
         except (RayActorError, RayTaskError) as error:
             raise UserError(f"rollout engine {index} did not start: {_last_line(error)}") from error
 
-    def _require_version(self, index: int, status: dict[str, Any]) -> None:
-        if status["failure"] is not None or status["weight_version"] != self.version:
+    def _require_version(self, index: int, status: dict[str, Any], version: int) -> None:
+        if status["failure"] is not None or status["weight_version"] != version:
             reason = f" ({status['failure']})" if status["failure"] else ""
             raise UserError(
-                f"rollout engine {index} has weights of version {status['weight_version']}{reason}, expected {self.version}"
+                f"rollout engine {index} has weights of version {status['weight_version']}{reason}, expected {version}"
             )
 
     def _check_versions(self, found: Any) -> None:

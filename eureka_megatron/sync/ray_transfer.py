@@ -3,7 +3,7 @@
 `send_weights` is the transport for machines without NCCL. Tensors are packed into flat byte buffers of about `bucket_mib`; each buffer
 is put into the object store once, every engine maps it without a copy, and at most two are in flight, so neither side ever holds
 the whole model twice. On the engine it arrives in a transfer engine registered with vLLM's `WeightTransferEngineFactory`, which loads
-it by vLLM's own layer-wise reload (repacking for the kernels, keeping the addresses of captured graphs).
+it by vLLM's own layer-wise reload (repacking for the kernels, keeping the addresses of captured graphs). It works on GPUs too.
 
 `NcclTransfer` drives vLLM's `nccl` backend with the same source. **It has not run**: the project's machines have no two GPUs. It is
 written against the installed sources of vLLM 0.32.
@@ -34,7 +34,7 @@ from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorM
 
 log = logging.getLogger(__name__)
 
-RAY_BACKEND = "eureka_ray"
+BACKEND = "eureka"  # of vLLM's registry
 _ALIGNMENT = 64  # bytes: every tensor starts where any dtype may, and on a cache line
 _IN_STORE = 1  # buckets; with the one being packed that makes two in flight
 _DEADLINE_SECONDS = 900.0  # for one call of one engine
@@ -62,8 +62,8 @@ class BucketEntry:
 
 
 def default_backend() -> str:
-    """`nccl` where this process has GPUs and NCCL, else Ray's object store."""
-    return "nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else RAY_BACKEND
+    """How a trainer rank should send: "nccl" where it has a GPU and NCCL, else "ray"."""
+    return "nccl" if torch.cuda.is_available() and torch.distributed.is_nccl_available() else "ray"
 
 
 # ---- trainer side ---------------------------------------------------------------------------------------------------
@@ -227,46 +227,35 @@ def _aligned(nbytes: int) -> int:
 
 
 @cache
-def register_ray_backend() -> str:
-    """Make vLLM know the transport, once in a process; returns its backend name. Imports vLLM."""
-    from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
-    from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+def register_backend() -> str:
+    """Make vLLM know our transfer engine, once in a process; returns its backend name. Imports vLLM.
+
+    It is vLLM's NCCL engine that takes Ray's buckets as well, so the trainer alone decides how weights travel.
+    """
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
     @dataclass
-    class RayInit(WeightTransferInitInfo):
-        """Nothing to agree on beforehand."""
-
-    @dataclass
-    class RayBucket(WeightTransferUpdateInfo):
+    class Bucket(WeightTransferUpdateInfo):
         entries: list[BucketEntry]
         buffer: np.ndarray  # uint8, usually a view of shared memory
 
-    class RayTransferEngine(WeightTransferEngine[RayInit, RayBucket]):
-        """Loads buckets that Ray has already brought to this process."""
+    class TransferEngine(NCCLWeightTransferEngine):
+        """Start and finish (vLLM's layer-wise reload) are inherited."""
 
-        init_info_cls = RayInit
-        update_info_cls = RayBucket
+        def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+            return Bucket(**update_dict) if "buffer" in update_dict else super().parse_update_info(update_dict)
 
-        def init_transfer_engine(self, init_info: RayInit) -> None:
-            pass
+        def receive_weights(self, update_info: Any) -> None:
+            if not isinstance(update_info, Bucket):
+                return super().receive_weights(update_info)
+            views = unpack(update_info.buffer, update_info.entries)
+            self.model.load_weights((name, tensor.to(self.device)) for name, tensor in views)
+            return None
 
-        def start_weight_update(self) -> None:
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info: RayBucket) -> None:
-            self.model.load_weights(
-                (name, tensor.to(self.device)) for name, tensor in unpack(update_info.buffer, update_info.entries)
-            )
-
-        def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
-
-        def shutdown(self) -> None:
-            pass
-
-    WeightTransferEngineFactory.register_engine(RAY_BACKEND, RayTransferEngine)
-    return RAY_BACKEND
+    WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
+    return BACKEND
 
 
 # ---- NCCL -----------------------------------------------------------------------------------------------------------

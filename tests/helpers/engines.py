@@ -35,10 +35,11 @@ def private_ray(cpus: int = 2, store_mib: int = 256) -> Iterator[None]:
             ray.shutdown()
 
 
-def run_config(model: Path, **rollout: Any) -> RunConfig:
-    """A configuration for a tiny model in fp32 with short sequences."""
+def run_config(model: Path, sections: dict[str, Any] | None = None, **rollout: Any) -> RunConfig:
+    """A configuration for a tiny model in fp32 with short sequences; `sections` besides those set here."""
     return make_config(
         {
+            **(sections or {}),
             "model": {"path": str(model), "dtype": rollout.pop("dtype", "float32")},
             "data": {"train": "unused.jsonl", "min_pixels": 28 * 28, "max_prompt_tokens": 128},
             "rollout": {

@@ -46,6 +46,19 @@ def reference(tiny_dir: Path) -> Any:
     return load_reference(tiny_dir)
 
 
+@pytest.fixture(scope="module")
+def data(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from eureka_megatron.data.counting import write_counting
+    from eureka_megatron.data.dataset import load_dataset
+    from eureka_megatron.data.processor import Processor
+
+    folder = tmp_path_factory.mktemp("counting")
+    processor = Processor(
+        tiny_dir, min_pixels=28 * 28, max_pixels=640 * 28 * 28, max_prompt_tokens=128, system_prompt="none"
+    )
+    return load_dataset(write_counting(folder, train=12, test=4).train, processor)
+
+
 def test_sampled_logprobs_equal_transformers(pool: Any, prompts: Prompts, reference: Any, tiny_dir: Path) -> None:
     mixture = prompts.mixture()
     for temperature in (1.0, 0.6):  # the log-probabilities are those before temperature
@@ -128,6 +141,42 @@ def test_a_prompt_without_room_for_a_response_is_refused(pool: Any, prompts: Pro
 def test_vision_tokens_in_a_given_response_are_refused(pool: Any, prompts: Prompts) -> None:
     with pytest.raises(UserError, match="vision special tokens"):
         pool.score(prompts.mixture()[:1], [np.array([5, prompts.placeholder])])
+
+
+def test_the_processors_prompts_give_transformers_logprobs(pool: Any, data: Any, tiny_dir: Path) -> None:
+    """Its expanded tokens are vLLM's, its pictures pass vLLM's image processor unchanged."""
+    prompts = [data[index] for index in range(6)]
+    groups = pool.generate(prompts, n=2, temperature=1.0, top_p=1.0, max_tokens=24, seed=0)
+    assert all(group.prompt is prompt for group, prompt in zip(groups, prompts, strict=True))
+    reference = load_reference(tiny_dir)
+    assert worst(reference, tiny_dir, prompts, groups) <= 1e-5
+    rollout = groups[0].rollouts[0]
+    scores = pool.score([prompts[0]], [rollout.tokens_R])[0]
+    assert np.abs(scores - reference_logprobs(reference, tiny_dir, prompts[0], rollout.tokens_R)).max() <= 1e-5
+
+
+def test_groups_are_collected_with_rewards_from_judge_processes(pool: Any, data: Any, tiny_dir: Path) -> None:
+    from eureka_megatron.data.dataset import PromptStream
+    from eureka_megatron.rewards.judge import JudgePool
+    from eureka_megatron.rollout.collector import Collector
+
+    with JudgePool(workers=1) as judges:
+        config = run_config(tiny_dir, {"algorithm": {"filter": {"freezing_steps": 0}}}, max_response_tokens=24)
+        collector = Collector(pool, judges.judge, PromptStream(data), config)
+        groups = collector.collect(0)  # the filter does not act yet
+        assert len(groups) == 4
+        for group in groups:
+            assert [set(rollout.rewards) >= {"accuracy", "format", "total"} for rollout in group.rollouts] == [
+                True,
+                True,
+            ]
+        assert collector.metrics["filter/all_wrong"] == 4  # an untrained model
+        assert collector.metrics["rollout/tokens_per_second"] > 0
+        assert collector.collect(1) == []
+        assert collector.metrics["rollout/generation_batches"] == 10
+        figures = collector.evaluate([data[index] for index in range(4)])
+    assert figures["samples"] == 4
+    assert figures["accuracy"] == 0
 
 
 def _tokens(groups: Any) -> list[list[list[int]]]:

@@ -1,4 +1,7 @@
-"""Weights from a trainer-side model into a real engine through Ray: exact, complete, refused or repaired. One engine for the module."""
+"""Weights into a real engine through Ray: exact, complete, refused or repaired. One engine for the module.
+
+The trainer's side is transformers' model where the test is about the engine, and real Megatron ranks at the end.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from eureka_megatron.sync.check import compare
+from eureka_megatron.sync.check import compare, fingerprints
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta, module_source
 from tests.helpers.engines import Prompts, load_reference, private_ray, run_config, worst
 
 pytestmark = pytest.mark.system
 
+LAYOUTS = {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "pp2": {"pipeline": 2}}
 OPTIONS: dict[str, Any] = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 16}
 
 
@@ -243,3 +247,24 @@ def test_the_time_of_a_sync(pool: Any, trainer: Any) -> None:
         f"weight sync of {sum(p.numel() for p in trainer.parameters())} parameters: {seconds[0]:.3f}-{seconds[-1]:.3f} s"
     )
     assert seconds[0] <= 0.3  # the least of seven: other processes share the cores of a test machine
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_dir: Path, layout: str) -> None:
+    from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+    from eureka_megatron.train.actor import TrainerGroup
+
+    other = build_tiny(
+        tiny_dir.parent / f"other_{layout}", seed=7, randomize_all=True
+    )  # not what the engine started with
+    group = TrainerGroup(run_config(other, {"parallel": LAYOUTS[layout]}))
+    try:
+        group.start()
+        for version in (70, 71):  # the second update finds everything set up
+            report = group.send_weights(pool.actors, version, with_fingerprints=True)
+            pool.weights_sent(report)
+            compare(report.fingerprints, pool.fingerprints()[0])
+            compare(fingerprints(module_source(load_reference(other))), report.fingerprints, where="trainer")
+            print(f"{layout}: weight sync in {report.seconds:.3f} s")
+    finally:
+        group.close()
