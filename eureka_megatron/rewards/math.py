@@ -181,6 +181,12 @@ def _equal_lists(gold: str, prediction: str) -> bool:
     gold_items, items = _opened_tuple(gold_items, items), _opened_tuple(items, gold_items)
     if len(gold_items) != len(items):
         return False
+    for named, bare in ((gold_items, items), (items, gold_items)):
+        # Values of different unknowns against bare values: "x=1, y=2" is 1, 2 in this order.
+        if all("=" in item for item in named) and not any(sign in item for item in bare for sign in "=<>"):
+            values = [item.partition("=")[2].strip() for item in named]
+            pairs = zip(values, bare, strict=True) if named is gold_items else zip(bare, values, strict=True)
+            return all(_equal_single(*pair) for pair in pairs)
     left = list(items)
     for item in gold_items:
         found = next((other for other in left if same_text(item, other) or _equal_single(item, other)), None)
@@ -394,7 +400,7 @@ def _math_verify(gold: str, prediction: str) -> bool:
     """math-verify in both argument orders, for what the grammar above does not know."""
     if any(len(text) > _MATH_VERIFY_CHARACTERS or _DANGER.search(text) for text in (gold, prediction)):
         return False
-    if max(_nesting(gold), _nesting(prediction)) > _MATH_VERIFY_NESTING:
+    if not (_is_sound(gold) and _is_sound(prediction)):
         return False
     if set(_HEAVY.findall(prediction)) - set(_HEAVY.findall(gold)) or is_wordy(gold) or is_wordy(prediction):
         return False
@@ -407,12 +413,14 @@ def _math_verify(gold: str, prediction: str) -> bool:
     )
 
 
-def _nesting(text: str) -> int:
-    depth = deepest = 0
+def _is_sound(text: str) -> bool:
+    """Whether brackets balance (of any kind: (0, 1] is an interval) and nest no deeper than the parser can take."""
+    braces = brackets = deepest = 0
     for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
+        braces += (character == "{") - (character == "}")
+        brackets += (character in "([") - (character in ")]")
+        deepest = max(deepest, braces + brackets)
+    return braces == 0 and brackets == 0 and deepest <= _MATH_VERIFY_NESTING
 
 
 @functools.cache

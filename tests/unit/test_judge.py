@@ -154,7 +154,7 @@ def test_closing_leaves_no_process_behind():
 
 @pytest.mark.slow
 def test_ten_thousand_malicious_answers_do_no_harm():
-    """No crash, no hang, bounded memory. Measured: 0 timeouts; 20 s on two idle cores, 43 s on two busy ones."""
+    """No crash, no hang, bounded memory. Measured: 0 timeouts, 10 CPU-seconds of judging in all."""
     samples = list(pairs(10_000))
     with JudgePool(2, time_limit_seconds=5.0) as pool:
         workers = [psutil.Process(worker.process.pid) for worker in pool._workers]
