@@ -102,6 +102,7 @@ class FilterSection(_Section):
     upper: float = 0.9
     freezing_steps: int = Field(-1, ge=-1)  # the filter acts once step > freezing_steps
     max_generation_batches: int = Field(10, ge=1)
+    max_age: int = Field(1, ge=0)  # weight versions a surplus group may lie behind before it is dropped
     min_groups: int = Field(1, ge=1)  # train on fewer than prompts_per_step groups, but not on fewer than this
 
     @model_validator(mode="after")

@@ -103,8 +103,13 @@ class Run:
         rewards = config.rewards
         judges = self._stack.enter_context(JudgePool(rewards.workers, time_limit_seconds=rewards.time_limit_seconds))
         options = reward_options(config)
-        stream = PromptStream(self.train_data, config.run.seed)
-        self.collector = Collector(self.pool, lambda pairs: judges.judge(pairs, **options), stream, config)
+        self.collector = Collector(
+            self.pool,
+            lambda pairs: judges.judge(pairs, **options),
+            PromptStream(self.train_data, config.run.seed),
+            config,
+            max_age=config.algorithm.filter.max_age,
+        )
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
