@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +111,20 @@ def iter_hf_weights(
             yield from zip(row.hf, merged, strict=True)
 
     return weights()
+
+
+def sharded_state(model_chunks: Sequence[nn.Module], parallel: Parallel) -> dict[str, Any]:
+    """Megatron's sharded state dict of this rank, for megatron.core.dist_checkpointing; several chunks as model0, model1, …
+
+    The replicated vision tower believes to be alone on its tensor rank; here every copy but the first becomes a replica, so
+    that it is written once.
+    """
+    states = [unwrap(chunk).sharded_state_dict() for chunk in model_chunks]
+    for state in states:
+        for entry in state.values():
+            if entry.key.startswith("vision."):
+                entry.replica_id = (entry.replica_id[0], parallel.tensor.rank, parallel.data.rank)
+    return states[0] if len(states) == 1 else {f"model{number}": state for number, state in enumerate(states)}
 
 
 # --- the two sides compared with the table ---

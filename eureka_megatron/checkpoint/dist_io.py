@@ -24,7 +24,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint.hf_io import TensorInfo
+from eureka_megatron.checkpoint.hf_io import TensorInfo, will_need
 from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.checkpoint.qwen2_5_vl import Row, rows
 from eureka_megatron.errors import UserError
@@ -37,6 +37,7 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+ALIGNMENT = 64  # bytes; torch aligns values within an archive, so archives are aligned too
 # Parts of a training checkpoint that are no weights.
 NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state")
 
@@ -86,6 +87,14 @@ def stored_shape(row: Row, place: Place, layers: int) -> Shape:
 # --- reading ---
 
 
+class _Ignored:
+    """In place of records that reading weights does not need, such as the plan by which a checkpoint was saved."""
+
+    def __init__(self, *_: object, **__: object): ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes the records of `.metadata` and nothing else."""
 
@@ -106,6 +115,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in self.ALLOWED:
+            if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
+                return _Ignored
             raise UserError(f"names {module}.{name}, which has no place in a checkpoint's metadata; not loaded")
         return super().find_class(module, name)
 
@@ -169,7 +180,7 @@ class DistReader:
         self.files = sorted({self.directory / chunk.file for t in self.stored.values() for chunk in t.chunks})
         self.tensors: dict[str, TensorInfo] = {}
         self._maps: dict[str, mmap.mmap] = {}
-        self._data: dict[Chunk, Tensor] = {}
+        self._starts: dict[Chunk, int] = {}  # of the values, in the file
         self._found: dict[str, tuple[Row, Place, int]] = {}
         used = set()
         # Which backend wrote the checkpoint shows in the names of the norms.
@@ -198,6 +209,19 @@ class DistReader:
     def __getitem__(self, name: str) -> Stored:
         return Stored(self, *self._found[name])
 
+    def prefetch(self, name: str) -> None:
+        """Asks the kernel to read a tensor ahead."""
+        _, place, _ = self._found[name]
+        for chunk in self.stored[place.key].chunks:
+            if place.layer is None or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]:
+                will_need(self._map(chunk.file), chunk.offset, chunk.nbytes)
+
+    def _map(self, name: str) -> mmap.mmap:
+        if name not in self._maps:
+            with (self.directory / name).open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[name]
+
     def read(self, place: Place, start: int, stop: int, columns: slice, out: Tensor) -> None:
         """Rows start … stop-1 and these columns of a parameter, as one rank alone would hold it, into `out`."""
         layer = () if place.layer is None else (place.layer,)
@@ -223,16 +247,13 @@ class DistReader:
 
     def _chunk(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         """The values of a chunk, mapped: the archive stores them as they are."""
-        if chunk not in self._data:
-            expected = prod(chunk.sizes) * dtype.itemsize
-            if chunk.file not in self._maps:
-                with (self.directory / chunk.file).open("rb") as file:
-                    self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            start = _data_offset(self._maps[chunk.file], chunk, expected, self.directory)
-            flat = torch.frombuffer(self._maps[chunk.file], dtype=torch.uint8, count=expected, offset=start)
-            flat = flat if start % dtype.itemsize == 0 else flat.clone()
-            self._data[chunk] = flat.view(dtype).view(chunk.sizes)
-        return self._data[chunk]
+        data, expected = self._map(chunk.file), prod(chunk.sizes) * dtype.itemsize
+        if chunk not in self._starts:
+            self._starts[chunk] = _data_offset(data, chunk, expected, self.directory)
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=expected, offset=self._starts[chunk])
+        if self._starts[chunk] % dtype.itemsize:  # archives follow each other without alignment
+            flat = flat.clone()
+        return flat.view(dtype).view(chunk.sizes)
 
 
 def _data_offset(data: mmap.mmap, chunk: Chunk, expected: int, directory: Path) -> int:
@@ -309,6 +330,7 @@ def append(file: IO[bytes], values: Tensor, offsets: Shape, name: str) -> Chunk:
     """Appends one chunk to a .distcp file. `values` must own its storage: all of it is written."""
     assert values.is_contiguous()
     assert values.untyped_storage().nbytes() == values.nbytes
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))
     start = file.tell()
     try:
         torch.save(values, file)

@@ -137,11 +137,7 @@ class Reader:
         info = self.tensors[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        if info.file not in self._maps:
-            with info.file.open("rb") as file:
-                # A private mapping: torch wants writable memory, and a write by mistake must not reach the file.
-                self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = self._maps[info.file]
+        data = self._map(info.file)
         flat = torch.frombuffer(data, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
         if info.offset % info.dtype.itemsize:  # legal in the format, but torch's kernels want aligned addresses
             flat = flat.clone()
@@ -149,6 +145,19 @@ class Reader:
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
+
+    def prefetch(self, name: str) -> None:
+        """Asks the kernel to read a tensor ahead; page faults alone would fetch it in small steps."""
+        info = self.tensors[name]
+        if info.nbytes:
+            will_need(self._map(info.file), info.offset, info.nbytes)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                # A private mapping: torch wants writable memory, and a write by mistake must not reach the file.
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
 
     def _find_files(self) -> tuple[list[Path], dict[str, str] | None]:
         """Files to read, and the index's name → file when there is one; a single model.safetensors wins."""
@@ -174,6 +183,12 @@ class Reader:
                 "save them as safetensors first (transformers' save_pretrained does)"
             )
         raise UserError(f"{self.directory}: found neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def will_need(data: mmap.mmap, start: int, nbytes: int) -> None:
+    """Starts reading these bytes of a mapped file, without waiting."""
+    begin = start - start % mmap.PAGESIZE
+    data.madvise(mmap.MADV_WILLNEED, begin, start + nbytes - begin)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -293,7 +293,11 @@ def _write_distcp(unit: int, blocks: Sequence[Block]) -> list[Chunk]:
     known = {row.megatron: (row, place) for row, place, _ in _stored_rows(_reader)}
     file_name = f"__{unit}_0.distcp"
     with (_job.target / file_name).open("wb") as file:
-        for block in blocks:
+        for number, block in enumerate(blocks):
+            for ahead in blocks[number : number + 2]:
+                if ahead.start == 0:
+                    for name in known[ahead.name][0].hf:
+                        _reader.prefetch(name)
             row, place = known[block.name]
             values = _rows_of(row, block)
             offsets: Shape = (block.start,) + (0,) * (values.ndim - 1)
@@ -312,7 +316,10 @@ def _rows_of(row: Row, block: Block) -> torch.Tensor:
 
 
 def _write_safetensors(blocks: Sequence[Block]) -> list[Chunk]:
-    for block in blocks:
+    for number, block in enumerate(blocks):
+        for ahead in blocks[number : number + 2]:
+            if ahead.start == 0:
+                _reader.prefetch(ahead.name)
         with (_job.target / block.file).open("r+b", buffering=0) as file:
             file.seek(block.offset)
             data = as_bytes(_reader[block.name][block.start : block.stop].to(_job.dtype))
