@@ -40,7 +40,7 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
         metrics = rollout_metrics(groups) | run.collector.metrics
         if groups:
             with tracker.phase("train"):
-                metrics |= run.learn(make_batch(groups, config, step))
+                metrics |= run.learn(make_batch(groups, config, step, run.weight_version))
             with tracker.phase("sync"):
                 metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
         if _due(config.training.evaluate_every, step) and run.test:

@@ -109,6 +109,7 @@ class Sample:
     ref_logprobs_S: np.ndarray | None = None  # float32: log π_ref, only when a reference is used
     pictures: tuple[Picture, ...] = ()
     picture_offsets: tuple[int, ...] = ()
+    weight_lag: int = 0  # updates of the weights since rollout_logprobs_S were taken; 0: they must equal the trainer's
 
     def __len__(self) -> int:
         return len(self.tokens_S)

@@ -16,14 +16,21 @@ from eureka_megatron.rl import advantages
 from eureka_megatron.types import Batch, Group
 
 
-def make_batch(groups: Sequence[Group], config: RunConfig, step: int) -> Batch:
+def make_batch(groups: Sequence[Group], config: RunConfig, step: int, weight_version: int) -> Batch:
     """All rollouts of the groups as samples with advantages, shuffled into updates of `training.responses_per_update`.
 
-    The shuffle depends only on `run.seed` and `step`, so that a resumed run repeats it.
+    The shuffle depends only on `run.seed` and `step`, so that a resumed run repeats it. `weight_version` is that of the trainer's
+    present weights: groups kept from an earlier step lie behind it.
     """
     values = group_advantages(groups, config)
     samples = [
-        training_sample(group.prompt, rollout.tokens_R, advantage=advantage, logprobs_R=rollout.logprobs_R)
+        training_sample(
+            group.prompt,
+            rollout.tokens_R,
+            advantage=advantage,
+            logprobs_R=rollout.logprobs_R,
+            weight_lag=weight_version - rollout.weight_version,
+        )
         for group, row in zip(groups, values.tolist(), strict=True)
         for rollout, advantage in zip(group.rollouts, row, strict=True)
     ]
@@ -38,13 +45,16 @@ def group_advantages(groups: Sequence[Group], config: RunConfig) -> torch.Tensor
     algorithm = config.algorithm
     lengths = torch.tensor([[len(rollout.tokens_R) for rollout in group.rollouts] for group in groups]).double()
     truncated = [[rollout.finish_reason == "length" for rollout in group.rollouts] for group in groups]
+    options = dict(algorithm.advantage_options)
+    if algorithm.compat == "mm_eureka":
+        options.setdefault("reward_clip", advantages.MM_EUREKA_REWARD_CLIP)
     values = advantages.compute(
         algorithm.advantage,
         torch.tensor(np.array([group.rewards("total") for group in groups])),
         lengths_GN=lengths,
         truncated_GN=torch.tensor(truncated),
         compat=algorithm.compat,
-        **algorithm.advantage_options,
+        **options,
     )
     if advantages.is_whitened(algorithm.advantage, algorithm.compat):
         values = advantages.whiten(values, lengths, compat=algorithm.compat)

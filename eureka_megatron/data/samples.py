@@ -7,7 +7,12 @@ from eureka_megatron.types import Prompt, Sample
 
 
 def training_sample(
-    prompt: Prompt, tokens_R: np.ndarray, *, advantage: float = 1.0, logprobs_R: np.ndarray | None = None
+    prompt: Prompt,
+    tokens_R: np.ndarray,
+    *,
+    advantage: float = 1.0,
+    logprobs_R: np.ndarray | None = None,
+    weight_lag: int = 0,
 ) -> Sample:
     """The sequence prompt + response; mask, advantage and rollout log-probabilities stand on the response's tokens.
 
@@ -15,6 +20,7 @@ def training_sample(
         tokens_R: int64, with the end token when the response has one.
         advantage: of every response token.
         logprobs_R: float32, log μ of the sampled tokens; None for supervised training.
+        weight_lag: how many weight updates ago they were sampled.
     """
     tokens_R = np.asarray(tokens_R, dtype=np.int64)
     if logprobs_R is not None and len(logprobs_R) != len(tokens_R):
@@ -27,6 +33,7 @@ def training_sample(
         rollout_logprobs_S=None if logprobs_R is None else _on_response(prompt, logprobs_R),
         pictures=prompt.pictures,
         picture_offsets=prompt.picture_offsets,
+        weight_lag=weight_lag,
     )
 
 

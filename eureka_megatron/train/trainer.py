@@ -103,7 +103,7 @@ class PolicyTrainer:
         """
         updates = [self._micro_batches(batch.samples, indices)[self.parallel.data.rank] for indices in batch.updates]
         # What the engine and the trainer disagree about, before anything is updated; the metric of the whole system's health.
-        updates, gap = self._with_old_logprobs(updates)
+        updates, gap = self._with_old_logprobs(updates, batch.samples)
         results = []
         for _ in range(passes):
             for micro_batches, indices in zip(updates, batch.updates, strict=True):
@@ -135,7 +135,10 @@ class PolicyTrainer:
         loss = partial(step.supervised_loss, parallel=self.parallel, global_tokens=tokens)
         return self._gradients(self._micro_batches(samples, range(len(samples)))[self.parallel.data.rank], loss)
 
-    def _with_old_logprobs(self, updates: list[list[MicroBatch]]) -> tuple[list[list[MicroBatch]], dict[str, float]]:
+    def _with_old_logprobs(
+        self, updates: list[list[MicroBatch]], samples: Sequence[Sample]
+    ) -> tuple[list[list[MicroBatch]], dict[str, float]]:
+        """The micro-batches with old log-probabilities, and how far those are from the engine's on fresh rollouts."""
         flat = [one for micro_batches in updates for one in micro_batches]
         given = all(one.old_logprobs_T is not None for one in flat if one.sample_indices)
         parts = [] if given else self._forward_only(flat)
@@ -145,8 +148,11 @@ class PolicyTrainer:
         if parts or given:
             for one in flat:
                 if one.rollout_logprobs_T is not None:
-                    difference = (one.old_logprobs_T.cpu() - one.rollout_logprobs_T).abs() * one.mask_T
-                    gap = torch.maximum(gap, difference.max().double())
+                    # Rollouts kept from an earlier step were sampled from other weights: they differ, and should.
+                    fresh = torch.tensor([*(samples[i].weight_lag == 0 for i in one.sample_indices), False])
+                    counted = one.mask_T.bool() & fresh[one.sequence_ids_T]
+                    difference = (one.old_logprobs_T.cpu() - one.rollout_logprobs_T).abs()
+                    gap = torch.maximum(gap, torch.where(counted, difference, 0.0).max().double())
         metrics = step.reduce_over_data([{"logprob_abs_diff_max": gap.to(self.parallel.device)}], self.parallel)
         places = iter(flat)
         return [[next(places) for _ in micro_batches] for micro_batches in updates], reduce_metrics([metrics])

@@ -122,7 +122,7 @@ def test_one_step_of_reinforcement_learning_uses_the_rollouts_it_was_given(run: 
     algorithm = config.algorithm.model_copy(update={"filter": everything})
     run.collector._config = config.model_copy(update={"algorithm": algorithm})
     groups = run.collector.collect(0)
-    metrics = run.learn(make_batch(groups, config, 0))
+    metrics = run.learn(make_batch(groups, config, 0, run.weight_version))
     assert metrics["train/logprob_abs_diff_max"] <= 1e-5  # measured 1.9e-6
     assert metrics["train/global_step"] == 2  # 4 prompts × 8 responses in updates of 16
     run.sync_weights(check=True)
