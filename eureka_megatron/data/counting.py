@@ -1,23 +1,29 @@
-"""A made-up visual task: count coloured circles and squares. Pictures, questions and a noisy teacher from one seed.
+"""A made-up visual task: count coloured circles and squares. Pictures, questions and a careless teacher from one seed.
 
 Three levels of question about an 84×84 picture with at most nine shapes:
 
-1. "How many circles are there?"
-2. "How many red circles are there?"
+1. "How many circles are there in the picture?"
+2. "How many red circles are in the picture?"
 3. "How many more circles than squares are there?"
 
 The shapes sit in a 3×3 grid of 28-pixel cells (one vision embedding each), moved and sized at random within their
 cell. Answers are drawn first, evenly over 0–4, and the scene is built to fit, so guessing scores 0.2 at every level.
 No scene of the test set occurs in the training set, whatever its offsets.
 
-`response` is what a *noisy* teacher says: a share `noise` of its rows reports counts drawn at random. Imitation then
-ends near 1 − 0.8·noise; what lies above that, only a reward can teach.
+`response` is what a *careless* teacher says. It thinks in a map of the picture, row by row, capitals for circles and small letters for
+squares, and keeps a tally behind each shape that matters: `<think>R1 . b / . . G2 / r . .</think><answer>\\boxed{2}</answer>`. It looks well,
+but in a share `noise` of the training rows it then answers with a number drawn at random. Imitation therefore ends at 1 − 0.8·noise at best;
+what lies above that, only a reward can teach.
+
+Why so (measured, tiny model from scratch, 16 samples a step): answers alone teach a tower to see only after many hundred steps, and reinforcement
+learning from there goes nowhere; a map gives every vision embedding a target of its own and is right in 97 % of its tokens after 400 steps.
+The questions of all levels have equally many tokens, so that the map's cells stand at fixed distances from the picture's.
 """
 
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,15 +32,19 @@ from PIL import Image, ImageDraw
 
 SIDE = 84  # pixels of a picture
 CELL = 28  # pixels of a cell: one merge unit (2×2 patches of 14) of the vision tower
-CELLS = (SIDE // CELL) ** 2
+ROW = SIDE // CELL  # cells in a row
+CELLS = ROW**2
 LARGEST = 4  # answers are 0 … 4
-GREYS = (105, 135)  # background brightness
+GREYS = (240, 255)  # background brightness
 JITTER = 1  # pixels a shape may lie off the middle of its cell
 RADII = (9, 11)  # pixels
 SHAPES = ("circle", "square")
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 91, 180)}
 
 Thing = tuple[str, str]  # (colour, shape)
+LETTERS: dict[Thing, str] = {
+    (colour, shape): colour[0].upper() if shape == "circle" else colour[0] for colour in COLOURS for shape in SHAPES
+}
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,13 @@ class Placed:
 class Example:
     """One question.
 
-    Example: level 3, "How many more circles than squares are there?", answer 2, counts (("circles", 3), ("squares", 1)).
+    Example: level 3, "How many more circles than squares are there?", answer 2, values {("red", "circle"): 1, ("blue", "square"): −1, …}.
     """
 
     level: int
     question: str
     answer: int
-    counts: tuple[tuple[str, int], ...]  # what one has to count, in the order a careful teacher says it
+    values: Mapping[Thing, int]  # what each kind of shape adds to the answer; kinds that do not matter are absent
     things: tuple[Placed, ...]
     grey: int  # background brightness
 
@@ -120,7 +130,7 @@ def draw(example: Example) -> Image.Image:
     picture = Image.new("RGB", (SIDE, SIDE), (example.grey,) * 3)
     pen = ImageDraw.Draw(picture)
     for thing in example.things:
-        row, column = divmod(thing.cell, SIDE // CELL)
+        row, column = divmod(thing.cell, ROW)
         x, y = column * CELL + CELL // 2 + thing.dx, row * CELL + CELL // 2 + thing.dy
         box = (x - thing.radius, y - thing.radius, x + thing.radius, y + thing.radius)
         (pen.ellipse if thing.shape == "circle" else pen.rectangle)(box, fill=COLOURS[thing.colour])
@@ -128,16 +138,31 @@ def draw(example: Example) -> Image.Image:
 
 
 def response(example: Example, teacher: random.Random, noise: float = 0.0) -> str:
-    """The teacher's text, for instance `<think>circles 3 squares 1</think><answer>\\boxed{2}</answer>`.
+    """The teacher's text, for instance `<think>R1 . b / . . G2 / r . .</think><answer>\\boxed{2}</answer>`.
 
-    With probability `noise` every number in it is drawn at random, each for itself: not even consistent.
+    The map and its tally are always right; with probability `noise` the answer is drawn at random instead.
     """
-    counts, answer = example.counts, example.answer
+    answer = example.answer
     if teacher.random() < noise:
-        counts = tuple((name, teacher.randint(0, LARGEST)) for name, _ in counts)
         answer = teacher.randint(0, LARGEST)
-    seen = " ".join(f"{name} {number}" for name, number in counts)
-    return f"<think>{seen}</think><answer>\\boxed{{{answer}}}</answer>"
+    return f"<think>{tallied_map(example)}</think><answer>\\boxed{{{answer}}}</answer>"
+
+
+def tallied_map(example: Example) -> str:
+    """The picture as text, with the running total behind each shape that matters. Example: "R1 . b / . . G2 / r . ."."""
+    by_cell = {thing.cell: thing for thing in example.things}
+    words, total = [], 0
+    for cell in range(CELLS):
+        if cell and cell % ROW == 0:
+            words.append("/")
+        thing = by_cell.get(cell)
+        if thing is None:
+            words.append(".")
+            continue
+        value = example.values.get((thing.colour, thing.shape), 0)
+        total += value
+        words.append(LETTERS[thing.colour, thing.shape] + (str(total) if value else ""))
+    return " ".join(words)
 
 
 def _example(level: int, source: random.Random) -> Example:
@@ -147,19 +172,21 @@ def _example(level: int, source: random.Random) -> Example:
     if level == 1:
         others = [(source.choice(colours), _other(shape)) for _ in range(source.randint(0, LARGEST))]
         things = [(source.choice(colours), shape) for _ in range(answer)] + others
-        counts, question = ((f"{shape}s", answer),), f"How many {shape}s are there?"
+        values = {(colour, shape): 1 for colour in colours}
+        question = f"How many {shape}s are there in the picture?"
     elif level == 2:
         colour = source.choice(colours)
         rest = [(c, s) for c in colours for s in SHAPES if (c, s) != (colour, shape)]
         things = [(colour, shape)] * answer + source.choices(rest, k=source.randint(0, LARGEST))
-        counts, question = ((f"{colour} {shape}s", answer),), f"How many {colour} {shape}s are there?"
+        values = {(colour, shape): 1}
+        question = f"How many {colour} {shape}s are in the picture?"
     else:
         fewer = source.randint(0, min(LARGEST, (CELLS - answer) // 2))
         things = [(source.choice(colours), "circle") for _ in range(fewer + answer)]
         things += [(source.choice(colours), "square") for _ in range(fewer)]
-        counts = (("circles", fewer + answer), ("squares", fewer))
+        values = {(colour, kind): sign for colour in colours for kind, sign in (("circle", 1), ("square", -1))}
         question = "How many more circles than squares are there?"
-    return Example(level, question, answer, counts, _place(things, source), source.randint(*GREYS))
+    return Example(level, question, answer, values, _place(things, source), source.randint(*GREYS))
 
 
 def _place(things: list[Thing], source: random.Random) -> tuple[Placed, ...]:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eureka_megatron.data.counting import COLOURS, LARGEST, draw, examples, response, write_counting
+from eureka_megatron.data.counting import (
+    COLOURS,
+    LARGEST,
+    LETTERS,
+    draw,
+    examples,
+    response,
+    tallied_map,
+    write_counting,
+)
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
@@ -102,11 +111,28 @@ def test_the_task_goes_through_reader_and_processor_with_short_responses(tmp_pat
     for index, prompt in enumerate(dataset):
         assert prompt.pictures[0].grid_thw == (1, 6, 6)
         assert len(prompt.tokens_S) <= 40
-        assert len(processor.encode_response(dataset.response(index))) <= 16
+        assert len(processor.encode_response(dataset.response(index))) <= 32
 
 
-def test_a_careful_teacher_says_what_it_sees():
+def test_the_teachers_map_and_tally_are_what_the_pixels_show():
+    for example in islice(examples(1), 60):
+        seen = things_seen(draw(example))
+        words = [word for word in tallied_map(example).split() if word != "/"]
+        assert len(words) == 9
+        for place, word in enumerate(words):
+            thing = seen.get((place // 3 * 28, place % 3 * 28))
+            assert word[0] == ("." if thing is None else LETTERS[thing[0], thing[1].removesuffix("s")])
+        tallies = [int(word[1:]) for word in words if len(word) > 1]
+        assert (tallies or [0])[-1] == example.answer
+
+
+def test_a_careful_teacher_answers_with_its_tally():
     example = next(example for example in examples(0) if example.level == 3 and example.answer == 2)
     text = response(example, random.Random(0))
-    assert text.endswith("</think><answer>\\boxed{2}</answer>")
-    assert text.startswith("<think>circles ")
+    assert text == f"<think>{tallied_map(example)}</think><answer>\\boxed{{2}}</answer>"
+
+
+def test_questions_of_all_levels_have_equally_many_tokens(tmp_path):
+    processor = Processor(build_tiny(tmp_path / "model", weights=False), min_pixels=84 * 84, max_pixels=84 * 84)
+    lengths = {len(processor.tokenizer.encode(example.question)) for example in islice(examples(0), 60)}
+    assert len(lengths) == 1

@@ -39,18 +39,14 @@ SENTENCES = (
     "system\nYou are a helpful assistant.",
     "user\n",
     "assistant\n",
-    "How many circles are there?",
-    "How many squares are there?",
+    *(f"How many {shape} are there in the picture?" for shape in ("circles", "squares")),
     *(
-        f"How many {colour} {shape} are there?"
+        f"How many {colour} {shape} are in the picture?"
         for colour in ("red", "green", "blue")
         for shape in ("circles", "squares")
     ),
     "How many more circles than squares are there?",
-    "circles 3 squares 2",
-    "red circles 1",
-    "blue squares 0",
-    "green circles 2",
+    *("R . B . G / r . b . g / . R . B . G / r . b . g",) * 4,
 )
 
 # Qwen's pre-tokenization: words with at most one leading mark, single digits, runs of marks, white space.
