@@ -10,7 +10,9 @@ arguments give equal files. The tags of the answer form are single, ordinary (no
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -75,96 +77,67 @@ CHAT_TEMPLATE = (
 )
 
 
+@dataclass(frozen=True)
+class TinySizes:
+    """Shape of a tiny model; parity tests vary it. `full_attention_blocks` of the tower do without windows.
+
+    window_size, min_pixels, max_pixels are in pixels; vocab_size, the rows of the embedding, is at least 268 (bytes, special tokens,
+    tags), the rest are learned merges.
+    """
+
+    tied: bool = False  # the output layer shares the embedding, as in the 3B model
+    text_hidden: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    kv_heads: int = 2
+    ffn: int = 256
+    vision_hidden: int = 128
+    vision_depth: int = 4
+    vision_heads: int = 4
+    vision_ffn: int = 256
+    window_size: int = 112
+    full_attention_blocks: Sequence[int] = (1, 3)
+    tokens_per_second: int = 2
+    vocab_size: int = 384
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 32768
+
+
 def build_tiny(
     directory: Path | str,
     *,
     seed: int = 0,
-    tied: bool = False,
     randomize_all: bool = False,
-    text_hidden: int = 128,
-    text_layers: int = 4,
-    text_heads: int = 4,
-    kv_heads: int = 2,
-    ffn: int = 256,
-    vision_hidden: int = 128,
-    vision_depth: int = 4,
-    vision_heads: int = 4,
-    vision_ffn: int = 256,
-    window_size: int = 112,
-    full_attention_blocks: Sequence[int] = (1, 3),
-    tokens_per_second: int = 2,
-    vocab_size: int = 384,
-    initializer_range: float = 0.02,
-    max_position_embeddings: int = 32768,
     min_pixels: int = 28 * 28,
     max_pixels: int = 640 * 28 * 28,
     sentences: Sequence[str] = SENTENCES,
     dtype: torch.dtype = torch.float32,
     max_shard_size: int | str = "5GB",
     weights: bool = True,
+    **sizes: Any,
 ) -> Path:
     """Write a tiny Qwen2.5-VL checkpoint into `directory` (created when missing) and return it.
 
     Args:
-        tied: the output layer shares the embedding, as in the 3B model.
         randomize_all: biases and norm weights random too (by default biases are 0 and norms 1, which hides mistakes).
-        window_size: side of an attention window in pixels; `full_attention_blocks` do without windows.
-        vocab_size: rows of the embedding; at least 268 (bytes, special tokens, tags), the rest are learned merges.
         min_pixels, max_pixels: bounds of the image processor, in pixels.
+        sentences: what the tokenizer's merges are learned from.
         max_shard_size: weights above it are split over several safetensors files with an index.
         weights: False leaves the weights out (for tests of what only reads configuration and tokenizer).
+        sizes: fields of `TinySizes`.
     """
-    directory = Path(directory)
-    tokenizer = build_tokenizer(vocab_size, sentences)
+    directory, shape = Path(directory), TinySizes(**sizes)
+    tokenizer = build_tokenizer(shape.vocab_size, sentences)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    _check_sizes(text_hidden, text_heads, kv_heads, vision_hidden, vision_heads)
+    _check_sizes(shape.text_hidden, shape.text_heads, shape.kv_heads, shape.vision_hidden, shape.vision_heads)
     directory.mkdir(parents=True, exist_ok=True)
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": text_hidden,
-            "intermediate_size": ffn,
-            "num_hidden_layers": text_layers,
-            "num_attention_heads": text_heads,
-            "num_key_value_heads": kv_heads,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": initializer_range,
-            "max_position_embeddings": max_position_embeddings,
-            "max_window_layers": text_layers,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": mrope_section(text_hidden // text_heads),
-            },
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "tie_word_embeddings": tied,
-        },
-        vision_config={
-            "depth": vision_depth,
-            "hidden_size": vision_hidden,
-            "intermediate_size": vision_ffn,
-            "num_heads": vision_heads,
-            "out_hidden_size": text_hidden,
-            "window_size": window_size,
-            "fullatt_block_indexes": list(full_attention_blocks),
-            "tokens_per_second": tokens_per_second,
-            "initializer_range": initializer_range,
-        },
-        tie_word_embeddings=tied,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=ids["<|im_end|>"],
-        pad_token_id=ids["<|endoftext|>"],
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-        dtype=dtype,
-    )
+    config = _hf_config(shape, ids, dtype)
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     _write_processor_files(directory, min_pixels, max_pixels)
+    if weights:
+        build_weights(config, seed, randomize_all).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    # After the weights: saving those writes a generation_config.json of its own, with one end token only.
     GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -172,9 +145,52 @@ def build_tiny(
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
         pad_token_id=ids["<|endoftext|>"],
     ).save_pretrained(directory)
-    if weights:
-        build_weights(config, seed, randomize_all).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
+
+
+def _hf_config(shape: TinySizes, ids: dict[str, int], dtype: torch.dtype) -> Qwen2_5_VLConfig:
+    ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.text_hidden,
+            "intermediate_size": shape.ffn,
+            "num_hidden_layers": shape.text_layers,
+            "num_attention_heads": shape.text_heads,
+            "num_key_value_heads": shape.kv_heads,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": shape.initializer_range,
+            "max_position_embeddings": shape.max_position_embeddings,
+            "max_window_layers": shape.text_layers,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": mrope_section(shape.text_hidden // shape.text_heads),
+            },
+            "tie_word_embeddings": shape.tied,
+            **ends,
+        },
+        vision_config={
+            "depth": shape.vision_depth,
+            "hidden_size": shape.vision_hidden,
+            "intermediate_size": shape.vision_ffn,
+            "num_heads": shape.vision_heads,
+            "out_hidden_size": shape.text_hidden,
+            "window_size": shape.window_size,
+            "fullatt_block_indexes": list(shape.full_attention_blocks),
+            "tokens_per_second": shape.tokens_per_second,
+            "initializer_range": shape.initializer_range,
+        },
+        tie_word_embeddings=shape.tied,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        dtype=dtype,
+        **ends,
+    )
 
 
 def mrope_section(head_dim: int) -> list[int]:
