@@ -50,7 +50,7 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.parallel.runtime import Parallel
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 16 * 2**20  # small enough for malloc to reuse: fresh pages cost more than the copy
 UNIT_BYTES = 512 * 2**20
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

@@ -85,7 +85,7 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 def measure(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak anonymous bytes) of a command, writing out included: `sync` is part of the time for all alike."""
+    """(seconds, peak anonymous bytes) of a command; `sync` is part of the time, for cp and conversions alike."""
     os.sync()
     peak, begin = 0, time.perf_counter()
     process = psutil.Popen(command)
