@@ -217,6 +217,8 @@ def start_ray(stack: ExitStack) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="ERROR")
     else:
+        # Ray lowers its workers' priority by 15 to keep a shared node's daemons responsive; here the workers are the job.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # A short path: Ray's sockets lie below it, and the system limits their length.
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eureka-", ignore_cleanup_errors=True))
         ray.init(_temp_dir=folder, object_store_memory=512 << 20, **quiet)
