@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from eureka_megatron.errors import ConfigError, nearest
 
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 

@@ -126,7 +126,9 @@ def reading_order(picture: Picture) -> torch.Tensor:
 def write_reference(hf_dir: Path | str, output: str, samples: list[Sample], *, grads: bool) -> None:
     """transformers' logits, loss and gradients of the samples, one at a time, to `output`.safetensors; the samples to `output`.pt."""
     from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging as quiet
 
+    quiet.disable_progress_bar()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
     image_token = model.config.image_token_id
     tokens_learned = sum(float(sample.mask_S[1:].sum()) for sample in samples)

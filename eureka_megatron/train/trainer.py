@@ -50,7 +50,8 @@ class PolicyTrainer:
         self.max_tokens = max_tokens_per_micro_batch
         self.hf_config = read_hf_config(model_path)
         chunks = build_model(self.hf_config, parallel, dtype=DTYPES[dtype], backend=backend, freeze=freeze)
-        load_hf(chunks, self.model_path, parallel)
+        # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.
+        load_hf(chunks, self.model_path, parallel, allow_narrowing=dtype == "bfloat16")
         self.chunks = wrap(chunks, optimizer or OptimizerSection())
         self.optimizer: Any = None
 

@@ -19,6 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+# Score elements up to which CPU attention is written out: 64 MiB in fp32.
+PLAIN_SCORES = 1 << 24
+
 
 class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x²) + eps) · weight, computed in fp32. The signature is that of Megatron's layer specs."""
@@ -128,12 +131,35 @@ class SegmentAttention(MegatronModule):
 
         parts = []
         for bucket in segments.buckets:
-            out = F.scaled_dot_product_attention(
-                *(side_by_side(x, bucket) for x in (query, key, value)),
-                # Causal attention needs no key mask: padding stands behind every real token.
-                attn_mask=None if self.causal else bucket.key_mask,
-                is_causal=self.causal,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            heads = [side_by_side(x, bucket) for x in (query, key, value)]
+            rows, longest = bucket.rows_BL.shape
+            small = not query.is_cuda and rows * longest**2 * query.shape[1] <= PLAIN_SCORES
+            out = (self._plain if small else self._fused)(*heads, bucket)
             parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.places))
         return torch.cat(parts).index_select(0, segments.inverse_T)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
+        """query [B, N, L, D], key and value [B, K, L, D] → [B, N, L, D]."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            # Causal attention needs no key mask: padding stands behind every real token.
+            attn_mask=None if self.causal else bucket.key_mask,
+            is_causal=self.causal,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
+        """The same, written out: for short segments torch's CPU kernel, its backward above all, takes twice as long."""
+        batch, heads, length, size = query.shape
+        groups = key.shape[1]
+        # Query heads that share a key head stand side by side: [B, K, N/K · L, D] against [B, K, L, D].
+        scores = (query.reshape(batch, groups, -1, size) * size**-0.5) @ key.transpose(-1, -2)
+        scores = scores.view(batch, heads, length, length)
+        if self.causal:
+            scores = scores + torch.full((length, length), float("-inf"), device=scores.device).triu(1)
+        elif bucket.key_mask is not None:
+            scores = scores.masked_fill(~bucket.key_mask, float("-inf"))
+        weights = scores.softmax(-1).view(batch, groups, -1, length)
+        return (weights @ value).view(batch, heads, length, size)
