@@ -22,6 +22,7 @@ CORE = [
     "jinja2>=3.1",
     "wandb>=0.18",
     "psutil>=5.9",
+    "pyyaml>=6",
 ]
 RUN = ["megatron-core>=0.16.1", "ray>=2.60"]
 

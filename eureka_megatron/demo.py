@@ -21,11 +21,13 @@ import torch
 
 from eureka_megatron.config import OptimizerSection, RunConfig, load_config
 from eureka_megatron.data.counting import write_counting
+from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.loop import Run, open_dataset, reinforce, reward_options
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
 from eureka_megatron.rewards import JudgePool
+from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.tracking.curves import draw_curves
 from eureka_megatron.tracking.tracker import Tracker
@@ -137,24 +139,18 @@ def score_export(config: RunConfig, directory: Path) -> dict[str, float]:
         start_ray(stack)
         pool = RolloutPool(exported)  # loads while transformers generates
         stack.callback(pool.shutdown)
-        prompts = list(open_dataset(exported, exported.data.test, make_processor(exported)))
+        dataset = open_dataset(exported, exported.data.test, make_processor(exported))
+        prompts = list(dataset)
 
-        def accuracy(texts: list[str]) -> float:
-            pairs = [(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
-            verdicts = judges.judge(pairs, **reward_options(config))
-            return sum(verdict["accuracy"] for verdict in verdicts) / len(verdicts)
+        def judge(pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
+            return judges.judge(pairs, **reward_options(config))
 
-        by_transformers = accuracy(_generate_with_transformers(exported, prompts))
+        texts = _generate_with_transformers(exported, prompts)
+        verdicts = judge([(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)])
         pool.start()
-        groups = pool.generate(
-            prompts,
-            n=1,
-            temperature=1.0,
-            top_p=1.0,
-            max_tokens=config.rollout.max_response_tokens,
-            seed=config.run.seed,
-        )
-        by_vllm = accuracy([group.rollouts[0].text for group in groups])
+        # The same seeds as in training: the fresh engine must repeat the trained one's answers.
+        by_vllm = Collector(pool, judge, PromptStream(dataset), config).evaluate(prompts)["accuracy"]
+    by_transformers = sum(verdict["accuracy"] for verdict in verdicts) / len(verdicts)
     return {"accuracy_export_transformers": by_transformers, "accuracy_export_vllm": by_vllm}
 
 
