@@ -5,6 +5,7 @@ Reinforcement learning climbs only from a policy that sometimes answers right an
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from eureka_megatron.config import RunConfig
@@ -15,13 +16,18 @@ from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
 
 
 def supervise(trainer: TrainerGroup, dataset: Dataset, config: RunConfig, tracker: Tracker) -> None:
-    """`sft.steps` optimizer steps over shuffled epochs of the rows' responses."""
+    """`sft.steps` optimizer steps over shuffled epochs of the rows' responses. The next samples are read while the ranks work."""
     trainer.start_phase(config.optimizer, config.sft.steps)
     stream = PromptStream(dataset, config.run.seed)
-    for step in range(config.sft.steps):
-        samples = stream.next_samples(config.sft.samples_per_step)
-        metrics = trainer.sft(samples)
-        tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()})
+    size = config.sft.samples_per_step
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(stream.next_samples, size)
+        for step in range(config.sft.steps):
+            samples = ahead.result()
+            if step + 1 < config.sft.steps:
+                ahead = reader.submit(stream.next_samples, size)
+            metrics = trainer.sft(samples)
+            tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()})
 
 
 def run_sft(config: RunConfig) -> None:
