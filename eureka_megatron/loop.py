@@ -1,7 +1,7 @@
 """The reinforcement learning loop. Read `reinforce` first: it is the whole system on one screen.
 
-`Run` holds what a run consists of: trainer ranks and rollout engines under Ray, judges, data and tracking. `eureka train` opens one and calls
-`reinforce`; `eureka demo` opens one, does a supervised cold start on the same ranks, then calls the same `reinforce`.
+`Run` holds what a run consists of: trainer ranks and engines under Ray, judges, data. `eureka train` opens one and calls `reinforce`;
+`eureka demo` opens one, does a supervised cold start on the same ranks, then calls the same `reinforce`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.batch import make_batch, rollout_metrics
+from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics
 from eureka_megatron.data.dataset import Dataset, PromptStream, load_dataset
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.errors import ConfigError, UserError
@@ -40,7 +41,8 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
         metrics = rollout_metrics(groups) | run.collector.metrics
         if groups:
             with tracker.phase("train"):
-                metrics |= run.learn(make_batch(groups, config, step, run.weight_version))
+                batch = make_batch(groups, config, step, run.weight_version)
+                metrics |= run.learn(batch) | {"train/return": mean_return(batch)}
             with tracker.phase("sync"):
                 metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
         if _due(config.training.evaluate_every, step) and run.test:
@@ -55,6 +57,7 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
 
 def train(config: RunConfig) -> None:
     """`eureka train`: reinforcement learning from `model.path`, then a Hugging Face export in `run.output`/hf."""
+    refuse_to_overwrite(config.run.output / "hf")  # now, not after the last step
     with Run(config) as run, Tracker(config, config.run.output) as tracker:
         run.sync_weights(check=True)
         reinforce(run, tracker)
@@ -100,8 +103,8 @@ class Run:
         self.layout = self.trainer.start()
         self.pool.start()
         self.pool.resend = lambda engines: self.trainer.send_weights(engines, self.weight_version)
-        rewards = config.rewards
-        judges = self._stack.enter_context(JudgePool(rewards.workers, time_limit_seconds=rewards.time_limit_seconds))
+        limit = config.rewards.time_limit_seconds
+        judges = self._stack.enter_context(JudgePool(config.rewards.workers, time_limit_seconds=limit))
         options = reward_options(config)
         self.collector = Collector(
             self.pool,
@@ -136,17 +139,17 @@ class Run:
         self.weight_version += 1
         start = time.perf_counter()
         report = self.trainer.send_weights(self.pool.actors, self.weight_version, with_fingerprints=check)
+        self.pool.weights_sent(report)  # engines lost on the way are replaced here
         if check:
             for index, checksums in enumerate(self.pool.fingerprints()):
                 compare(report.fingerprints, checksums, where=f"rollout engine {index}")
-        self.pool.weights_sent(report)
         return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
 
     def evaluate(self, temperature: float = 1.0) -> dict[str, float]:
         """Sample every test prompt once and judge it."""
         if self.test is None:
             raise UserError("data.test is not set: nothing to evaluate")
-        return self.collector.evaluate([self.test[i] for i in range(len(self.test))], temperature=temperature)
+        return self.collector.evaluate(list(self.test), temperature=temperature)
 
     def export(self, output: Path, scores: dict[str, float] | None = None) -> None:
         """Write the trainer's present weights as a Hugging Face directory with a model card."""
@@ -180,15 +183,10 @@ def reward_options(config: RunConfig) -> dict[str, Any]:
 def check_algorithm(config: RunConfig) -> None:
     """Refuse names and options that `rl` does not know, before anything starts. Raises ConfigError."""
     algorithm = config.algorithm
+    options = {**algorithm.advantage_options, "compat": algorithm.compat}
     try:
         resolve_options(algorithm.loss, algorithm.compat, **algorithm.loss_options)
-        advantages.compute(
-            algorithm.advantage,
-            torch.zeros(1, 2),
-            lengths_GN=torch.ones(1, 2),
-            compat=algorithm.compat,
-            **algorithm.advantage_options,
-        )
+        advantages.compute(algorithm.advantage, torch.zeros(1, 2), lengths_GN=torch.ones(1, 2), **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"algorithm: {error}") from error
 

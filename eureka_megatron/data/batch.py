@@ -61,6 +61,11 @@ def group_advantages(groups: Sequence[Group], config: RunConfig) -> torch.Tensor
     return values
 
 
+def mean_return(batch: Batch) -> float:
+    """Mean over responses of what they are credited with: the shaped reward (the original's `return`)."""
+    return float(np.mean([sample.advantages_S[sample.mask_S > 0].mean() for sample in batch.samples]))
+
+
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What the groups trained on look like, under the original's names."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]

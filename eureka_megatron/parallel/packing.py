@@ -72,8 +72,11 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], align: int = 1) -> M
     filling = -used % align if used else align
     total = used + filling
 
+    # An empty micro-batch has the same optional parts as the others: ranks must agree on what they report.
+    known = (chosen or list(samples))[:1]
+
     def optional(name: str) -> torch.Tensor | None:
-        if not chosen or getattr(chosen[0], name) is None:
+        if not known or getattr(known[0], name) is None:
             return None
         return _shifted([getattr(sample, name) for sample in chosen], filling)
 

@@ -93,6 +93,13 @@ def test_update_does_not_depend_on_layout_packing_or_data_parallelism(
     assert error <= 1e-5  # measured 4e-6
 
 
+def test_a_rank_without_samples_does_not_stall_the_others(tiny_dir: Path, plain: tuple[str, Batch, dict]) -> None:
+    lonely = Batch(plain[1].samples[:1], ((0,),))
+    one = run_ranks(update, 1, str(tiny_dir), lonely, {}, 4096, "ppo_clip", {})[0]
+    other = run_ranks(update, 2, str(tiny_dir), lonely, {}, 4096, "ppo_clip", {})[0]
+    assert compare(other, one) <= 1e-5  # measured 1e-6
+
+
 @pytest.mark.parametrize(
     ("loss", "options"), [("gspo", {}), ("cpgd", {}), ("dapo", {"aggregation": "seq_mean"}), ("cispo", {})]
 )

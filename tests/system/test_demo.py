@@ -58,13 +58,18 @@ def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
             build_tiny(model)
             write_counting(data, train=4, test=2)
             config.write_text(
-                f"model: {{path: {model}}}\ndata: {{train: {data}/train.jsonl}}\nrun: {{output: {tmp_path}/out}}"
+                f"model: {{path: {model}}}\ndata: {{train: {data}/train.jsonl, min_pixels: 784}}\nrun: {{output: {tmp_path}/out}}"
             )
         done = eureka("train", str(config), override)
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ")
         assert message in done.stderr
         assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "hf").mkdir(parents=True)
+    (tmp_path / "out" / "hf" / "config.json").touch()
+    done = eureka("train", str(config))
+    assert done.returncode == 1
+    assert f"{tmp_path}/out/hf" in done.stderr  # an earlier run's export is found before, not after, this one's work
 
 
 def test_bad_rows_are_named_with_file_and_line(tmp_path: Path) -> None:

@@ -57,3 +57,12 @@ def test_impossible_layouts_name_the_possible_ones(tiny_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.pipeline=3 does not divide num_hidden_layers=4"):
         check_layout(config, 1, 3)
     check_layout(config, 4, 2)  # two kv heads over four ranks is possible
+
+
+def test_the_public_way_in_is_there() -> None:
+    import eureka_megatron.models.qwen2_5_vl as package
+
+    assert package.build_model.__module__ == "eureka_megatron.models.qwen2_5_vl.model"
+    assert package.read_hf_config is read_hf_config
+    with pytest.raises(AttributeError, match="has no attribute 'build'"):
+        _ = package.build

@@ -92,7 +92,8 @@ def test_filling_is_a_sequence_of_its_own_without_weight() -> None:
 def test_an_empty_micro_batch_is_one_filler_row() -> None:
     batch = pack([sample(5)], [], align=2)
     assert (batch.tokens, float(batch.mask_T.sum()), batch.vision, batch.sample_indices) == (2, 0.0, None, ())
-    assert batch.rollout_logprobs_T is None
+    assert batch.rollout_logprobs_T.tolist() == [0, 0], "the same optional parts as its siblings"
+    assert batch.ref_logprobs_T is None
 
 
 def test_a_shared_picture_is_encoded_once_and_placed_in_reading_order_everywhere() -> None:
