@@ -150,7 +150,7 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
             add_conversion_arguments(add(kinds, kind, _convert, text))
         add_inspection_arguments(add(kinds, "inspect", _inspect, "list the tensors of one checkpoint, or compare two"))
 
-    data = add(children, "data", None, "data sets: the made-up counting task")
+    data = add(children, "data", None, "data sets: made-up counting task, MMK12 conversion, validation")
     kinds = data.add_subparsers(metavar="KIND", required=True)
     counting = add(kinds, "counting", _counting, "write the counting task: pictures and MM-EUREKA rows, train and test")
     counting.add_argument("--output", type=Path, required=True, metavar="DIR", help="train.jsonl, test.jsonl, images/")
@@ -158,6 +158,26 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
     counting.add_argument("--test", type=_positive, default=200, metavar="N", help="test rows, on other pictures (200)")
     counting.add_argument("--seed", type=int, default=0, metavar="N", help="equal seeds give equal files (0)")
     counting.add_argument("--noise", type=_share, default=0.0, metavar="P", help="share of wrong teacher answers (0)")
+    mmk12 = add(kinds, "mmk12", _mmk12, "MMK12's parquet files to MM-EUREKA rows and pictures")
+    mmk12.add_argument("--input", type=Path, required=True, nargs="+", metavar="FILE", help="parquet files")
+    mmk12.add_argument("--output", type=Path, required=True, metavar="DIR", help="NAME.jsonl and images/ go here")
+    mmk12.add_argument("--name", default="train", metavar="NAME", help="of the JSONL file (train)")
+    validate = add(
+        kinds, "validate", _validate, "read every row as training would; list what is wrong, with line numbers"
+    )
+    validate.add_argument("file", type=Path, metavar="FILE", help="MM-EUREKA JSONL")
+    validate.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="checkpoint whose processor reads it"
+    )
+    validate.add_argument("--media", type=Path, nargs="*", default=[], metavar="DIR", help="further picture folders")
+    validate.add_argument(
+        "--max-prompt-tokens", type=_positive, default=3000, metavar="N", help="longest prompt (3000)"
+    )
+    validate.add_argument(
+        "--max-pixels", type=_positive, default=640 * 28 * 28, metavar="N", help="of a picture (501760)"
+    )
+    validate.add_argument("--min-pixels", type=_positive, default=4 * 28 * 28, metavar="N", help="of a picture (3136)")
+    validate.add_argument("--clean", type=Path, metavar="FILE", help="write the good rows here, beside the data file")
 
     doctor = add(children, "doctor", _doctor, "what this machine has and lacks, what is lost, and the fix")
     doctor.add_argument("--json", action="store_true", help="print the findings as one JSON object")
@@ -234,6 +254,26 @@ def _inspect(args: argparse.Namespace) -> int:
     from eureka_megatron.checkpoint.commands import run_inspection
 
     return run_inspection(args)
+
+
+def _mmk12(args: argparse.Namespace) -> None:
+    from eureka_megatron.data.prepare import convert_mmk12, kinds
+
+    target, problems = convert_mmk12(args.input, args.output, name=args.name)
+    print(f"{target} written" + (f"; {len(problems)} rows left out: {kinds(problems)}" if problems else ""))
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from eureka_megatron.data.prepare import show_validation
+    from eureka_megatron.data.processor import Processor
+
+    processor = Processor(
+        args.model,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        max_prompt_tokens=args.max_prompt_tokens,
+    )
+    return show_validation(args.file, processor, media=args.media, clean=args.clean)
 
 
 def _counting(args: argparse.Namespace) -> None:

@@ -149,7 +149,8 @@ class Run:
         """Sample every test prompt once and judge it."""
         if self.test is None:
             raise UserError("data.test is not set: nothing to evaluate")
-        return self.collector.evaluate(list(self.test), temperature=temperature)
+        prompts = [self.test.get(index) for index in range(len(self.test))]
+        return self.collector.evaluate([prompt for prompt in prompts if prompt], temperature=temperature)
 
     def export(self, output: Path, scores: dict[str, float] | None = None) -> None:
         """Write the trainer's present weights as a Hugging Face directory with a model card."""

@@ -1,0 +1,211 @@
+"""Data preparation commands: MMK12's parquet files to MM-EUREKA rows, and a full check of any data file.
+
+Left out: downloads. The files are expected on disk.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from eureka_megatron.data.dataset import load_dataset
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.errors import UserError
+
+COLUMNS = ("id", "question", "image", "answer", "subject")
+MARKERS = ("<image>", "<image1>")  # where the picture goes in the question; it is always first here
+SHOWN = 50  # problems in the table
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that cannot be used. Example: Problem("train.jsonl:17", "picture a.png does not exist")."""
+
+    origin: str
+    reason: str
+
+
+def convert_mmk12(
+    sources: Sequence[Path], output: Path, *, name: str = "train", progress: Callable[[int], None] | None = None
+) -> tuple[Path, list[Problem]]:
+    """Write `<output>/<name>.jsonl` and `<output>/images/` from parquet files with the columns of `COLUMNS`.
+
+    The pictures' bytes are written as they are, one row group at a time in memory. Rows without a readable picture, a question or an
+    answer are left out and returned as problems. The JSONL appears only when all of it is there.
+
+    Raises:
+        UserError: a file is missing, is no parquet, or lacks a column; or `<name>.jsonl` exists.
+    """
+    target = output / f"{name}.jsonl"
+    if target.exists():
+        raise UserError(f"{target} exists and is not overwritten; remove it or choose another output or name")
+    images = output / "images"
+    problems: list[Problem] = []
+    partial = target.with_suffix(".jsonl.partial")
+    tables = [_open_parquet(source) for source in sources]  # all are checked before anything is written
+    images.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for source, table in zip(sources, tables, strict=True):
+            for number, record in _records(table):
+                origin = f"{source}:{number}"
+                try:
+                    row = _row(record, images, f"{name}-{written:06d}")
+                except UserError as error:
+                    problems.append(Problem(origin, str(error)))
+                    continue
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
+                if progress is not None:
+                    progress(written)
+    if not written:
+        partial.unlink()
+        raise UserError(f"no usable row in {', '.join(map(str, sources))}; the first problem: {problems[0].reason}")
+    os.replace(partial, target)
+    return target, problems
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        table = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
+    missing = [column for column in COLUMNS if column not in table.schema_arrow.names]
+    if missing:
+        raise UserError(f"{path}: columns {missing} are missing; found {table.schema_arrow.names}")
+    return table
+
+
+def _records(table: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    for batch in table.iter_batches(batch_size=64, columns=list(COLUMNS)):
+        for record in batch.to_pylist():
+            number += 1
+            yield number, record
+
+
+def _row(record: dict[str, Any], images: Path, stem: str) -> dict[str, Any]:
+    question, answer = record["question"], record["answer"]
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"'question' must be a non-empty string, found {question!r}")
+    if answer is None or not str(answer).strip():
+        raise UserError(f"'answer' must not be empty, found {answer!r}")
+    picture = _save_picture(record["image"], images, stem)
+    for marker in MARKERS:
+        question = question.replace(marker, "")
+    content = [{"type": "image", "image": f"images/{picture}"}, {"type": "text", "text": question.strip()}]
+    return {
+        "id": str(record["id"]),
+        "message": json.dumps([{"role": "user", "content": content}], ensure_ascii=False),
+        "answer": str(answer).strip(),
+        "subject": record["subject"],
+    }
+
+
+def _save_picture(value: Any, images: Path, stem: str) -> str:
+    data = value.get("bytes") if isinstance(value, dict) else None
+    if not isinstance(data, bytes) or not data:
+        raise UserError("'image' holds no bytes")
+    try:
+        with Image.open(BytesIO(data)) as picture:
+            extension = EXTENSIONS.get(picture.format or "")
+            picture.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"'image' cannot be decoded: {error}") from error
+    if extension is None:
+        raise UserError(f"'image' is a {picture.format}; readable are {', '.join(EXTENSIONS)}")
+    (images / f"{stem}.{extension}").write_bytes(data)
+    return f"{stem}.{extension}"
+
+
+def validate(
+    path: Path,
+    processor: Processor,
+    *,
+    media: Sequence[Path] = (),
+    check_answer: Callable[[str], str | None] | None = None,
+    clean: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, list[Problem]]:
+    """Read every row as training would, pictures decoded and prompt counted. → (good rows, problems in file order).
+
+    `clean`: a file to write the good lines to, unchanged; it must lie in the same folder, since pictures are found from there.
+
+    Raises:
+        UserError: the file is missing or holds no good row; `clean` exists or lies elsewhere.
+    """
+    if clean is not None and clean.exists():
+        raise UserError(f"{clean} exists and is not overwritten")
+    if clean is not None and clean.resolve().parent != path.resolve().parent:
+        raise UserError(
+            f"{clean} must lie beside {path}: relative picture paths are looked up from the data file's folder"
+        )
+    rejected = path.with_name(f".{path.name}.rejected-{os.getpid()}")
+    try:
+        dataset = load_dataset(
+            path, processor, media=media, on_bad_row="skip", rejected=rejected, check_answer=check_answer
+        )
+        good = []
+        for index in range(len(dataset)):
+            if dataset.get(index) is not None:
+                good.append(index)
+            if progress is not None:
+                progress(index + 1, len(dataset))
+        records = [json.loads(line) for line in rejected.read_text(encoding="utf-8").splitlines()]
+    finally:
+        rejected.unlink(missing_ok=True)
+    if clean is not None:
+        partial = clean.with_name(clean.name + ".partial")
+        partial.write_text(
+            "".join(json.dumps(dataset.raw(i), ensure_ascii=False) + "\n" for i in good), encoding="utf-8"
+        )
+        os.replace(partial, clean)
+    problems = [Problem(r["origin"], r["reason"].removeprefix(f"{r['origin']}: ")) for r in records]
+    return len(good), sorted(problems, key=lambda problem: int(problem.origin.rpartition(":")[2]))
+
+
+def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] = (), clean: Path | None = None) -> int:
+    """Validate with a progress bar, print a table of problems. → exit code 0 when there are none, else 1."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from eureka_megatron.rewards import parseable_gold
+
+    console = Console()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("reading rows", total=None)
+        good, problems = validate(
+            path,
+            processor,
+            media=media,
+            clean=clean,
+            check_answer=lambda answer: None if parseable_gold(answer) else "it cannot be parsed",
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if problems:
+        table = Table("line", "problem", title=f"{path}: {len(problems)} bad rows")
+        for problem in problems[:SHOWN]:
+            table.add_row(problem.origin.rpartition(":")[2], problem.reason)
+        console.print(table)
+        if len(problems) > SHOWN:
+            console.print(f"… and {len(problems) - SHOWN} more; by kind: {kinds(problems)}", markup=False)
+    console.print(f"{good} good rows, {len(problems)} bad" + (f"; good rows in {clean}" if clean else ""), markup=False)
+    return 1 if problems else 0
+
+
+def kinds(problems: Sequence[Problem]) -> dict[str, int]:
+    """How many problems begin alike, most first: a summary when there are thousands."""
+    return dict(Counter(problem.reason.split(":")[0][:60] for problem in problems).most_common())

@@ -1,0 +1,106 @@
+"""MMK12 parquet files become rows the reader takes; validation finds what training would stumble over."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from eureka_megatron.cli import main
+from eureka_megatron.data.counting import write_counting
+from eureka_megatron.data.dataset import load_dataset
+from eureka_megatron.data.prepare import convert_mmk12, validate
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.errors import UserError
+from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+
+
+def picture(kind: str = "PNG") -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (84, 84), (200, 30, 30)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def record(number: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "id": f"m{number}",
+        "question": "<image>What is x?",
+        "image": {"bytes": picture(), "path": None},
+        "answer": "12",
+        "subject": "math",
+    }
+    return row | changes
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    directory = build_tiny(tmp_path_factory.mktemp("model") / "hf", weights=False)
+    return Processor(directory, min_pixels=784, max_pixels=640 * 784)
+
+
+def test_rows_of_several_files_can_be_read_and_bad_ones_are_named(tmp_path: Path, processor: Processor) -> None:
+    first = write_parquet(tmp_path / "a.parquet", [record(0), record(1, image={"bytes": b"junk", "path": None})])
+    second = write_parquet(
+        tmp_path / "b.parquet", [record(2, image={"bytes": picture("JPEG"), "path": None}), record(3, answer=" ")]
+    )
+    target, problems = convert_mmk12([first, second], tmp_path / "out")
+    dataset = load_dataset(target, processor)
+    assert [prompt.id for prompt in dataset] == ["m0", "m2"]
+    assert all("What is x?" in prompt.text and "<image>" not in prompt.text for prompt in dataset)
+    assert [problem.origin for problem in problems] == [f"{first}:2", f"{second}:2"]
+    assert sorted(path.suffix for path in (tmp_path / "out" / "images").iterdir()) == [".jpg", ".png"]
+
+
+def test_nothing_is_overwritten_and_wrong_files_are_named(tmp_path: Path) -> None:
+    good = write_parquet(tmp_path / "a.parquet", [record(0)])
+    convert_mmk12([good], tmp_path / "out")
+    with pytest.raises(UserError, match=r"train\.jsonl exists and is not overwritten"):
+        convert_mmk12([good], tmp_path / "out")
+    other = write_parquet(tmp_path / "b.parquet", [{"id": "1", "text": "x"}])
+    with pytest.raises(
+        UserError, match=r"b\.parquet: columns \['question', 'image', 'answer', 'subject'\] are missing"
+    ):
+        convert_mmk12([good, other], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "c.parquet").write_text("hello")
+    with pytest.raises(UserError, match=r"c\.parquet is no parquet file"):
+        convert_mmk12([tmp_path / "c.parquet"], tmp_path / "new")
+
+
+def test_validation_finds_every_kind_of_bad_row_and_keeps_the_good(tmp_path: Path, processor: Processor) -> None:
+    paths = write_counting(tmp_path, train=6, test=2)
+    rows = [json.loads(line) for line in paths.train.read_text().splitlines()]
+    rows[1]["message"] = "[{"
+    del rows[3]["answer"]
+    (tmp_path / "images" / "train-00004.png").write_bytes(b"junk")
+    paths.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good, problems = validate(paths.train, processor, clean=tmp_path / "clean.jsonl")
+    assert good == 3
+    assert [problem.origin.rpartition(":")[2] for problem in problems] == ["2", "4", "5"]
+    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    assert kept == [rows[0], rows[2], rows[5]]
+    assert validate(tmp_path / "clean.jsonl", processor) == (3, [])
+    assert not list(tmp_path.glob(".*rejected*"))
+
+
+def test_the_command_prints_a_table_and_answers_by_its_exit_code(
+    tmp_path: Path, processor: Processor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = write_counting(tmp_path, train=3, test=1)
+    arguments = ["--model", str(processor.model_dir), "--min-pixels", "784"]
+    assert main(["data", "validate", str(paths.train), *arguments]) == 0
+    paths.train.write_text(paths.train.read_text() + "{}\n")
+    assert main(["data", "validate", str(paths.train), *arguments]) == 1
+    printed = capsys.readouterr().out
+    assert "3 good rows, 0 bad" in printed
+    assert "3 good rows, 1 bad" in printed
+    assert "key 'message' is missing" in printed
