@@ -141,7 +141,8 @@ class PolicyTrainer:
     ) -> tuple[list[list[MicroBatch]], dict[str, float]]:
         """The micro-batches with old log-probabilities, and how far those are from the engine's on fresh rollouts."""
         flat = [one for micro_batches in updates for one in micro_batches]
-        given = all(one.old_logprobs_T is not None for one in flat if one.sample_indices)
+        # Asked of the whole batch, not of this rank's share: all ranks must take the same path.
+        given = all(sample.old_logprobs_S is not None for sample in samples)
         parts = [] if given else self._forward_only(flat)
         gap = torch.zeros((), dtype=torch.float64)
         if parts:
