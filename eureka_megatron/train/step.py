@@ -45,7 +45,9 @@ def run_schedule(
         core = unwrap_model(model)
 
         def loss_of(hidden_TH: Tensor) -> tuple[Tensor, Tensor, Metrics]:
-            value, metrics = loss(hidden_TH, core.output_weight(), micro_batch)
+            weight = core.output_weight()
+            # Float16Module hands the last stage's output out in fp32, having computed it in bf16: nothing is lost by going back.
+            value, metrics = loss(hidden_TH.to(weight.dtype), weight, micro_batch)
             return value, torch.zeros((), dtype=torch.int, device=value.device), metrics
 
         return model(micro_batch), loss_of

@@ -156,10 +156,10 @@ class SegmentAttention(MegatronModule):
         groups = key.shape[1]
         # Query heads that share a key head stand side by side: [B, K, N/K · L, D] against [B, K, L, D].
         scores = (query.reshape(batch, groups, -1, size) * size**-0.5) @ key.transpose(-1, -2)
-        scores = scores.view(batch, heads, length, length)
+        scores = scores.view(batch, heads, length, length).float()  # softmax in fp32, as the fused kernels do
         if self.causal:
             scores = scores + torch.full((length, length), float("-inf"), device=scores.device).triu(1)
         elif bucket.key_mask is not None:
             scores = scores.masked_fill(~bucket.key_mask, float("-inf"))
-        weights = scores.softmax(-1).view(batch, groups, -1, length)
+        weights = scores.softmax(-1).to(value.dtype).view(batch, groups, -1, length)
         return (weights @ value).view(batch, heads, length, size)
