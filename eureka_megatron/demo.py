@@ -50,6 +50,9 @@ def run_demo(out: Path, overrides: list[str]) -> dict[str, Any]:
     Raises:
         UserError: `out` holds something that no earlier demo wrote.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # flashes of a hundred tiny tensors
     started = time.monotonic()
     _claim(out)
     config = demo_config(out, overrides)
@@ -156,9 +159,7 @@ def score_export(config: RunConfig, directory: Path) -> dict[str, float]:
 
 def _generate_with_transformers(config: RunConfig, prompts: list[Prompt], batch_size: int = 50) -> list[str]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging as quiet
 
-    quiet.disable_progress_bar()
     path = config.model.path
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)

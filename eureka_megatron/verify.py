@@ -34,10 +34,11 @@ BARS = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "grad_norm": 1e-5, "sgd
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank needs to know. `reference` holds transformers' outputs, written by `write_reference`."""
+    """What every rank needs to know. `reference` is the file of transformers' outputs on the samples, see `write_reference`."""
 
     hf_dir: str
     reference: str
+    samples: tuple[Sample, ...]
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
@@ -63,9 +64,10 @@ def run_verify(
     """Print the figures. → exit code 0 when all are within their bars, else 1."""
     check_layout(read_hf_config(hf_dir), tensor, pipeline)
     with tempfile.TemporaryDirectory(prefix="eureka-verify-") as folder:
-        reference = str(Path(folder) / "reference")
-        write_reference(hf_dir, reference, made_up_samples(hf_dir), grads=grads)
-        job = Job(str(hf_dir), reference, tensor, pipeline, data, sequence_parallel, grads)
+        reference = Path(folder) / "reference.safetensors"
+        samples = made_up_samples(hf_dir)
+        write_reference(hf_dir, reference, samples, grads=grads)
+        job = Job(str(hf_dir), str(reference), tuple(samples), tensor, pipeline, data, sequence_parallel, grads)
         report_path = Path(folder) / "report.json"
         torch.multiprocessing.spawn(
             _spawned, args=(job, f"tcp://127.0.0.1:{_free_port()}", str(report_path)), nprocs=job.world_size
@@ -123,8 +125,8 @@ def reading_order(picture: Picture) -> torch.Tensor:
 # ---- reference -------------------------------------------------------------------------------------------------------
 
 
-def write_reference(hf_dir: Path | str, output: str, samples: list[Sample], *, grads: bool) -> None:
-    """transformers' logits, loss and gradients of the samples, one at a time, to `output`.safetensors; the samples to `output`.pt."""
+def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, grads: bool) -> None:
+    """transformers' logits, loss and gradients of the samples, one at a time, as safetensors."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging as quiet
 
@@ -151,9 +153,7 @@ def write_reference(hf_dir: Path | str, output: str, samples: list[Sample], *, g
     tensors["loss"] = torch.tensor(total, dtype=torch.float64)
     if grads:
         tensors |= {f"grad.{hub_name(n)}": p.grad for n, p in model.named_parameters() if p.grad is not None}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{output}.safetensors")
-    # Our own samples for our own ranks, in a private temporary folder: the one place where records are pickled to a file.
-    torch.save(samples, f"{output}.pt")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -185,8 +185,7 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         world_size=job.world_size,
         init_method=address,
     )
-    reference = load_file(f"{job.reference}.safetensors")
-    samples = torch.load(f"{job.reference}.pt", weights_only=False)
+    reference, samples = load_file(job.reference), list(job.samples)
     section = OptimizerSection(name="sgd", lr=1.0, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
     trainer = PolicyTrainer(
         job.hf_dir, parallel, dtype="float32", optimizer=section, max_tokens_per_micro_batch=job.max_tokens

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.types import Sample
 from eureka_megatron.verify import Job, made_up_samples, measure, write_reference
 from tests.helpers.ranks import run_ranks
 
+Reference = tuple[str, str, tuple[Sample, ...]]  # checkpoint, transformers' outputs, samples
 LAYOUTS = [
     {},
     {"tensor": 2},
@@ -40,32 +42,32 @@ def name_of(layout: dict) -> str:
 
 
 @pytest.fixture(scope="module")
-def untied(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def untied(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return reference_of(tiny_dir, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def tied(tied_tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def tied(tied_tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return reference_of(tied_tiny_dir, tmp_path_factory)
 
 
-def reference_of(directory: Path, factory: pytest.TempPathFactory) -> tuple[str, str]:
-    reference = str(factory.mktemp("reference") / "r")
-    write_reference(directory, reference, made_up_samples(directory), grads=True)
-    return str(directory), reference
+def reference_of(directory: Path, factory: pytest.TempPathFactory) -> Reference:
+    reference, samples = factory.mktemp("reference") / "r.safetensors", made_up_samples(directory)
+    write_reference(directory, reference, samples, grads=True)
+    return str(directory), str(reference), tuple(samples)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
-def test_equals_transformers_at_every_layout(untied: tuple[str, str], layout: dict) -> None:
+def test_equals_transformers_at_every_layout(untied: Reference, layout: dict) -> None:
     check(Job(*untied, **layout))
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}], ids=name_of)
-def test_equals_transformers_with_tied_embeddings(tied: tuple[str, str], layout: dict) -> None:
+def test_equals_transformers_with_tied_embeddings(tied: Reference, layout: dict) -> None:
     check(Job(*tied, **layout))
 
 
-def test_does_not_depend_on_how_samples_are_packed(untied: tuple[str, str]) -> None:
+def test_does_not_depend_on_how_samples_are_packed(untied: Reference) -> None:
     """160 tokens hold one or two of the samples: several micro-batches instead of one."""
     check(Job(*untied, tensor=2, max_tokens=160))
 
@@ -86,9 +88,9 @@ def test_equals_transformers_for_other_shapes(
     check(Job(*reference_of(directory, tmp_path_factory), tensor=2))
 
 
-def test_a_wrong_weight_is_found(untied: tuple[str, str], tmp_path: Path) -> None:
+def test_a_wrong_weight_is_found(untied: Reference, tmp_path: Path) -> None:
     """The comparison itself must be able to fail: the reference of other weights is not met."""
     other = build_tiny(tmp_path / "hf", seed=1, randomize_all=True)
-    report = run_ranks(rank_body, 1, Job(str(other), untied[1], grads=False))[0]
+    report = run_ranks(rank_body, 1, Job(str(other), *untied[1:], grads=False))[0]
     assert not report["passed"]
     assert report["figures"]["logits"] > 1e-2
