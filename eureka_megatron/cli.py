@@ -150,6 +150,15 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
             add_conversion_arguments(add(kinds, kind, _convert, text))
         add_inspection_arguments(add(kinds, "inspect", _inspect, "list the tensors of one checkpoint, or compare two"))
 
+    _add_data(add, children)
+
+    doctor = add(children, "doctor", _doctor, "what this machine has and lacks, what is lost, and the fix")
+    doctor.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    return parser, commands
+
+
+def _add_data(add: Callable[..., Any], children: Any) -> None:
+    """`eureka data` and its kinds."""
     data = add(children, "data", None, "data sets: made-up counting task, MMK12 conversion, validation")
     kinds = data.add_subparsers(metavar="KIND", required=True)
     counting = add(kinds, "counting", _counting, "write the counting task: pictures and MM-EUREKA rows, train and test")
@@ -178,10 +187,6 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
     )
     validate.add_argument("--min-pixels", type=_positive, default=4 * 28 * 28, metavar="N", help="of a picture (3136)")
     validate.add_argument("--clean", type=Path, metavar="FILE", help="write the good rows here, beside the data file")
-
-    doctor = add(children, "doctor", _doctor, "what this machine has and lacks, what is lost, and the fix")
-    doctor.add_argument("--json", action="store_true", help="print the findings as one JSON object")
-    return parser, commands
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
