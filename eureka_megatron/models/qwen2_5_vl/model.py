@@ -25,7 +25,8 @@ from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, check_layout
 from eureka_megatron.models.qwen2_5_vl.rope import text_angles
-from eureka_megatron.models.qwen2_5_vl.specs import layer_spec, text_transformer_config, vision_transformer_config
+from eureka_megatron.models.qwen2_5_vl.specs import layer_spec
+from eureka_megatron.models.qwen2_5_vl.transformer_config import text_transformer_config, vision_transformer_config
 from eureka_megatron.models.qwen2_5_vl.vision import VisionTower
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.types import MicroBatch

@@ -1,12 +1,8 @@
-"""Megatron transformer configurations and layer specifications for both towers.
+"""Megatron layer specifications for both towers.
 
 `local` is torch only and runs on CPU and GPU. The `te` backend (Transformer Engine) is not built yet and is refused.
 """
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -14,15 +10,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, SegmentAttention
-from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
-from eureka_megatron.parallel.runtime import Parallel
-
-# Qwen2.5-VL's vision norms carry their epsilon in code, not in config.json.
-VISION_NORM_EPS = 1e-6
 
 
 def layer_spec(mask: AttnMaskType) -> ModuleSpec:
@@ -49,66 +39,4 @@ def layer_spec(mask: AttnMaskType) -> ModuleSpec:
             ),
             mlp_bda=get_bias_dropout_add,
         ),
-    )
-
-
-def _common(parallel: Parallel, dtype: torch.dtype) -> dict[str, Any]:
-    on_cpu = parallel.device.type == "cpu"
-    return {
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        # Weights always come from a checkpoint: nothing is drawn.
-        "use_cpu_initialization": on_cpu,
-        "perform_initialization": False,
-        "gradient_accumulation_fusion": False,
-        # Fused kernels are jit-compiled for CUDA. Fused rotary code restarts positions per sequence: wrong for mrope.
-        "bias_activation_fusion": not on_cpu,
-        "bias_dropout_fusion": not on_cpu,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "calculate_per_token_loss": True,  # the loss carries its own global denominator: gradients are summed, never averaged
-        "transformer_impl": "local",
-    }
-
-
-def text_transformer_config(config: QwenVLConfig, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
-    text = config.text_config
-    return TransformerConfig(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        kv_channels=text.head_dim,
-        ffn_hidden_size=text.intermediate_size,
-        layernorm_epsilon=text.rms_norm_eps,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        tensor_model_parallel_size=parallel.tensor.size,
-        pipeline_model_parallel_size=parallel.pipeline.size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_dtype=dtype,
-        # Rows differ in length. Megatron allows that on dense models only under this dispatcher's name, which is otherwise unused.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        **_common(parallel, dtype),
-    )
-
-
-def vision_transformer_config(config: QwenVLConfig, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
-    """The tower is whole on every tensor-parallel rank (`vision_parallel: replicated`) and on the first stage only."""
-    vision = config.vision_config
-    return TransformerConfig(
-        num_layers=vision.depth,
-        hidden_size=vision.hidden_size,
-        num_attention_heads=vision.num_heads,
-        ffn_hidden_size=vision.intermediate_size,
-        layernorm_epsilon=VISION_NORM_EPS,
-        add_bias_linear=True,
-        add_qkv_bias=True,
-        **_common(parallel, dtype),
     )

@@ -18,7 +18,8 @@ from torch import Tensor
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import VisionConfig
 from eureka_megatron.models.qwen2_5_vl.rope import vision_angles
-from eureka_megatron.models.qwen2_5_vl.specs import VISION_NORM_EPS, layer_spec
+from eureka_megatron.models.qwen2_5_vl.specs import layer_spec
+from eureka_megatron.models.qwen2_5_vl.transformer_config import VISION_NORM_EPS
 from eureka_megatron.types import VisionBatch
 
 
