@@ -132,9 +132,7 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
 
     verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")
     verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Qwen2.5-VL checkpoint directory")
-    for option, text in (("--tp", "tensor"), ("--pp", "pipeline"), ("--dp", "data")):
-        verify.add_argument(option, type=_positive, default=1, metavar="N", help=f"{text}-parallel size (1)")
-    verify.add_argument("--sequence-parallel", action="store_true", help="split the sequence over the tensor ranks")
+    _add_layout(verify)
     verify.add_argument("--grads", action="store_true", help="compare the gradient of every parameter too")
     verify.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
@@ -155,6 +153,29 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
     doctor = add(children, "doctor", _doctor, "what this machine has and lacks, what is lost, and the fix")
     doctor.add_argument("--json", action="store_true", help="print the findings as one JSON object")
     return parser, commands
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    """A parallel layout; destinations are the fields of verify.layout.Layout."""
+    for option, name, text in (
+        ("--tp", "tensor", "tensor-parallel size"),
+        ("--pp", "pipeline", "pipeline stages"),
+        ("--vpp", "virtual_pipeline", "model chunks a stage (interleaved schedule)"),
+        ("--cp", "context", "context-parallel size"),
+        ("--dp", "data", "data-parallel size"),
+    ):
+        parser.add_argument(option, dest=name, type=_positive, default=1, metavar="N", help=f"{text} (1)")
+    for end in ("first", "last"):
+        parser.add_argument(
+            f"--layers-{end}-stage", type=_positive, metavar="N", help=f"text layers of the {end} stage (equal shares)"
+        )
+    parser.add_argument("--sequence-parallel", action="store_true", help="split the sequence over the tensor ranks")
+    for option, choices, text in (
+        ("--vision-parallel", ("replicated", "data", "tensor"), "how tensor ranks share the vision tower"),
+        ("--recompute", ("none", "selective", "full"), "what the backward pass computes again"),
+        ("--backend", ("local", "te"), "torch only, or Transformer Engine"),
+    ):
+        parser.add_argument(option, choices=choices, default=choices[0], help=f"{text} ({choices[0]})")
 
 
 def _add_data(add: Callable[..., Any], children: Any) -> None:
@@ -236,17 +257,13 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from eureka_megatron.verify import run_verify
+    from dataclasses import fields
 
-    return run_verify(
-        args.hf,
-        tensor=args.tp,
-        pipeline=args.pp,
-        data=args.dp,
-        sequence_parallel=args.sequence_parallel,
-        grads=args.grads,
-        as_json=args.json,
-    )
+    from eureka_megatron.verify.command import run_verify
+    from eureka_megatron.verify.layout import Layout
+
+    layout = Layout(**{field.name: getattr(args, field.name) for field in fields(Layout)})
+    return run_verify(args.hf, layout, grads=args.grads, as_json=args.json)
 
 
 def _convert(args: argparse.Namespace) -> int:

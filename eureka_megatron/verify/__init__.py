@@ -1,0 +1,12 @@
+"""`eureka verify`: the native model at a parallel layout against transformers, on the same checkpoint, in fp32.
+
+`samples` makes them up, `reference` lets transformers compute them, `measure` compares on every rank of a `layout`, `command` is what
+the command line calls.
+"""
+
+from eureka_megatron.verify.layout import Job, Layout
+from eureka_megatron.verify.measure import BARS, measure
+from eureka_megatron.verify.reference import write_reference
+from eureka_megatron.verify.samples import made_up_samples
+
+__all__ = ["BARS", "Job", "Layout", "made_up_samples", "measure", "write_reference"]

@@ -1,0 +1,130 @@
+"""The native model on the ranks of a layout, compared with transformers' outputs.
+
+Made-up samples (text only, one and several pictures of odd sizes, mixed) go through transformers one by one and through the native model
+packed, on real ranks of the layout. Compared are the logits of every position, the loss, and with `grads` the gradient of every parameter,
+the unclipped gradient norm and the weights after one SGD step. SGD and unclipped norms, because Adam and clipping hide errors of scale.
+The weights must also come back bitwise through the table.
+
+Every figure is max |a − b| / max |b| over one tensor; `BARS` says how large it may be.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from eureka_megatron.config import OptimizerSection
+from eureka_megatron.parallel.runtime import init_parallel
+from eureka_megatron.sync.source import hub_name
+from eureka_megatron.types import Sample
+from eureka_megatron.verify.layout import Job, Layout
+
+BARS = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "grad_norm": 1e-5, "sgd_step": 1e-5, "round_trip": 0.0}
+
+
+def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
+    """All comparisons at this layout; called on every rank. → the report on rank 0, None elsewhere."""
+    from eureka_megatron.train.trainer import PolicyTrainer
+
+    parallel = init_parallel(rank=rank, world_size=job.world_size, init_method=address, **job.parallel_options)
+    reference, samples = load_file(job.reference), list(job.samples)
+    section = OptimizerSection(name="sgd", lr=1.0, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
+    trainer = PolicyTrainer(
+        job.hf_dir,
+        parallel,
+        dtype="float32",
+        optimizer=section,
+        max_tokens_per_micro_batch=job.max_tokens,
+        **job.model_options,
+    )
+    figures: dict[str, float] = {}
+    worst: dict[str, str] = {}
+    before = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
+    logits = trainer.logits(samples)
+    shared: dict[str, float] = {}
+    if logits is not None:
+        errors = [_relative(value.cpu(), reference[f"logits.{i}"]) for i, value in enumerate(logits)]
+        shared["logits"] = max(errors)
+    loss = trainer.accumulate(samples).get("loss")
+    if loss is not None:
+        shared["loss"] = abs(loss - reference["loss"].item()) / reference["loss"].item()
+    figures |= _largest_over_ranks(shared, ("logits", "loss"))
+    if job.grads:
+        errors_by_name = _gradient_errors(trainer, reference)
+        if errors_by_name:
+            worst["gradients"], figures["gradients"] = max(errors_by_name.items(), key=lambda item: item[1])
+        figures["grad_norm"], step_errors = _sgd_step(trainer, samples, section, reference, before)
+        if step_errors:
+            worst["sgd_step"], figures["sgd_step"] = max(step_errors.items(), key=lambda item: item[1])
+    if rank:
+        return None
+    figures["round_trip"] = _round_trip(job.hf_dir, before)
+    return {
+        "hf": job.hf_dir,
+        "layout": {field.name: getattr(job, field.name) for field in fields(Layout)},
+        "figures": figures,
+        "worst": worst,
+        "bars": {name: BARS[name] for name in figures},
+        "passed": all(figures[name] <= BARS[name] for name in figures),
+    }
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a − b| / max |b|; NaN counts as infinite."""
+    error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def _largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    """Ranks of the last stage know the figures; everyone else learns them."""
+    table = torch.tensor([values.get(name, -1.0) for name in names], dtype=torch.float64)
+    if torch.distributed.get_backend() == "nccl":
+        table = table.cuda()
+    torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(names, table.tolist(), strict=True))
+
+
+def _gradient_errors(trainer: Any, reference: dict[str, torch.Tensor]) -> dict[str, float]:
+    errors = {}
+    for name, gradient in trainer.hf_weights(select=lambda parameter: parameter.main_grad):
+        if gradient is not None:
+            errors[name] = _relative(gradient.cpu(), reference[f"grad.{name}"])
+    missing = {name.removeprefix("grad.") for name in reference if name.startswith("grad.")} - errors.keys()
+    return errors | dict.fromkeys(missing if errors else (), float("inf"))
+
+
+def _sgd_step(
+    trainer: Any, samples: list[Sample], section: OptimizerSection, reference: dict[str, torch.Tensor], before: dict
+) -> tuple[float, dict[str, float]]:
+    """One step at a rate that moves the weights much further than they are large, so that rounding of the weights does not show."""
+    norm = float(sum(t.double().square().sum() for n, t in reference.items() if n.startswith("grad.")) ** 0.5)
+    size = float(sum(t.double().square().sum() for t in _file_tensors(trainer.model_path).values()) ** 0.5)
+    rate = 1000 * size / norm
+    trainer.start_phase(section.model_copy(update={"lr": rate}), 1)
+    metrics = trainer.sft(samples)
+    errors = {}
+    for name, after in trainer.hf_weights():
+        if after is not None:
+            gradient = reference[f"grad.{name}"]
+            expected = before[name] - rate * gradient.to(after.device)
+            scale = (rate * gradient).abs().max().item()
+            errors[name] = ((after - expected).abs().max() / scale).item()
+    return abs(metrics["grad_norm"] - norm) / norm, errors
+
+
+def _file_tensors(hf_dir: Path | str) -> dict[str, torch.Tensor]:
+    files = sorted(Path(hf_dir).glob("*.safetensors"))
+    return {hub_name(name): tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _round_trip(hf_dir: Path | str, exported: dict[str, torch.Tensor]) -> float:
+    """0.0 when every tensor of the checkpoint comes back bit for bit, else the number of tensors that do not."""
+    original = _file_tensors(hf_dir)
+    wrong = original.keys() ^ exported.keys()
+    for name in original.keys() & exported.keys():
+        back = exported[name].cpu().to(original[name].dtype)
+        if not torch.equal(back, original[name]):
+            wrong.add(name)
+    return float(len(wrong))

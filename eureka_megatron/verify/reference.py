@@ -1,0 +1,42 @@
+"""What transformers computes on the samples, as a file for all ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from eureka_megatron.sync.source import hub_name
+from eureka_megatron.types import Sample
+from eureka_megatron.verify.samples import reading_order
+
+
+def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, grads: bool) -> None:
+    """transformers' logits, loss and gradients of the samples, one at a time, as safetensors."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging as quiet
+
+    quiet.disable_progress_bar()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
+    image_token = model.config.image_token_id
+    tokens_learned = sum(float(sample.mask_S[1:].sum()) for sample in samples)
+    tensors: dict[str, torch.Tensor] = {}
+    total = 0.0
+    for index, sample in enumerate(samples):
+        tokens = torch.from_numpy(sample.tokens_S)[None]
+        inputs: dict[str, Any] = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_token).int()}
+        if sample.pictures:
+            inputs["pixel_values"] = torch.cat([reading_order(picture) for picture in sample.pictures])
+            inputs["image_grid_thw"] = torch.tensor([picture.grid_thw for picture in sample.pictures])
+        with torch.set_grad_enabled(grads):
+            logits = model(**inputs, attention_mask=torch.ones_like(tokens)).logits[0]
+            logprobs = logits[:-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+            loss = -(logprobs * torch.from_numpy(sample.mask_S[1:])).sum() / tokens_learned
+        if grads:
+            loss.backward()
+        total += loss.item()
+        tensors[f"logits.{index}"] = logits.detach()
+    tensors["loss"] = torch.tensor(total, dtype=torch.float64)
+    if grads:
+        tensors |= {f"grad.{hub_name(n)}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
