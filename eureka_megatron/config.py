@@ -44,6 +44,8 @@ class ModelSection(_Section):
     backend: Literal["local", "te"] = "local"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     freeze: tuple[Literal["vision", "merger", "language"], ...] = ()
+    # what training computes again instead of keeping it: nothing, attention within segments, or whole layers (least memory)
+    recompute: Literal["none", "selective", "full"] = "none"
 
 
 class ParallelSection(_Section):

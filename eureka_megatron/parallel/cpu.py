@@ -8,6 +8,7 @@ untouched speed (no `TorchFunctionMode`, nothing per operation):
   all over Megatron.
 - Modules that write `device="cuda"` literals get a `torch` of their own in which the factory functions say "cpu".
 - The CUDA random-state tracker forks nothing: this package trains without dropout, so no draw inside it matters.
+- Activation recomputation saves and restores CUDA's random state with every checkpoint: there is none.
 - The optimizers compare `param.type()` with `'torch.cuda.FloatTensor'`; `cuda_type_names` answers that, only while they run.
 
 Never active where a GPU is in use: `use_cpu` refuses.
@@ -93,6 +94,8 @@ def use_cpu() -> None:
 
     random._CUDA_RNG_STATE_TRACKER = _make_tracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    random._get_cuda_rng_state = lambda **_: None
+    random._set_cuda_rng_state = lambda *_, **__: None
     _active = True
 
 

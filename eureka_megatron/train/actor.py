@@ -59,6 +59,7 @@ class TrainerRank:
             dtype=model.dtype,
             backend=model.backend,
             freeze=model.freeze,
+            recompute=model.recompute,
             max_tokens_per_micro_batch=self.config.training.max_tokens_per_micro_batch,
             optimizer=self.config.optimizer,
         )

@@ -42,6 +42,7 @@ class PolicyTrainer:
         dtype: str = "float32",
         backend: str = "local",
         freeze: Iterable[str] = (),
+        recompute: str = "none",
         max_tokens_per_micro_batch: int = 16384,
         optimizer: OptimizerSection | None = None,
     ) -> None:
@@ -49,7 +50,9 @@ class PolicyTrainer:
         self.model_path = Path(model_path)
         self.max_tokens = max_tokens_per_micro_batch
         self.hf_config = read_hf_config(model_path)
-        chunks = build_model(self.hf_config, parallel, dtype=DTYPES[dtype], backend=backend, freeze=freeze)
+        chunks = build_model(
+            self.hf_config, parallel, dtype=DTYPES[dtype], backend=backend, freeze=freeze, recompute=recompute
+        )
         # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.
         load_hf(chunks, self.model_path, parallel, allow_narrowing=dtype == "bfloat16")
         self.chunks = wrap(chunks, optimizer or OptimizerSection())

@@ -26,7 +26,11 @@ from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, check_layout
 from eureka_megatron.models.qwen2_5_vl.rope import text_angles
 from eureka_megatron.models.qwen2_5_vl.specs import layer_spec
-from eureka_megatron.models.qwen2_5_vl.transformer_config import text_transformer_config, vision_transformer_config
+from eureka_megatron.models.qwen2_5_vl.transformer_config import (
+    Execution,
+    text_transformer_config,
+    vision_transformer_config,
+)
 from eureka_megatron.models.qwen2_5_vl.vision import VisionTower
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.types import MicroBatch
@@ -41,9 +45,9 @@ FREEZABLE = {
 class QwenVLModel(LanguageModule):
     """One chunk. Parameter names are those of the table in checkpoint/qwen2_5_vl.py."""
 
-    def __init__(self, hf_config: QwenVLConfig, parallel: Parallel, dtype: torch.dtype) -> None:
+    def __init__(self, hf_config: QwenVLConfig, parallel: Parallel, execution: Execution) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        config = text_transformer_config(hf_config, parallel, dtype)
+        config = text_transformer_config(hf_config, parallel, execution)
         super().__init__(config=config, pg_collection=groups)
         self.hf_config = hf_config
         self.parallel = parallel
@@ -54,7 +58,7 @@ class QwenVLModel(LanguageModule):
         text = hf_config.text_config
         if self.pre_process:
             self.vision = VisionTower(
-                vision_transformer_config(hf_config, parallel, dtype), hf_config.vision_config, _alone(groups)
+                vision_transformer_config(hf_config, parallel, execution), hf_config.vision_config, _alone(groups)
             )
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -163,11 +167,13 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     backend: str = "local",
     freeze: Iterable[str] = (),
+    recompute: str = "none",
 ) -> list[QwenVLModel]:
     """The pipeline chunks of this rank (one: virtual pipeline is not built yet), weights not initialised; load them next.
 
     Args:
         freeze: names from `FREEZABLE` whose parameters get no gradient.
+        recompute: a key of `transformer_config.RECOMPUTE`: activations that training computes again instead of keeping them.
 
     Raises:
         ConfigError: the layout does not fit the model, or a frozen part does not exist.
@@ -175,7 +181,7 @@ def build_model(
     if backend != "local":
         raise ConfigError(f"model.backend={backend!r} is not available yet; use 'local'")
     check_layout(hf_config, parallel.tensor.size, parallel.pipeline.size)
-    model = QwenVLModel(hf_config, parallel, dtype)
+    model = QwenVLModel(hf_config, parallel, Execution(dtype, recompute))
     prefixes = tuple(prefix for name in freeze for prefix in FREEZABLE[name])
     for name, parameter in model.named_parameters():
         if prefixes and name.startswith(prefixes):

@@ -1,5 +1,6 @@
 """Qwen2.5-VL's sizes and this package's choices as Megatron's `TransformerConfig`, one for the text decoder and one for the vision tower."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,24 @@ from eureka_megatron.parallel.runtime import Parallel
 # Qwen2.5-VL's vision norms carry their epsilon in code, not in config.json.
 VISION_NORM_EPS = 1e-6
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    # The backward pass runs attention within segments again; everything else is kept.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # Only the input of every layer is kept.
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
-def _common(parallel: Parallel, dtype: torch.dtype) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Execution:
+    """How the layers are computed. What they compute depends on it by rounding only."""
+
+    dtype: torch.dtype = torch.float32
+    recompute: str = "none"  # a key of RECOMPUTE: what the forward pass of training does not keep
+
+
+def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
     on_cpu = parallel.device.type == "cpu"
     return {
         "normalization": "RMSNorm",
@@ -21,8 +38,8 @@ def _common(parallel: Parallel, dtype: torch.dtype) -> dict[str, Any]:
         "activation_func": F.silu,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
+        "params_dtype": execution.dtype,
+        "bf16": execution.dtype == torch.bfloat16,
         # Weights always come from a checkpoint: nothing is drawn.
         "use_cpu_initialization": on_cpu,
         "perform_initialization": False,
@@ -34,10 +51,11 @@ def _common(parallel: Parallel, dtype: torch.dtype) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "calculate_per_token_loss": True,  # the loss carries its own global denominator: gradients are summed, never averaged
         "transformer_impl": "local",
+        **RECOMPUTE[execution.recompute],
     }
 
 
-def text_transformer_config(config: QwenVLConfig, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
+def text_transformer_config(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> TransformerConfig:
     text = config.text_config
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
@@ -52,15 +70,15 @@ def text_transformer_config(config: QwenVLConfig, parallel: Parallel, dtype: tor
         tensor_model_parallel_size=parallel.tensor.size,
         pipeline_model_parallel_size=parallel.pipeline.size,
         sequence_parallel=parallel.sequence_parallel,
-        pipeline_dtype=dtype,
+        pipeline_dtype=execution.dtype,
         # Rows differ in length. Megatron allows that on dense models only under this dispatcher's name, which is otherwise unused.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        **_common(parallel, dtype),
+        **_common(parallel, execution),
     )
 
 
-def vision_transformer_config(config: QwenVLConfig, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
+def vision_transformer_config(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> TransformerConfig:
     """The tower is whole on every tensor-parallel rank (`vision_parallel: replicated`) and on the first stage only."""
     vision = config.vision_config
     return TransformerConfig(
@@ -71,5 +89,5 @@ def vision_transformer_config(config: QwenVLConfig, parallel: Parallel, dtype: t
         layernorm_epsilon=VISION_NORM_EPS,
         add_bias_linear=True,
         add_qkv_bias=True,
-        **_common(parallel, dtype),
+        **_common(parallel, execution),
     )

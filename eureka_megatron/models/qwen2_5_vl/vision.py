@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import VisionConfig
@@ -74,5 +75,16 @@ class VisionTower(MegatronModule):
         windows, frames = Segments(batch.cu_windows), Segments(batch.cu_frames)
         for index, layer in enumerate(self.decoder.layers):
             segments = frames if index in self.vision.fullatt_block_indexes else windows
-            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=segments)
+            if self.config.recompute_granularity == "full" and self.training:
+                # The variant that is not re-entrant finds out by itself whether anything needs a gradient: the input does not
+                # where only later parts are trained. Without dropout there is no random state to bring back.
+                hidden = checkpoint(
+                    _run, layer, hidden, angles, segments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = _run(layer, hidden, angles, segments)
         return self.merger(hidden)
+
+
+def _run(layer: torch.nn.Module, hidden: Tensor, angles: Tensor, segments: Segments) -> Tensor:
+    return layer(hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=segments)[0]
