@@ -71,9 +71,10 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     }
 
 
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max |a − b| / max |b|; NaN counts as infinite."""
-    error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+def _relative(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    """max |a − b| / max |scale|, which is b unless given; NaN counts as infinite."""
+    largest = (b if scale is None else scale).abs().max().clamp(min=1e-30)
+    error = ((a - b).abs().max() / largest).item()
     return error if error == error else float("inf")
 
 
@@ -98,19 +99,20 @@ def _gradient_errors(trainer: Any, reference: dict[str, torch.Tensor]) -> dict[s
 def _sgd_step(
     trainer: Any, samples: list[Sample], section: OptimizerSection, reference: dict[str, torch.Tensor], before: dict
 ) -> tuple[float, dict[str, float]]:
-    """One step at a rate that moves the weights much further than they are large, so that rounding of the weights does not show."""
-    norm = float(sum(t.double().square().sum() for n, t in reference.items() if n.startswith("grad.")) ** 0.5)
-    size = float(sum(t.double().square().sum() for t in _file_tensors(trainer.model_path).values()) ** 0.5)
-    rate = 1000 * size / norm
+    """One step at a rate that moves every tensor much further than it is large, so that rounding of the weights does not show."""
+    gradients = {name.removeprefix("grad."): t for name, t in reference.items() if name.startswith("grad.")}
+    norm = float(sum(gradient.double().square().sum() for gradient in gradients.values()) ** 0.5)
+    weights = _file_tensors(trainer.model_path)
+    sizes = [(weights[name].abs().max().item(), g.abs().max().item()) for name, g in gradients.items()]
+    rate = 1000 * max(weight / gradient for weight, gradient in sizes if gradient)
     trainer.start_phase(section.model_copy(update={"lr": rate}), 1)
     metrics = trainer.sft(samples)
     errors = {}
     for name, after in trainer.hf_weights():
         if after is not None:
-            gradient = reference[f"grad.{name}"]
-            expected = before[name] - rate * gradient.to(after.device)
-            scale = (rate * gradient).abs().max().item()
-            errors[name] = ((after - expected).abs().max() / scale).item()
+            step = -rate * reference[f"grad.{name}"].to(after.device)
+            # The weight that was expected, not the difference of weights: rounding of the start must not show.
+            errors[name] = _relative(after, before[name] + step, scale=step)
     return abs(metrics["grad_norm"] - norm) / norm, errors
 
 

@@ -38,5 +38,9 @@ def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, 
         tensors[f"logits.{index}"] = logits.detach()
     tensors["loss"] = torch.tensor(total, dtype=torch.float64)
     if grads:
-        tensors |= {f"grad.{hub_name(n)}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        # A tower that saw no picture has no gradient at all: zeros, which the native model must have too.
+        tensors |= {
+            f"grad.{hub_name(name)}": torch.zeros_like(weight) if weight.grad is None else weight.grad
+            for name, weight in model.named_parameters()
+        }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
