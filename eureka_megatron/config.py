@@ -43,7 +43,10 @@ class ModelSection(_Section):
     path: Path  # Hugging Face directory: config.json, safetensors, tokenizer, processor
     backend: Literal["local", "te"] = "local"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    freeze: tuple[Literal["vision", "merger", "language"], ...] = ()
+    # parts (vision, merger, language) or patterns of tensor names ("visual.blocks.0.*") that do not learn
+    freeze: tuple[str, ...] = ()
+    # replicated: every tensor-parallel rank encodes all pictures; data: the ranks share them; tensor: its weights are split
+    vision_parallel: Literal["replicated", "data", "tensor"] = "replicated"
     # what training computes again instead of keeping it: nothing, attention within segments, or whole layers (least memory)
     recompute: Literal["none", "selective", "full"] = "none"
 
@@ -51,15 +54,27 @@ class ModelSection(_Section):
 class ParallelSection(_Section):
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1)  # model chunks a stage (interleaved schedule); 1: off
+    context: int = Field(1, ge=1)  # ranks that share the tokens of a packed row
     data: int = Field(1, ge=1)
     sequence_parallel: bool = False
+    layers_first_stage: int | None = Field(
+        None, ge=1
+    )  # text layers beside the vision tower; None: as many as elsewhere
+    layers_last_stage: int | None = Field(None, ge=1)  # text layers beside the output layer
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def of_a_rank(self) -> dict[str, Any]:
+        """Arguments of `init_parallel`; data parallelism takes the ranks that remain."""
+        return self.model_dump(exclude={"data"})
 
     @model_validator(mode="after")
     def _consistent(self) -> "ParallelSection":
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError("virtual_pipeline needs pipeline > 1 (it interleaves the chunks of pipeline stages)")
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "sequence_parallel needs tensor > 1 (it splits the sequence over the tensor-parallel ranks)"

@@ -19,7 +19,6 @@ from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics
 from eureka_megatron.data.dataset import Dataset, PromptStream, load_dataset
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.rewards import JudgePool, parseable_gold
 from eureka_megatron.rl import advantages
 from eureka_megatron.rl.losses import resolve_options
@@ -28,6 +27,7 @@ from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
+from eureka_megatron.train.freeze import check_run
 
 
 def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
@@ -81,7 +81,7 @@ class Run:
     def __enter__(self) -> Run:
         config = self.config
         # What can be refused is refused before any process starts.
-        check_layout(read_hf_config(config.model.path), config.parallel.tensor, config.parallel.pipeline)
+        check_run(config)
         check_algorithm(config)
         self.processor = make_processor(config)
         self.train_data = open_dataset(config, config.data.train, self.processor)

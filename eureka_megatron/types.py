@@ -10,7 +10,7 @@ made at row t**, that is to the token `labels_T[t]` which follows it; `packing` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -128,7 +128,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class VisionBatch:
-    """All distinct pictures of one micro-batch, concatenated for the tower; window order, as in `Picture`."""
+    """All distinct pictures of one micro-batch, concatenated for the tower; window order, as in `Picture`.
+
+    When tensor-parallel ranks share the pictures (`vision_parallel: data`), patches, coordinates, windows and frames are those of
+    this rank's pictures alone, and the U embeddings stand rank after rank.
+    """
 
     patches_PD: torch.Tensor  # float32
     coordinates_P2: torch.Tensor  # int64
@@ -137,6 +141,30 @@ class VisionBatch:
     units: int  # U: vision embeddings of the distinct pictures
     source_E: torch.Tensor  # int64: which of the U embeddings …
     placement_E: torch.Tensor  # int64: … goes to which row of the packed sequence (a shared picture has several rows)
+    # Of a frozen tower, computed once for a whole rollout step, in place of the patches: what leaves its blocks …
+    hidden_PH: torch.Tensor | None = None
+    units_UO: torch.Tensor | None = None  # … or, when the merger is frozen too, the embeddings themselves
+    units_R: tuple[int, ...] | None = (
+        None  # embeddings each tensor-parallel rank computes; None: every rank all of them
+    )
+
+    def without_contents(self) -> VisionBatch:
+        """Only where pictures stand in the row, for stages that have no tower."""
+        return replace(self, patches_PD=self.patches_PD[:0], hidden_PH=None, units_UO=None)
+
+
+@dataclass(frozen=True)
+class ContextShare:
+    """Which rows of a packed row one context-parallel rank computes.
+
+    Every sequence is cut into 2·size chunks; rank r takes chunks r and 2·size − 1 − r, so that causal attention costs all the same.
+    Example: two ranks, one sequence of 8 tokens: rank 0 has rows_t [0, 1, 6, 7]; order_T is [0, 1, 4, 5, 6, 7, 2, 3].
+    """
+
+    rank: int
+    size: int
+    rows_t: torch.Tensor  # int64 [T / size]: this rank's rows
+    order_T: torch.Tensor  # int64: where each row stands when the ranks' rows are laid end to end
 
 
 @dataclass(frozen=True)
@@ -144,13 +172,15 @@ class MicroBatch:
     """Several samples packed into one row of T tokens; each attends only within itself.
 
     T is a multiple of the alignment asked of `packing` (tensor-parallel size under sequence parallelism). The filling at the end is a
-    sequence of its own with mask 0 and `sequence_ids_T` −1.
+    sequence of its own with mask 0 and `sequence_ids_T` −1. Under context parallelism every sequence, too, is filled up, to a multiple
+    of 2 · ranks; all fields are those of the whole row, on every rank, and `context` says which rows are this rank's.
     """
 
     tokens_T: torch.Tensor  # int64
     labels_T: torch.Tensor  # int64: the token that follows; 0 at the last row of each sequence, where mask_T is 0
     positions_3T: torch.Tensor  # int64 [3, T]
     cu_seqlens: torch.Tensor  # int32 [Q+1], filling included
+    lengths: tuple[int, ...]  # tokens of each sample, filling not included
     mask_T: torch.Tensor  # float32
     sequence_ids_T: torch.Tensor  # int64: index of the sample in this micro-batch
     advantages_T: torch.Tensor  # float32
@@ -158,7 +188,8 @@ class MicroBatch:
     rollout_logprobs_T: torch.Tensor | None
     ref_logprobs_T: torch.Tensor | None
     vision: VisionBatch | None
-    sample_indices: tuple[int, ...] = ()  # which samples of the batch, in order; −1 for an empty filler
+    sample_indices: tuple[int, ...] = ()  # which samples of the batch, in order; empty for a filler
+    context: ContextShare | None = None
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,7 @@ attributes `backend` and `vision_parallel`. Wrappers (DDP, Float16Module) are lo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def iter_hf_weights(
     select: Select | None = None,
     to: str = "rank0",
     dtype: torch.dtype | None = None,
+    skip: Container[str] = (),
 ) -> Iterator[tuple[str, Tensor | None]]:
     """(HF name, full tensor) of every weight, in table order. Collective, from the call on and in lockstep.
 
@@ -81,6 +82,7 @@ def iter_hf_weights(
             called twice (the first time for the dtype). Tied embeddings come from the embedding's own copy.
         to: "rank0": only tensor rank 0 of the first stage receives, the others get None. "all": every rank receives.
         dtype: cast before sending.
+        skip: Megatron names that are left out, equal on all ranks.
     """
     if to not in ("rank0", "all"):
         raise ConfigError(f"to={to!r}; valid: rank0, all")
@@ -91,7 +93,7 @@ def iter_hf_weights(
     def chosen(parameter: nn.Parameter) -> Tensor:
         return (select(parameter) if select else parameter).detach()
 
-    mine = {name: dtype or chosen(parameter).dtype for name, parameter in parameters.items()}
+    mine = {name: dtype or chosen(parameter).dtype for name, parameter in parameters.items() if name not in skip}
     owners = {
         name: (stage, kind)
         for stage, owned in enumerate(_gather_objects(mine, parallel.pipeline.group))
@@ -100,7 +102,7 @@ def iter_hf_weights(
 
     def weights() -> Iterator[tuple[str, Tensor | None]]:
         for row in table.values():
-            if row.copy:
+            if row.copy or row.megatron in skip:
                 continue
             stage, kind = owners[row.megatron]
             parameter = parameters.get(row.megatron)
@@ -119,11 +121,13 @@ def sharded_state(model_chunks: Sequence[nn.Module], parallel: Parallel) -> dict
     The replicated vision tower believes to be alone on its tensor rank; here every copy but the first becomes a replica, so
     that it is written once.
     """
+    whole = getattr(unwrap(model_chunks[0]), "vision_parallel", "replicated") != "tensor"
     states = [unwrap(chunk).sharded_state_dict() for chunk in model_chunks]
     for state in states:
-        for entry in state.values():
+        for entry in state.values() if whole else ():
             if entry.key.startswith("vision."):
-                entry.replica_id = (entry.replica_id[0], parallel.tensor.rank, parallel.data.rank)
+                replica = parallel.data.rank * parallel.context.size + parallel.context.rank
+                entry.replica_id = (entry.replica_id[0], parallel.tensor.rank, replica)
     return states[0] if len(states) == 1 else {f"model{number}": state for number, state in enumerate(states)}
 
 

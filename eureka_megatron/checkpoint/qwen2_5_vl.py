@@ -9,8 +9,10 @@ O merger output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -167,9 +169,76 @@ def expand(table: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(expanded)
 
 
+# Names for the parts of the model, as patterns of HF names.
+PARTS = {
+    "vision": ("visual.patch_embed.*", "visual.blocks.*"),
+    "merger": ("visual.merger.*",),
+    "language": ("model.*", "lm_head.*"),
+}
+
+
+def frozen_rows(table: Iterable[Row], freeze: Iterable[str]) -> frozenset[str]:
+    """Megatron names of the parameters that `freeze` keeps from learning.
+
+    Args:
+        table: rows without patterns (`expand`).
+        freeze: names of `PARTS`, or shell patterns of HF names in the hub's naming, such as "visual.blocks.0.*".
+
+    Raises:
+        ConfigError: a pattern matches nothing, or only a part of what is one parameter (q without k and v), or nothing is left to learn.
+    """
+    table = list(table)
+    patterns = {name: PARTS.get(name, (name,)) for name in freeze}
+    names = [hf for row in table for hf in row.hf]
+    for name, own in patterns.items():
+        if not _matching(names, own):
+            close = get_close_matches(name, [*PARTS, *names], n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"model.freeze: {name!r} matches no tensor{hint}; parts are {', '.join(PARTS)}, other entries are patterns of "
+                "tensor names such as 'visual.blocks.0.*'"
+            )
+    together = tuple(pattern for own in patterns.values() for pattern in own)
+    frozen = set()
+    for row in table:
+        hit = _matching(row.hf, together)
+        if hit and len(hit) < len(row.hf):
+            rest = ", ".join(name for name in row.hf if name not in hit)
+            raise ConfigError(
+                f"model.freeze names {', '.join(hit)} without {rest}: they are one parameter, {row.megatron}"
+            )
+        if hit:
+            frozen.add(row.megatron)
+    if len(frozen) == len(table):
+        raise ConfigError("model.freeze leaves no parameter to learn")
+    return frozenset(frozen)
+
+
+def unsent(table: Iterable[Row], frozen: frozenset[str]) -> frozenset[str]:
+    """Of the frozen parameters those that need not travel to rollout engines: all of their module's are frozen.
+
+    vLLM reloads a module when all its tensors have come; half a module would wait for the rest.
+    """
+    moving = {_module(row.megatron) for row in table if row.megatron not in frozen}
+    return frozenset(name for name in frozen if _module(name) not in moving)
+
+
+def _module(megatron: str) -> str:
+    return megatron.rpartition(".")[0]
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 def hf_metadata(hf_config: QwenVLConfig) -> list[tuple[str, Shape]]:
     """(HF name, shape) of every tensor of a checkpoint, in the order in which weights are iterated; needs no model."""
-    return [item for row in expand(rows(hf_config)) if not row.copy for item in row.hf.items()]
+    return tensors_of(expand(rows(hf_config)))
+
+
+def tensors_of(table: Iterable[Row], skip: Container[str] = ()) -> list[tuple[str, Shape]]:
+    """(HF name, shape) in the order in which weights are iterated; `skip` holds Megatron names that are left out."""
+    return [item for row in table if not row.copy and row.megatron not in skip for item in row.hf.items()]
 
 
 def hub_name(name: str) -> str:

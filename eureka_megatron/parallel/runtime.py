@@ -34,6 +34,9 @@ class Parallel:
     data: Axis = Axis()
     context: Axis = Axis()
     world: Axis = Axis()
+    virtual_pipeline: int = 1  # model chunks a stage; chunk v of stage p is part v · pipeline.size + p of the model
+    layers_first_stage: int | None = None  # text layers of the first and last stage; None: as many as the others
+    layers_last_stage: int | None = None
     sequence_parallel: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -50,6 +53,10 @@ def init_parallel(
     tensor: int = 1,
     pipeline: int = 1,
     *,
+    virtual_pipeline: int = 1,
+    context: int = 1,
+    layers_first_stage: int | None = None,
+    layers_last_stage: int | None = None,
     sequence_parallel: bool = False,
     rank: int = 0,
     world_size: int = 1,
@@ -61,6 +68,9 @@ def init_parallel(
     Uses NCCL and this rank's GPU where there is one (`LOCAL_RANK`, or the only visible device), else gloo on the CPU.
 
     Args:
+        virtual_pipeline: model chunks a stage (interleaved schedule); 1: off.
+        context: ranks that share the tokens of one packed row.
+        layers_first_stage, layers_last_stage: text layers there; None: as many as on the other stages.
         init_method: "env://", or an address such as "tcp://127.0.0.1:29500" or "file:///path".
 
     Raises:
@@ -70,10 +80,14 @@ def init_parallel(
 
     # Advice about CUDA streams and deprecations between pinned versions, once a rank: noise to a user.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
-    if world_size % (tensor * pipeline):
-        raise ConfigError(f"world size {world_size} is not a multiple of tensor × pipeline = {tensor} × {pipeline}")
+    if world_size % (tensor * pipeline * context):
+        raise ConfigError(
+            f"world size {world_size} is not a multiple of tensor × pipeline × context = {tensor} × {pipeline} × {context}"
+        )
     if sequence_parallel and tensor == 1:
         raise ConfigError("parallel.sequence_parallel needs parallel.tensor > 1")
+    if virtual_pipeline > 1 and pipeline == 1:
+        raise ConfigError("parallel.virtual_pipeline needs parallel.pipeline > 1")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -90,7 +104,11 @@ def init_parallel(
         )
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, create_gloo_process_groups=False
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+            context_parallel_size=context,
+            create_gloo_process_groups=False,
         )
     if device.type == "cuda":
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -102,6 +120,9 @@ def init_parallel(
         data=_axis(mpu.get_data_parallel_group()),
         context=_axis(mpu.get_context_parallel_group()),
         world=_axis(dist.group.WORLD),
+        virtual_pipeline=virtual_pipeline,
+        layers_first_stage=layers_first_stage,
+        layers_last_stage=layers_last_stage,
         sequence_parallel=sequence_parallel,
         device=device,
     )

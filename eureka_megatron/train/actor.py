@@ -46,9 +46,7 @@ class TrainerRank:
         sizes, model = self.config.parallel, self.config.model
         torch.manual_seed(self.config.run.seed)
         parallel = init_parallel(
-            sizes.tensor,
-            sizes.pipeline,
-            sequence_parallel=sizes.sequence_parallel,
+            **sizes.of_a_rank(),
             rank=self.rank,
             world_size=sizes.world_size,
             init_method=address,
@@ -60,12 +58,15 @@ class TrainerRank:
             backend=model.backend,
             freeze=model.freeze,
             recompute=model.recompute,
+            vision_parallel=model.vision_parallel,
             max_tokens_per_micro_batch=self.config.training.max_tokens_per_micro_batch,
             optimizer=self.config.optimizer,
         )
         return {
             "tp": parallel.tensor.size,
             "pp": parallel.pipeline.size,
+            "vpp": parallel.virtual_pipeline,
+            "cp": parallel.context.size,
             "dp": parallel.data.size,
             "sequence_parallel": int(parallel.sequence_parallel),
         }
@@ -138,7 +139,7 @@ class TrainerGroup:
         self.reporter = 0
 
     def start(self) -> dict[str, int]:
-        """Load the model on all ranks. → {"tp", "pp", "dp", "sequence_parallel"}."""
+        """Load the model on all ranks. → {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"}."""
         address = ray.get(self.ranks[0].address.remote())
         layout = self._all("start", address)[0]
         self.reporter = self._all("reports").index(True)

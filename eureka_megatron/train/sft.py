@@ -12,9 +12,9 @@ from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Dataset, PromptStream, load_dataset
 from eureka_megatron.data.processor import make_processor
-from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
+from eureka_megatron.train.freeze import check_run
 
 
 def supervise(trainer: TrainerGroup, dataset: Dataset, config: RunConfig, tracker: Tracker) -> None:
@@ -35,7 +35,7 @@ def supervise(trainer: TrainerGroup, dataset: Dataset, config: RunConfig, tracke
 def run_sft(config: RunConfig) -> None:
     """`eureka sft`: from `model.path`, on the rows of `data.train`, to a Hugging Face export in `run.output`/hf."""
     refuse_to_overwrite(config.run.output / "hf")  # now, not after the last step
-    check_layout(read_hf_config(config.model.path), config.parallel.tensor, config.parallel.pipeline)
+    check_run(config)
     data = config.data
     dataset = load_dataset(
         data.train,

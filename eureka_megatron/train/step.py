@@ -7,6 +7,8 @@ packing, micro-batch size or data parallelism.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +17,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from eureka_megatron.errors import ConfigError
+from eureka_megatron.parallel.collectives import gather_rows
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.rl.logprobs import token_logprobs
 from eureka_megatron.rl.losses import LossInputs, Metrics
-from eureka_megatron.types import MicroBatch, VisionBatch
+from eureka_megatron.types import ContextShare, MicroBatch, VisionBatch
 
+Record = TypeVar("Record", MicroBatch, VisionBatch, ContextShare)
 # (hidden states [T, H], output weight, micro-batch) → (loss, metrics); called on the last stage only.
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Metrics]]
 
@@ -38,11 +43,19 @@ def run_schedule(
     sequence-parallel norms and tied embeddings.
     """
     config = chunks[0].config
-    config.finalize_model_grads_func = _finalize
+    if len(chunks) > 1 and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        # Stages that exchange tensors both ways at once confuse them, and the losses are wrong without an error.
+        raise ConfigError(
+            "a virtual pipeline needs overlap_p2p_comm=True and batch_p2p_comm=False in its TransformerConfig"
+        )
+    config.finalize_model_grads_func = partial(_finalize, parallel=parallel)
 
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
-        micro_batch = to_device(next(iterator), parallel.device)
+        micro_batch = next(iterator)
         core = unwrap_model(model)
+        if micro_batch.vision is not None and not core.pre_process:  # later stages ask only where pictures stand
+            micro_batch = replace(micro_batch, vision=micro_batch.vision.without_contents())
+        micro_batch = to_device(micro_batch, parallel.device)
 
         def loss_of(hidden_TH: Tensor) -> tuple[Tensor, Tensor, Metrics]:
             weight = core.output_weight()
@@ -56,7 +69,8 @@ def run_schedule(
     with torch.set_grad_enabled(not forward_only):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
+            # Interleaved schedules want one iterator a chunk; all chunks see all micro-batches.
+            data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
             model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=longest,  # an upper bound only: config.variable_seq_lengths sends the true shapes
@@ -65,28 +79,50 @@ def run_schedule(
         )
 
 
-def _finalize(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: object) -> None:
+def _finalize(
+    chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, *, parallel: Parallel, **options: object
+) -> None:
     """Megatron's reduction of gradients, without its division by tokens: the loss is already divided."""
+    core = unwrap_model(chunks[0])
+    if core.pre_process and core.vision_parallel == "data" and parallel.tensor.size > 1:
+        # Each tensor-parallel rank saw its share of the pictures; Megatron adds gradients over data-parallel ranks only.
+        for parameter in core.vision.parameters():
+            if parameter.requires_grad:
+                dist.all_reduce(parameter.main_grad, group=parallel.tensor.group)
     finalize_model_grads(chunks, None, **options)
 
 
-def to_device(record: MicroBatch | VisionBatch, device: torch.device) -> MicroBatch | VisionBatch:
+def to_device(record: Record, device: torch.device) -> Record:
     """The record with all its tensors on the device."""
     moved = {}
     for name in record.__dataclass_fields__:
         value = getattr(record, name)
         if isinstance(value, Tensor):
             moved[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, VisionBatch):
+        elif isinstance(value, VisionBatch | ContextShare):
             moved[name] = to_device(value, device)
     return replace(record, **moved)
+
+
+def row_logprobs(hidden_tH: Tensor, weight_VH: Tensor, batch: MicroBatch, parallel: Parallel) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of each row's label, fp32 [T]: of the whole packed row on every rank.
+
+    Context-parallel ranks compute their own rows and exchange the results, so that a loss may look at whole sequences. All of them then
+    compute the same loss and keep the gradient of their own rows.
+    """
+    share = batch.context
+    labels = batch.labels_T if share is None else batch.labels_T[share.rows_t]
+    logprobs, entropy = token_logprobs(hidden_tH, weight_VH, labels, group=parallel.tensor.group)
+    if share is None:
+        return logprobs, entropy
+    return gather_rows(torch.stack((logprobs, entropy), dim=1), share.order_T, parallel.context).unbind(1)
 
 
 def logprobs_only(
     hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel
 ) -> tuple[Tensor, Metrics]:
     """A `LossFunction` that only reports: metrics "logprobs_T" and "entropy_T"."""
-    logprobs, entropy = token_logprobs(hidden_TH, weight_VH, batch.labels_T, group=parallel.tensor.group)
+    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel)
     return logprobs.sum(), {"logprobs_T": logprobs.detach(), "entropy_T": entropy.detach()}
 
 
@@ -99,6 +135,8 @@ def full_logits(
     if parallel.tensor.size > 1:
         dist.all_gather(parts, logits.contiguous(), group=parallel.tensor.group)
         logits = torch.cat(parts, dim=-1)
+    if batch.context is not None:
+        logits = gather_rows(logits, batch.context.order_T, parallel.context)
     return logits.sum(), {"logits_TV": logits.detach()}
 
 
@@ -106,7 +144,7 @@ def supervised_loss(
     hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel, global_tokens: float
 ) -> tuple[Tensor, Metrics]:
     """Mean negative log-probability of the masked tokens over the global batch."""
-    logprobs, _ = token_logprobs(hidden_TH, weight_VH, batch.labels_T, group=parallel.tensor.group)
+    logprobs, _ = row_logprobs(hidden_TH, weight_VH, batch, parallel)
     # where, not a product: what stands outside the mask must not reach the gradient even if it is infinite.
     total = -torch.where(batch.mask_T > 0, logprobs, 0.0).sum()
     pair = torch.stack((total.detach().double(), batch.mask_T.double().sum()))
@@ -122,7 +160,7 @@ def policy_inputs(
     global_sequences: float,
 ) -> LossInputs:
     """The record that `rl.losses` takes. Without old log-probabilities (first update on fresh rollouts) they are the current ones."""
-    logprobs, entropy = token_logprobs(hidden_TH, weight_VH, batch.labels_T, group=parallel.tensor.group)
+    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel)
     return LossInputs(
         logprobs_T=logprobs,
         old_logprobs_T=batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs.detach(),

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint import export_hf, hf_metadata, iter_hf_weights, load_hf
+from eureka_megatron.checkpoint import export_hf, iter_hf_weights, load_hf
+from eureka_megatron.checkpoint.convert import table_of
+from eureka_megatron.checkpoint.qwen2_5_vl import tensors_of, unsent
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
@@ -25,6 +27,8 @@ from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.rl.losses import Metrics, policy_loss, reduce_metrics
 from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
 from eureka_megatron.train import step
+from eureka_megatron.train.freeze import freeze as freeze_parameters
+from eureka_megatron.train.freeze import frozen_tower
 from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
 from eureka_megatron.types import Batch, MicroBatch, Sample
 
@@ -43,6 +47,7 @@ class PolicyTrainer:
         backend: str = "local",
         freeze: Iterable[str] = (),
         recompute: str = "none",
+        vision_parallel: str = "replicated",
         max_tokens_per_micro_batch: int = 16384,
         optimizer: OptimizerSection | None = None,
     ) -> None:
@@ -50,11 +55,21 @@ class PolicyTrainer:
         self.model_path = Path(model_path)
         self.max_tokens = max_tokens_per_micro_batch
         self.hf_config = read_hf_config(model_path)
+        self.row_layout = packing.row_layout(parallel, vision_parallel)
         chunks = build_model(
-            self.hf_config, parallel, dtype=DTYPES[dtype], backend=backend, freeze=freeze, recompute=recompute
+            self.hf_config,
+            parallel,
+            dtype=DTYPES[dtype],
+            backend=backend,
+            recompute=recompute,
+            vision_parallel=vision_parallel,
         )
         # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.
         load_hf(chunks, self.model_path, parallel, allow_narrowing=dtype == "bfloat16")
+        self.frozen = freeze_parameters(chunks, tuple(freeze))
+        merge = self.hf_config.vision_config.spatial_merge_size
+        # None on stages without a tower and when the tower learns.
+        self.frozen_tower = frozen_tower(chunks, parallel, max_tokens_per_micro_batch * merge**2)
         self.chunks = wrap(chunks, optimizer or OptimizerSection())
         self.optimizer: Any = None
 
@@ -105,7 +120,11 @@ class PolicyTrainer:
         Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
         samples bring them.
         """
-        updates = [self._micro_batches(batch.samples, indices)[self.parallel.data.rank] for indices in batch.updates]
+        features = self._frozen_features(batch)
+        updates = [
+            self._micro_batches(batch.samples, indices, features=features)[self.parallel.data.rank]
+            for indices in batch.updates
+        ]
         # What the engine and the trainer disagree about, before anything is updated; the metric of the whole system's health.
         updates, gap = self._with_old_logprobs(updates, batch.samples)
         results = []
@@ -162,26 +181,49 @@ class PolicyTrainer:
         places = iter(flat)
         return [[next(places) for _ in micro_batches] for micro_batches in updates], reduce_metrics([metrics])
 
+    def _frozen_features(self, batch: Batch) -> packing.Features | None:
+        """Of this data-parallel rank's pictures, for all updates and passes of the step; None when the tower learns."""
+        if self.frozen_tower is None or not any(sample.pictures for sample in batch.samples):
+            return None
+        rank = self.parallel.data.rank
+        mine = {
+            index
+            for indices in batch.updates
+            for places in self._plan(batch.samples, indices)[rank]
+            for index in places
+        }
+        return self.frozen_tower.features(batch.samples, [batch.samples[index] for index in mine])
+
     def _micro_batches(
-        self, samples: Sequence[Sample], indices: Iterable[int], data_parallel: int | None = None
+        self,
+        samples: Sequence[Sample],
+        indices: Iterable[int],
+        data_parallel: int | None = None,
+        features: packing.Features | None = None,
     ) -> list[list[MicroBatch]]:
-        indices = list(indices)
-        align = self.parallel.tensor.size if self.parallel.sequence_parallel else 1
-        plans = packing.plan(
-            [len(samples[index]) for index in indices],
-            [packing.cost(samples[index]) for index in indices],
-            data_parallel or self.parallel.data.size,
-            self.max_tokens,
-            align,
-        )
         mine = self.parallel.data.rank if data_parallel is None else 0
         # Only this rank's share is laid out; the others are counted, not built.
         return [
-            [packing.pack(samples, [indices[place] for place in places], align) for places in micro_batches]
+            [packing.pack(samples, places, self.row_layout, features) for places in micro_batches]
             if rank == mine
             else []
-            for rank, micro_batches in enumerate(plans)
+            for rank, micro_batches in enumerate(self._plan(samples, indices, data_parallel))
         ]
+
+    def _plan(
+        self, samples: Sequence[Sample], indices: Iterable[int], data_parallel: int | None = None
+    ) -> list[list[list[int]]]:
+        """`[rank][micro-batch]`: indices into `samples`."""
+        indices, layout = list(indices), self.row_layout
+        plans = packing.plan(
+            [layout.filled(len(samples[index])) for index in indices],
+            [packing.cost(samples[index]) for index in indices],
+            data_parallel or self.parallel.data.size,
+            self.max_tokens,
+            layout.align,
+            multiple_of=self.parallel.pipeline.size if len(self.chunks) > 1 else 1,
+        )
+        return [[[indices[place] for place in places] for places in micro_batches] for micro_batches in plans]
 
     def _gradients(self, micro_batches: list[MicroBatch], loss: step.LossFunction) -> dict[str, float]:
         for chunk in self.chunks:
@@ -205,17 +247,22 @@ class PolicyTrainer:
     # --- weights ---
 
     def hf_weights(
-        self, *, to: str = "rank0", select: Callable[[Tensor], Tensor] | None = None
+        self, *, to: str = "rank0", select: Callable[[Tensor], Tensor] | None = None, skip: frozenset[str] = frozenset()
     ) -> Iterable[tuple[str, Any]]:
         """(HF name, full tensor) in table order, a collective in lockstep; None in place of the tensor where it is not received."""
         chunks = [chunk.module for chunk in self.chunks]
-        return iter_hf_weights(chunks, self.parallel, to=to, **({"select": select} if select else {}))
+        return iter_hf_weights(chunks, self.parallel, to=to, skip=skip, **({"select": select} if select else {}))
 
-    def weight_source(self) -> MegatronWeightSource:
-        """The weights as vLLM's weight transfer wants them: declared first, then streamed."""
+    def weight_source(self, *, moving_only: bool = False) -> MegatronWeightSource:
+        """The weights as vLLM's weight transfer wants them: declared first, then streamed.
+
+        With `moving_only`, without what is frozen: engines that loaded the same checkpoint have it.
+        """
+        table = table_of(self.chunks).values()
+        skip = unsent(table, self.frozen) if moving_only else frozenset()
         dtype = self.chunks[0].config.params_dtype
-        declared = [TensorMeta(name, dtype, tuple(shape)) for name, shape in hf_metadata(self.hf_config)]
-        return MegatronWeightSource(self.hf_weights, declared)
+        declared = [TensorMeta(name, dtype, tuple(shape)) for name, shape in tensors_of(table, skip)]
+        return MegatronWeightSource(partial(self.hf_weights, skip=skip), declared)
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
         """Write a Hugging Face directory (collective; world rank 0 writes)."""

@@ -69,7 +69,7 @@ def test_a_sample_longer_than_a_row_is_refused_by_name() -> None:
 
 def test_values_move_to_the_row_that_predicts_their_token_and_back() -> None:
     samples = [sample(5, 10), sample(3, 50)]
-    batch = pack(samples, [1, 0], align=4)
+    batch = pack(samples, [1, 0], layout=4)
     assert batch.tokens_T.tolist() == [50, 51, 52, 10, 11, 12, 13, 14]
     assert batch.labels_T.tolist() == [51, 52, 0, 11, 12, 13, 14, 0]
     assert batch.advantages_T.tolist() == [1, 2, 0, 1, 2, 3, 4, 0]
@@ -82,7 +82,7 @@ def test_values_move_to_the_row_that_predicts_their_token_and_back() -> None:
 
 
 def test_filling_is_a_sequence_of_its_own_without_weight() -> None:
-    batch = pack([sample(5)], [0], align=4)
+    batch = pack([sample(5)], [0], layout=4)
     assert batch.tokens == 8
     assert batch.cu_seqlens.tolist() == [0, 5, 8]
     assert batch.mask_T[5:].tolist() == [0, 0, 0]
@@ -90,7 +90,7 @@ def test_filling_is_a_sequence_of_its_own_without_weight() -> None:
 
 
 def test_an_empty_micro_batch_is_one_filler_row() -> None:
-    batch = pack([sample(5)], [], align=2)
+    batch = pack([sample(5)], [], layout=2)
     assert (batch.tokens, float(batch.mask_T.sum()), batch.vision, batch.sample_indices) == (2, 0.0, None, ())
     assert batch.rollout_logprobs_T.tolist() == [0, 0], "the same optional parts as its siblings"
     assert batch.ref_logprobs_T is None

@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from eureka_megatron.models.qwen2_5_vl.context import attend
+from eureka_megatron.types import ContextShare
 
 # Score elements up to which CPU attention is written out: 64 MiB in fp32.
 PLAIN_SCORES = 1 << 24
@@ -49,6 +53,7 @@ class Segments:
     """
 
     cu_seqlens: Tensor  # int32 [B+1]
+    share: ContextShare | None = None  # which rows are here, when context-parallel ranks share them
     qkv_format: str = "sbhd"
 
     @cached_property
@@ -97,18 +102,27 @@ class SegmentAttention(MegatronModule):
     """Scaled dot-product attention within segments, causal or full by the layer's mask type."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         assert attention_type == "self", "only self-attention occurs in Qwen2.5-VL"
         self.causal = attn_mask_type == AttnMaskType.causal
+        self.context_group = pg_collection.cp
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packed_seq_params: Segments, **_: Any
     ) -> Tensor:
         """query [T, 1, N, D], key and value [T, 1, K, D] → [T, 1, N·D]."""
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if query.is_cuda and query.dtype != torch.float32:
+        if packed_seq_params.share is not None:
+            context = attend(query, key, value, packed_seq_params.lengths, packed_seq_params.share, self.context_group)
+        elif query.is_cuda and query.dtype != torch.float32:
             context = self._flash(query, key, value, packed_seq_params)
         else:
             context = self._padded(query, key, value, packed_seq_params)

@@ -143,13 +143,50 @@ def _check(config: QwenVLConfig, path: Path) -> None:
         )
 
 
-def check_layout(config: QwenVLConfig, tensor: int, pipeline: int) -> None:
+def check_layout(
+    config: QwenVLConfig,
+    tensor: int,
+    pipeline: int,
+    *,
+    virtual_pipeline: int = 1,
+    layers_first_stage: int | None = None,
+    layers_last_stage: int | None = None,
+    vision_parallel: str = "replicated",
+) -> None:
     """Refuse a layout the model cannot have, before anything starts.
 
     Raises:
         ConfigError: names the number that does not divide and the sizes that would.
     """
-    text = config.text_config
+    _check_tensor(config.text_config, tensor)
+    if vision_parallel == "tensor":
+        _check_vision_tensor(config.vision_config, tensor)
+    layers = config.text_config.num_hidden_layers
+    uneven = {"layers_first_stage": layers_first_stage, "layers_last_stage": layers_last_stage}
+    given = {name: number for name, number in uneven.items() if number is not None}
+    if given and pipeline == 1:
+        raise ConfigError(f"parallel.{next(iter(given))} needs parallel.pipeline > 1")
+    left, stages = layers - sum(given.values()), pipeline - len(given)
+    if left < 0 or (left if stages == 0 else left % stages):
+        said = " and ".join(f"parallel.{name}={number}" for name, number in given.items())
+        if said:
+            raise ConfigError(
+                f"{said} leave {left} of num_hidden_layers={layers} for the other {stages} stages of parallel.pipeline={pipeline}; "
+                "they must share them evenly"
+            )
+        fits = [n for n in range(1, layers + 1) if layers % n == 0]
+        raise ConfigError(
+            f"parallel.pipeline={pipeline} does not divide num_hidden_layers={layers}; possible: {fits}, "
+            "or set parallel.layers_first_stage or parallel.layers_last_stage"
+        )
+    for number in {*given.values(), *([left // stages] if stages else [])}:
+        if number == 0 or number % virtual_pipeline:
+            raise ConfigError(
+                f"parallel.virtual_pipeline={virtual_pipeline} does not divide the {number} text layers of a pipeline stage"
+            )
+
+
+def _check_tensor(text: TextConfig, tensor: int) -> None:
     # kv heads may be fewer than ranks, but then each must be shared by equally many of them.
     kv_fits = text.num_key_value_heads % tensor == 0 or tensor % text.num_key_value_heads == 0
     sizes = {
@@ -164,8 +201,13 @@ def check_layout(config: QwenVLConfig, tensor: int, pipeline: int) -> None:
         fits = [n for n in range(1, text.num_attention_heads + 1) if all(size % n == 0 for size in sizes.values())]
         fits = [n for n in fits if text.num_key_value_heads % n == 0 or n % text.num_key_value_heads == 0]
         raise ConfigError(f"parallel.tensor={tensor} does not divide {', '.join(wrong)}; possible: {fits}")
-    if text.num_hidden_layers % pipeline:
-        fits = [n for n in range(1, text.num_hidden_layers + 1) if text.num_hidden_layers % n == 0]
+
+
+def _check_vision_tensor(vision: VisionConfig, tensor: int) -> None:
+    sizes = {"num_heads": vision.num_heads, "intermediate_size": vision.intermediate_size}
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size % tensor]
+    if wrong:
         raise ConfigError(
-            f"parallel.pipeline={pipeline} does not divide num_hidden_layers={text.num_hidden_layers}; possible: {fits}"
+            f"model.vision_parallel='tensor': parallel.tensor={tensor} does not divide the vision tower's {', '.join(wrong)}; "
+            "use 'data' or 'replicated'"
         )

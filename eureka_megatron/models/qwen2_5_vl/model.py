@@ -6,8 +6,6 @@ so that [tokens, vocabulary] is never held.
 Shapes: T rows of the packed micro-batch, t = T / tensor-parallel size under sequence parallelism else T, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterable
-
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -19,6 +17,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from eureka_megatron.errors import ConfigError
@@ -32,34 +31,44 @@ from eureka_megatron.models.qwen2_5_vl.transformer_config import (
     vision_transformer_config,
 )
 from eureka_megatron.models.qwen2_5_vl.vision import VisionTower
+from eureka_megatron.parallel.collectives import gather_units
 from eureka_megatron.parallel.runtime import Parallel
-from eureka_megatron.types import MicroBatch
-
-FREEZABLE = {
-    "vision": ("vision.patch_embed.", "vision.decoder."),
-    "merger": ("vision.merger.",),
-    "language": ("embedding.", "decoder.", "output_layer."),
-}
+from eureka_megatron.types import MicroBatch, VisionBatch
 
 
 class QwenVLModel(LanguageModule):
-    """One chunk. Parameter names are those of the table in checkpoint/qwen2_5_vl.py."""
+    """One chunk. Parameter names are those of the table in checkpoint/qwen2_5_vl.py.
 
-    def __init__(self, hf_config: QwenVLConfig, parallel: Parallel, execution: Execution) -> None:
+    Args:
+        config, vision_config: of all chunks of this rank.
+        chunk: which of `parallel.virtual_pipeline` chunks of this stage.
+    """
+
+    def __init__(
+        self,
+        hf_config: QwenVLConfig,
+        parallel: Parallel,
+        config: TransformerConfig,
+        vision_config: TransformerConfig,
+        *,
+        chunk: int = 0,
+        vision_parallel: str = "replicated",
+    ) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        config = text_transformer_config(hf_config, parallel, execution)
         super().__init__(config=config, pg_collection=groups)
         self.hf_config = hf_config
         self.parallel = parallel
+        self.vision_parallel = vision_parallel
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process, self.post_process = parallel.first_stage, parallel.last_stage
+        self.pre_process = parallel.first_stage and chunk == 0
+        self.post_process = parallel.last_stage and chunk == parallel.virtual_pipeline - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
-        self.vp_stage, self.vp_size = None, None
+        if parallel.virtual_pipeline > 1:
+            self.vp_stage = chunk
         text = hf_config.text_config
         if self.pre_process:
-            self.vision = VisionTower(
-                vision_transformer_config(hf_config, parallel, execution), hf_config.vision_config, _alone(groups)
-            )
+            tower_groups = groups if vision_parallel == "tensor" else _alone(groups)
+            self.vision = VisionTower(vision_config, hf_config.vision_config, tower_groups)
             self.embedding = LanguageModelEmbedding(
                 config=config,
                 vocab_size=text.vocab_size,
@@ -71,11 +80,14 @@ class QwenVLModel(LanguageModule):
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(AttnMaskType.causal)] * get_num_layers_to_build(config), layer_norm=RMSNorm
+                layer_specs=[layer_spec(AttnMaskType.causal)]
+                * get_num_layers_to_build(config, self.vp_stage, parallel.pipeline.rank),
+                layer_norm=RMSNorm,
             ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
+            vp_stage=self.vp_stage,
         )
         if self.post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -104,24 +116,34 @@ class QwenVLModel(LanguageModule):
                 module.weight.tensor_model_parallel = True
                 module.weight.partition_dim = split[type(module)]
                 module.weight.partition_stride = 1
+        if self.vision_parallel == "tensor":
+            return
         # The tower is whole on every rank although it is made of the same modules.
         for parameter in self.vision.parameters() if self.pre_process else ():
             parameter.tensor_model_parallel = False
             # On GPUs atomics make equal gradients drift apart; gloo has no average, and CPU kernels are deterministic.
-            parameter.average_gradients_across_tp_domain = self.parallel.device.type == "cuda"
+            # Ranks that share the pictures have different gradients, which train/step.py adds.
+            parameter.average_gradients_across_tp_domain = (
+                self.parallel.device.type == "cuda" and self.vision_parallel == "replicated"
+            )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hidden states from the stage before (called by Megatron's schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """→ on the last stage the final hidden states [T, H]; before it [t, 1, H] for the next stage."""
+        """→ on the last stage the final hidden states [T', H] of this rank's rows; before it [t, 1, H] for the next stage.
+
+        T' is T, or T / context-parallel size.
+        """
         text = self.hf_config.text_config
+        share = batch.context
+        positions = batch.positions_3T if share is None else batch.positions_3T[:, share.rows_t]
         hidden = self.decoder(
             hidden_states=self._embed(batch) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=text_angles(batch.positions_3T, text.head_dim, text.rope_theta, text.mrope_section),
-            packed_seq_params=Segments(batch.cu_seqlens),
+            rotary_pos_emb=text_angles(positions, text.head_dim, text.rope_theta, text.mrope_section),
+            packed_seq_params=Segments(batch.cu_seqlens, share),
         )
         if not self.post_process:
             return hidden
@@ -135,15 +157,31 @@ class QwenVLModel(LanguageModule):
         return hidden[:, 0]
 
     def _embed(self, batch: MicroBatch) -> Tensor:
-        """Token embeddings with the vision embeddings placed by explicit index: [t, 1, H]."""
-        hidden = self.embedding(input_ids=batch.tokens_T[None], position_ids=None)
+        """Token embeddings of this rank's rows with the vision embeddings placed by explicit index: [t, 1, H]."""
+        share = batch.context
+        tokens = batch.tokens_T if share is None else batch.tokens_T[share.rows_t]
+        hidden = self.embedding(input_ids=tokens[None], position_ids=None)
         if batch.vision is not None:
-            units = self.vision(batch.vision).to(hidden.dtype)
-            placed = units.index_select(0, batch.vision.source_E)
-            hidden = hidden[:, 0].index_copy(0, batch.vision.placement_E, placed)[:, None]
+            units = self._pictures(batch.vision).to(hidden.dtype)
+            source, placement = batch.vision.source_E, batch.vision.placement_E
+            if share is not None:
+                local = share.order_T[placement] - share.rank * len(tokens)
+                here = (local >= 0) & (local < len(tokens))
+                source, placement = source[here], local[here]
+            hidden = hidden[:, 0].index_copy(0, placement, units.index_select(0, source))[:, None]
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         return hidden
+
+    def _pictures(self, vision: VisionBatch) -> Tensor:
+        """[U, O]: computed here, or by each tensor-parallel rank for its share of the pictures."""
+        if vision.units_R is None:
+            return self.vision(vision)
+        own = vision.units_R[self.parallel.tensor.rank]
+        size = self.hf_config.vision_config.out_hidden_size
+        # A rank without a picture does not run the tower, but it does enter the gathering.
+        units = self.vision(vision) if own else self.embedding.word_embeddings.weight.new_zeros(0, size)
+        return gather_units(units, vision.units_R, self.parallel.tensor)
 
     def output_weight(self) -> Tensor:
         """[V / tensor-parallel size, H] on the last stage: the head's own weight, or the tied embedding."""
@@ -166,24 +204,35 @@ def build_model(
     *,
     dtype: torch.dtype = torch.float32,
     backend: str = "local",
-    freeze: Iterable[str] = (),
     recompute: str = "none",
+    vision_parallel: str = "replicated",
 ) -> list[QwenVLModel]:
-    """The pipeline chunks of this rank (one: virtual pipeline is not built yet), weights not initialised; load them next.
+    """The pipeline chunks of this rank (`parallel.virtual_pipeline` of them), weights not initialised; load them next.
 
     Args:
-        freeze: names from `FREEZABLE` whose parameters get no gradient.
         recompute: a key of `transformer_config.RECOMPUTE`: activations that training computes again instead of keeping them.
+        vision_parallel: "replicated", "data" (tensor-parallel ranks share the pictures; see packing.RowLayout) or "tensor".
 
     Raises:
-        ConfigError: the layout does not fit the model, or a frozen part does not exist.
+        ConfigError: the layout does not fit the model.
     """
     if backend != "local":
         raise ConfigError(f"model.backend={backend!r} is not available yet; use 'local'")
-    check_layout(hf_config, parallel.tensor.size, parallel.pipeline.size)
-    model = QwenVLModel(hf_config, parallel, Execution(dtype, recompute))
-    prefixes = tuple(prefix for name in freeze for prefix in FREEZABLE[name])
-    for name, parameter in model.named_parameters():
-        if prefixes and name.startswith(prefixes):
-            parameter.requires_grad_(False)
-    return [model]
+    check_layout(
+        hf_config,
+        parallel.tensor.size,
+        parallel.pipeline.size,
+        virtual_pipeline=parallel.virtual_pipeline,
+        layers_first_stage=parallel.layers_first_stage,
+        layers_last_stage=parallel.layers_last_stage,
+        vision_parallel=vision_parallel,
+    )
+    execution = Execution(dtype, recompute, vision_parallel)
+    configs = (
+        text_transformer_config(hf_config, parallel, execution),
+        vision_transformer_config(hf_config, parallel, execution),
+    )
+    return [
+        QwenVLModel(hf_config, parallel, *configs, chunk=chunk, vision_parallel=vision_parallel)
+        for chunk in range(parallel.virtual_pipeline)
+    ]

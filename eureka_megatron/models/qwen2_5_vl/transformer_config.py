@@ -28,6 +28,7 @@ class Execution:
 
     dtype: torch.dtype = torch.float32
     recompute: str = "none"  # a key of RECOMPUTE: what the forward pass of training does not keep
+    vision_parallel: str = "replicated"  # how tensor-parallel ranks divide the tower's work: replicated, data or tensor
 
 
 def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
 
 def text_transformer_config(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> TransformerConfig:
     text = config.text_config
+    interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -69,6 +71,13 @@ def text_transformer_config(config: QwenVLConfig, parallel: Parallel, execution:
         add_qkv_bias=True,
         tensor_model_parallel_size=parallel.tensor.size,
         pipeline_model_parallel_size=parallel.pipeline.size,
+        num_layers_in_first_pipeline_stage=parallel.layers_first_stage,
+        num_layers_in_last_pipeline_stage=parallel.layers_last_stage,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        # With the default (batched, not overlapped) Megatron's interleaved schedule computes wrong losses without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=parallel.context.size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=execution.dtype,
         # Rows differ in length. Megatron allows that on dense models only under this dispatcher's name, which is otherwise unused.
@@ -79,10 +88,11 @@ def text_transformer_config(config: QwenVLConfig, parallel: Parallel, execution:
 
 
 def vision_transformer_config(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> TransformerConfig:
-    """The tower is whole on every tensor-parallel rank (`vision_parallel: replicated`) and on the first stage only."""
+    """The tower stands on the first stage only, and unless `vision_parallel` is "tensor" whole on every tensor-parallel rank."""
     vision = config.vision_config
     return TransformerConfig(
         num_layers=vision.depth,
+        tensor_model_parallel_size=parallel.tensor.size if execution.vision_parallel == "tensor" else 1,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_heads,
         ffn_hidden_size=vision.intermediate_size,

@@ -69,7 +69,13 @@ class VisionTower(MegatronModule):
         self.merger = Merger(config, vision, groups)
 
     def forward(self, batch: VisionBatch) -> Tensor:
-        """→ [U, O], the embeddings of the distinct pictures in window order."""
+        """→ [U, O], the embeddings of the distinct pictures in window order; of frozen parts that were computed before, no more."""
+        if batch.units_UO is not None:
+            return batch.units_UO
+        return self.merger(self.encode(batch) if batch.hidden_PH is None else batch.hidden_PH[:, None])
+
+    def encode(self, batch: VisionBatch) -> Tensor:
+        """→ [P, 1, H], what leaves the blocks and enters the merger."""
         hidden = self.patch_embed(batch.patches_PD.to(self.patch_embed.weight.dtype))[:, None]
         angles = vision_angles(batch.coordinates_P2, self.config.kv_channels)
         windows, frames = Segments(batch.cu_windows), Segments(batch.cu_frames)
@@ -83,7 +89,7 @@ class VisionTower(MegatronModule):
                 )
             else:
                 hidden = _run(layer, hidden, angles, segments)
-        return self.merger(hidden)
+        return hidden
 
 
 def _run(layer: torch.nn.Module, hidden: Tensor, angles: Tensor, segments: Segments) -> Tensor:

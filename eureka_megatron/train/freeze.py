@@ -1,0 +1,130 @@
+"""What does not learn: which parameters, and what that saves.
+
+A frozen parameter has no gradient buffer, no optimizer state, and does not travel to the rollout engines. A tower whose blocks are frozen
+sees every distinct picture once a rollout step; its outputs serve all samples, passes and log-probabilities of that step.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eureka_megatron.checkpoint.convert import own_parameters, table_of, unwrap
+from eureka_megatron.checkpoint.qwen2_5_vl import expand, frozen_rows, rows
+from eureka_megatron.config import RunConfig
+from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+from eureka_megatron.parallel.collectives import gather_units
+from eureka_megatron.parallel.packing import Features, distinct_pictures, share_pictures, vision_batch
+from eureka_megatron.parallel.runtime import Axis, Parallel
+from eureka_megatron.train.step import to_device
+from eureka_megatron.types import Picture, Sample
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse a layout or a `model.freeze` that does not fit the checkpoint, before any process starts. Raises ConfigError."""
+    hf_config, sizes = read_hf_config(config.model.path), config.parallel
+    check_layout(
+        hf_config,
+        sizes.tensor,
+        sizes.pipeline,
+        virtual_pipeline=sizes.virtual_pipeline,
+        layers_first_stage=sizes.layers_first_stage,
+        layers_last_stage=sizes.layers_last_stage,
+        vision_parallel=config.model.vision_parallel,
+    )
+    frozen_rows(expand(rows(hf_config)), config.model.freeze)
+
+
+def freeze(chunks: Sequence[torch.nn.Module], names: Sequence[str]) -> frozenset[str]:
+    """Switch gradients off. → the Megatron names of the frozen parameters of the whole model, equal on all ranks.
+
+    Args:
+        names: parts or patterns, see checkpoint.qwen2_5_vl.frozen_rows.
+    """
+    frozen = frozen_rows(table_of(chunks).values(), names)
+    for name, parameter in own_parameters(chunks).items():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return frozen
+
+
+class FrozenTower:
+    """Features of pictures from a tower whose blocks, or blocks and merger, are frozen; each picture is computed by one rank only.
+
+    Args:
+        model: the chunk that holds the tower.
+        max_patches: patches of one call of the tower, unless a single picture has more.
+    """
+
+    def __init__(self, model: torch.nn.Module, parallel: Parallel, max_patches: int) -> None:
+        self.tower, self.parallel, self.max_patches = model.vision, parallel, max_patches
+        self.merged = not _learns(self.tower.merger)
+        whole = model.vision_parallel != "tensor"  # else all tensor-parallel ranks compute each picture together
+        self.axes = (parallel.tensor if whole else Axis(), parallel.context, parallel.data)
+
+    @torch.no_grad()
+    def features(self, samples: Sequence[Sample], needed: Sequence[Sample]) -> Features:
+        """Of the pictures that `needed` show; the ranks share the pictures of all `samples` among them. Collective."""
+        pictures = distinct_pictures(samples)
+        tensor, context, data = self.axes
+        shares = share_pictures(pictures, data.size * context.size * tensor.size)
+        own = shares[(data.rank * context.size + context.rank) * tensor.size + tensor.rank]
+        calls = _calls([pictures[index] for index in own], self.max_patches)
+        vision = self.tower.vision
+        width = vision.out_hidden_size if self.merged else vision.hidden_size
+        nothing = torch.zeros(0, width, dtype=self.tower.patch_embed.weight.dtype, device=self.parallel.device)
+        found = torch.cat([nothing, *map(self._encode, calls)])
+        lengths = [self._length(picture) for picture in pictures]
+        table = np.array([sum(lengths[index] for index in share) for share in shares])
+        counts_DCT = table.reshape(data.size, context.size, tensor.size)
+        found = _gathered(found, counts_DCT[data.rank, context.rank], tensor)
+        found = _gathered(found, counts_DCT[data.rank].sum(-1), context)
+        found = _gathered(found, counts_DCT.sum((1, 2)), data)
+        order = [index for share in shares for index in share]
+        wanted = {picture.key for picture in distinct_pictures(needed)}
+        pieces = zip(order, found.split([lengths[index] for index in order]), strict=True)
+        return Features(
+            {pictures[index].key: piece.clone() for index, piece in pieces if pictures[index].key in wanted},
+            self.merged,
+            nothing,
+        )
+
+    def _length(self, picture: Picture) -> int:
+        return picture.units if self.merged else len(picture.patches_PD)
+
+    def _encode(self, pictures: Sequence[Picture]) -> Tensor:
+        nowhere = torch.zeros(0, dtype=torch.int64)
+        units = sum(picture.units for picture in pictures)
+        batch = vision_batch(pictures, units=units, source_E=nowhere, placement_E=nowhere)
+        batch = to_device(batch, self.parallel.device)
+        return self.tower(batch) if self.merged else self.tower.encode(batch)[:, 0]
+
+
+def _gathered(rows: Tensor, counts: np.ndarray, axis: Axis) -> Tensor:
+    return gather_units(rows, counts.tolist(), axis) if axis.size > 1 else rows
+
+
+def _calls(pictures: Sequence[Picture], max_patches: int) -> list[list[Picture]]:
+    """Cut into runs of at most `max_patches` patches; a larger picture stands alone."""
+    calls: list[list[Picture]] = []
+    room = 0
+    for picture in pictures:
+        if not calls or len(picture.patches_PD) > room:
+            calls.append([])
+            room = max_patches
+        calls[-1].append(picture)
+        room -= len(picture.patches_PD)
+    return calls
+
+
+def frozen_tower(chunks: Sequence[torch.nn.Module], parallel: Parallel, max_patches: int) -> FrozenTower | None:
+    """Where this rank holds a vision tower whose blocks are frozen."""
+    model = unwrap(chunks[0])
+    if not model.pre_process or _learns(model.vision.patch_embed) or _learns(model.vision.decoder):
+        return None
+    return FrozenTower(model, parallel, max_patches)
+
+
+def _learns(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
