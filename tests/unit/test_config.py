@@ -105,10 +105,8 @@ def test_world_size_is_the_product_of_the_axes():
         ("optimizer.lr.x=1", "optimizer.lr: Input should be a valid number"),
         ("model=3", "model: Input should be a valid dictionary"),
         ("model.backend=tee", "model.backend: Input should be 'local' or 'te', found 'tee'"),
-        (
-            "model.freeze=[vision,visn]",
-            "model.freeze.1: Input should be 'vision', 'merger' or 'language', found 'visn'",
-        ),
+        ("model.freeze=[vision,3]", "model.freeze.1: Input should be a valid string, found 3"),
+        ("parallel.virtual_pipeline=2", "parallel: virtual_pipeline needs pipeline > 1"),
         ("tracking.tensorboard=maybe", "tracking.tensorboard: Input should be a valid boolean"),
         ("rollout.samples_per_prompt=1", "rollout.samples_per_prompt: Input should be greater than or equal to 2"),
     ],

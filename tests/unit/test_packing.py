@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.parallel.packing import pack, plan, split, unshift
+from eureka_megatron.parallel.packing import Features, RowLayout, pack, plan, split, unshift
 from eureka_megatron.types import Picture, Sample
 
 
@@ -107,3 +107,54 @@ def test_a_shared_picture_is_encoded_once_and_placed_in_reading_order_everywhere
     # Unit at window place u is unit 2−u (or 1−u) in reading order; sample 1 starts at row 8.
     assert vision.source_E.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert vision.placement_E.tolist() == [4, 3, 2, 10, 9, 15, 14, 13]
+
+
+def test_context_ranks_share_every_sequence_in_mirrored_chunks() -> None:
+    samples = [sample(5, 10), sample(8, 50)]
+    ranks = [pack(samples, [0, 1], RowLayout(align=4, context_rank=rank, context_size=2)) for rank in range(2)]
+    row = ranks[0]
+    assert row.cu_seqlens.tolist() == [0, 8, 16], "5 tokens are filled up to 8, twice two chunks of two"
+    assert row.tokens_T.tolist() == [*range(10, 15), 0, 0, 0, *range(50, 58)]
+    assert row.sequence_ids_T.tolist() == [0] * 5 + [-1] * 3 + [1] * 8
+    assert row.labels_T.tolist() == [11, 12, 13, 14, 0, 0, 0, 0, *range(51, 58), 0]
+    assert row.mask_T.tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0]
+    shares = [one.context for one in ranks]
+    assert shares[0].rows_t.tolist() == [0, 1, 6, 7, 8, 9, 14, 15]
+    assert shares[1].rows_t.tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
+    together = torch.cat([share.rows_t for share in shares])
+    assert together[shares[0].order_T].tolist() == list(range(16))
+    assert [one.tolist() for one in split(row.tokens_T, row)] == [list(range(10, 15)), list(range(50, 58))]
+    empty = pack(samples, [], RowLayout(align=4, context_size=2))
+    assert (empty.tokens, len(empty.context.rows_t)) == (4, 2)
+
+
+def test_tensor_ranks_share_the_pictures_by_cost() -> None:
+    pictures = [picture(name, units) for name, units in (("a", 3), ("b", 7), ("c", 4))]
+    samples = [
+        sample(30, pictures=tuple(pictures), offsets=(1, 5, 15)),
+        sample(9, pictures=(pictures[0],), offsets=(2,)),
+    ]
+    first, second = (pack(samples, [0, 1], RowLayout(picture_rank=rank, picture_ranks=2)).vision for rank in range(2))
+    assert first.units_R == second.units_R == (7, 7), "b alone against a and c"
+    assert (len(first.patches_PD), len(second.patches_PD)) == (28, 28)
+    assert set(first.patches_PD.unique().tolist()) == {float(ord("b"))}
+    # In the gathered order b stands first, then a and c; sample 1 shows a once more.
+    assert first.source_E.tolist() == [7, 8, 9, *range(7), 10, 11, 12, 13, 7, 8, 9]
+    alone = pack(samples, [1], RowLayout(picture_rank=1, picture_ranks=2)).vision
+    assert (alone.units_R, len(alone.patches_PD)) == ((3, 0), 0)
+
+
+def test_features_take_the_place_of_patches() -> None:
+    a, b = picture("a", 3), picture("b", 2)
+    samples = [sample(8, pictures=(a,), offsets=(2,)), sample(9, pictures=(b, a), offsets=(1, 5))]
+    known = {"a": torch.full((3, 4), 1.0), "b": torch.full((2, 4), 2.0)}
+    features = Features(known, merged=True, nothing=torch.zeros(0, 4))
+    vision = pack(samples, [0, 1], RowLayout(picture_ranks=2), features).vision
+    assert vision.units_UO[:, 0].tolist() == [1, 1, 1, 2, 2]
+    assert (len(vision.patches_PD), vision.units_R) == (0, None)
+    assert vision.source_E.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+def test_interleaved_pipelines_get_a_multiple_of_the_stages() -> None:
+    plans = plan([5, 5, 5], [1.0] * 3, 1, 5, multiple_of=2)
+    assert plans == [[[0], [1], [2], []]]

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from eureka_megatron.checkpoint.layouts import Replicated
-from eureka_megatron.checkpoint.qwen2_5_vl import expand, hf_metadata, hub_name, rows
+from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, frozen_rows, hf_metadata, hub_name, rows, unsent
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
@@ -99,3 +99,49 @@ def test_expansion_goes_layer_by_layer():
 def test_unknown_options_are_refused(argument):
     with pytest.raises(ConfigError, match="nonsense"):
         rows(HUB_3B, **{argument: "nonsense"})
+
+
+def frozen(*names: str, tied: bool = False) -> frozenset[str]:
+    return frozen_rows(small_table(tied), names)
+
+
+def small_table(tied: bool = False) -> tuple[Row, ...]:
+    config = copy.deepcopy(HUB_3B)
+    config.tie_word_embeddings = tied
+    return expand(rows(config))
+
+
+def test_parts_and_patterns_choose_what_is_frozen() -> None:
+    assert frozen() == frozenset()
+    assert {name.split(".")[0] for name in frozen("vision", "merger")} == {"vision"}
+    assert not any(name.startswith("vision.merger.") for name in frozen("vision"))
+    assert not any(name.startswith("vision.") for name in frozen("language", tied=True))
+    block = frozen("visual.blocks.0.*")
+    assert len(block) == 10
+    assert all(name.startswith("vision.decoder.layers.0.") for name in block)
+    query_key_value = frozen("model.layers.0.self_attn.[qkv]_proj.weight")
+    assert query_key_value == {"decoder.layers.0.self_attention.linear_qkv.weight"}
+    assert frozen("model.embed_tokens.*", tied=True) == {"embedding.word_embeddings.weight", "output_layer.weight"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["visn"], "model.freeze: 'visn' matches no tensor; did you mean 'vision'"),
+        (["visual.blocks.99.*"], "matches no tensor"),
+        (["model.layers.0.self_attn.q_proj.*"], "they are one parameter, decoder.layers.0.self_attention.linear_qkv"),
+        (["vision", "merger", "language"], "leaves no parameter to learn"),
+    ],
+)
+def test_a_pattern_that_cannot_be_meant_is_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        frozen(*names)
+
+
+def test_half_a_frozen_module_still_travels() -> None:
+    table = small_table()
+    bias = frozen("visual.blocks.0.attn.qkv.bias")
+    assert unsent(table, bias) == frozenset()
+    whole = frozen("visual.blocks.0.attn.qkv.*")
+    assert unsent(table, whole) == whole
+    assert len(whole) == 2
