@@ -85,9 +85,12 @@ class ParallelSection(_Section):
 class DataSection(_Section):
     train: Path
     test: Path | None = None  # evaluated every `training.evaluate_every` steps
-    media: tuple[Path, ...] = ()  # folders pictures may come from, besides the data file's own
-    min_pixels: int = Field(4 * 28 * 28, ge=1)
-    max_pixels: int = Field(640 * 28 * 28, ge=1)
+    media: tuple[Path, ...] = ()  # folders pictures and videos may come from, besides the data file's own
+    min_pixels: int = Field(4 * 28 * 28, ge=1)  # of a picture, or of a frame of a video
+    max_pixels: int = Field(640 * 28 * 28, ge=1)  # of a picture
+    video_max_pixels: int = Field(128 * 28 * 28, ge=28 * 28)  # of a frame; a row's own max_pixels goes before
+    video_fps: float = Field(2.0, gt=0)  # frames a second taken from a file; a row's own fps or nframes goes before
+    video_max_frames: int = Field(768, ge=2)  # taken from a file at most; a longer list of frames is a bad row
     max_prompt_tokens: int = Field(3000, ge=1)  # with expanded placeholders; longer prompts are bad rows
     system_prompt: str = "none"  # a named template of data/prompts.py, or "none"
     on_bad_row: Literal["error", "skip"] = "error"

@@ -22,18 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture (or video), processed once and shared by all samples that show it.
+    """One picture or video, processed once and shared by all samples that show it.
 
     Everything per patch is in **window order**: the order in which windowed attention wants the patches. Because patch
     embedding, rotary embedding and the merger work patch by patch (or merge unit by merge unit), permuting here means that
     the model never permutes; `unit_order_U` says where each embedding belongs in reading order.
 
+    Two frames of a video make one step of its time axis (`temporal_patch_size`), and what is called a frame below is such a step.
+
     Example: an 84×84 picture has `grid_thw=(1, 6, 6)`, 36 patches, 9 merge units, `window_lengths=[36]`,
-    `frame_lengths=[36]`.
+    `frame_lengths=[36]`. Six 84×84 frames at 2 a second: `grid_thw=(3, 6, 6)`, 108 patches, `frame_lengths=[36, 36, 36]`,
+    `seconds_per_grid=1.0`.
     """
 
     key: str  # content hash of pixels and grid: equal keys mean equal features
-    image: Image | None  # RGB, already resized to the grid; what the rollout engine gets
+    image: Image | None  # RGB, already resized to the grid; what the rollout engine gets. None for a video
     grid_thw: tuple[int, int, int]  # patches in time, height, width
     patches_PD: torch.Tensor  # float32 [patches, channels · temporal patch · patch²]
     coordinates_P2: np.ndarray  # int64, (row, column) of each patch, for the rotary embedding
@@ -42,10 +45,20 @@ class Picture:
     )  # int64: the unit at place u of the window order is unit `unit_order_U[u]` in reading order
     window_lengths_W: np.ndarray  # int64: patches in each attention window; sums to P
     frame_lengths_F: np.ndarray  # int64: patches in each frame (full-attention blocks); sums to P
+    frames: np.ndarray | None = (
+        None  # uint8 RGB [frames, height, width, 3] of a video, resized; what the rollout engine gets
+    )
+    seconds_per_grid: float | None = (
+        None  # of a video: between two steps of the time axis, rounded as the engine has it
+    )
+
+    @property
+    def is_video(self) -> bool:
+        return self.seconds_per_grid is not None
 
     @property
     def units(self) -> int:
-        """Vision embeddings, hence placeholder tokens, of this picture."""
+        """Vision embeddings, hence placeholder tokens, of this picture or video."""
         return len(self.unit_order_U)
 
 
@@ -58,7 +71,7 @@ class Prompt:
     """
 
     id: str
-    text: str  # chat template applied; exactly one placeholder a picture (the rollout engine expands it itself)
+    text: str  # chat template applied; one placeholder a picture or video (the rollout engine expands it itself)
     answer: str
     tokens_S: np.ndarray  # int64, placeholders expanded
     positions_3S: np.ndarray  # int64 [3, S]: mrope positions in time, height, width

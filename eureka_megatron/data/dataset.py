@@ -19,6 +19,7 @@ import numpy as np
 from eureka_megatron.data.chat import located, read_chat
 from eureka_megatron.data.pictures import locate
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.videos import check_video
 from eureka_megatron.errors import UserError
 from eureka_megatron.types import Prompt, Sample
 
@@ -211,8 +212,11 @@ def _check_row(
     missing = [key for key in ("message", "answer", response_key) if key is not None and key not in row]
     if missing:
         raise UserError(f"key {missing[0]!r} is missing; found {', '.join(sorted(row)) or 'no keys'}")
-    for address in read_chat(row["message"]).pictures:
-        locate(address, folders)
+    for visual in read_chat(row["message"]).visuals:
+        if visual.kind == "image":
+            locate(visual.addresses[0], folders)
+        else:
+            check_video(visual, folders)
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise UserError(f"'answer' must be a non-empty string or a number, found {answer!r}")
@@ -246,12 +250,12 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _bytes(prompt: Prompt) -> int:
-    pictures = sum(
-        picture.patches_PD.nbytes + 3 * picture.image.width * picture.image.height
-        for picture in prompt.pictures
-        if picture.image is not None
-    )
-    return pictures + 4 * prompt.tokens_S.nbytes + 2 * len(prompt.text)
+    pixels = 0
+    for picture in prompt.pictures:
+        pixels += 3 * picture.image.width * picture.image.height if picture.image is not None else 0
+        pixels += picture.frames.nbytes if picture.frames is not None else 0
+    patches = sum(picture.patches_PD.nbytes for picture in prompt.pictures)
+    return patches + pixels + 4 * prompt.tokens_S.nbytes + 2 * len(prompt.text)
 
 
 class PromptStream:

@@ -22,8 +22,8 @@ MAX_PICTURE_PIXELS = 64 * 1024 * 1024  # decoded: 192 MiB as RGB
 MAX_PICTURE_BYTES = 64 * 1024 * 1024
 
 
-def locate(address: str, folders: Sequence[Path]) -> Path | None:
-    """The file an address points to; None for a data URL.
+def locate(address: str, folders: Sequence[Path], what: str = "picture") -> Path | None:
+    """The file an address points to; None for a data URL. `what` is for messages.
 
     Raises:
         UserError: the file is missing, lies outside `folders`, or the address is of another kind.
@@ -32,30 +32,28 @@ def locate(address: str, folders: Sequence[Path]) -> Path | None:
         return None
     scheme, separator, _ = address.partition("://")
     if separator and scheme != "file":
-        raise UserError(
-            f"picture {_short(address)}: pictures are not fetched from {scheme}:// addresses; download them"
-        )
+        raise UserError(f"{what} {short(address)}: {what}s are not fetched from {scheme}:// addresses; download them")
     path = Path(address)
     if separator:
         parts = urlsplit(address)
         if parts.netloc not in ("", "localhost"):
             raise UserError(
-                f"picture {_short(address)}: file:// addresses have three slashes (found host {parts.netloc})"
+                f"{what} {short(address)}: file:// addresses have three slashes (found host {parts.netloc})"
             )
         path = Path(unquote(address.removeprefix("file://").removeprefix("localhost")))
     if "\0" in str(path):
-        raise UserError(f"picture {_short(address)}: the path holds a NUL character")
+        raise UserError(f"{what} {short(address)}: the path holds a NUL character")
     candidates = [path] if path.is_absolute() else [folder / path for folder in folders]
     roots = [folder.resolve() for folder in folders]
     inside = [found for found in (candidate.resolve() for candidate in candidates) if _within(found, roots)]
     if not inside:
         raise UserError(
-            f"picture {_short(address)} lies outside the allowed folders ({', '.join(map(str, folders))}); "
+            f"{what} {short(address)} lies outside the allowed folders ({', '.join(map(str, folders))}); "
             "add its folder to data.media"
         )
     existing = next((found for found in inside if found.is_file()), None)
     if existing is None:
-        raise UserError(f"picture {_short(address)} does not exist (looked for {inside[0]})")
+        raise UserError(f"{what} {short(address)} does not exist (looked for {inside[0]})")
     return existing
 
 
@@ -69,27 +67,27 @@ def load_picture(address: str, folders: Sequence[Path]) -> Image.Image:
     try:
         data = path.read_bytes() if path and path.stat().st_size <= MAX_PICTURE_BYTES else None
     except OSError as error:
-        raise UserError(f"picture {_short(address)} cannot be read: {error.strerror}") from error
+        raise UserError(f"picture {short(address)} cannot be read: {error.strerror}") from error
     if path is None:
         data = _decode_data_url(address)
     if data is None or len(data) > MAX_PICTURE_BYTES:
-        raise UserError(f"picture {_short(address)} is larger than {MAX_PICTURE_BYTES >> 20} MiB")
+        raise UserError(f"picture {short(address)} is larger than {MAX_PICTURE_BYTES >> 20} MiB")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 if picture.width * picture.height > MAX_PICTURE_PIXELS:
                     raise UserError(
-                        f"picture {_short(address)} has {picture.width}×{picture.height} pixels; "
+                        f"picture {short(address)} has {picture.width}×{picture.height} pixels; "
                         f"{MAX_PICTURE_PIXELS} are the most"
                     )
                 return _to_rgb(ImageOps.exif_transpose(picture))
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"picture {_short(address)} has far more than {MAX_PICTURE_PIXELS} pixels") from None
+        raise UserError(f"picture {short(address)} has far more than {MAX_PICTURE_PIXELS} pixels") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        raise UserError(f"picture {_short(address)} is corrupt or no picture: {error}") from error
+        raise UserError(f"picture {short(address)} is corrupt or no picture: {error}") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -105,16 +103,17 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def _decode_data_url(address: str) -> bytes:
     head, comma, body = address.partition(",")
     if not comma or not head.endswith(";base64") or not head.startswith("data:image/"):
-        raise UserError(f"picture {_short(address)}: a data URL starts with data:image/…;base64,")
+        raise UserError(f"picture {short(address)}: a data URL starts with data:image/…;base64,")
     try:
         return base64.b64decode("".join(body.split()), validate=True)
     except binascii.Error as error:
-        raise UserError(f"picture {_short(address)}: not base64 ({error})") from None
+        raise UserError(f"picture {short(address)}: not base64 ({error})") from None
 
 
 def _within(path: Path, roots: Sequence[Path]) -> bool:
     return any(path.is_relative_to(root) for root in roots)
 
 
-def _short(address: str) -> str:
+def short(address: str) -> str:
+    """An address as a message shows it: quoted, and cut when it is a data URL."""
     return repr(address if len(address) <= 120 else address[:60] + "…")

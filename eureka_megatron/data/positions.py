@@ -23,7 +23,9 @@ class Span:
 
     offset: int  # index of the first placeholder token
     grid_thw: tuple[int, int, int]  # patches in time, height, width
-    seconds_per_grid: float | None = None  # None: an image; else seconds between two steps of the time axis
+    # None: an image; else seconds between two steps of the time axis, rounded to the type in which vLLM has them (its model's): the time
+    # axis is truncated to whole positions, so a difference in the last bit may move one.
+    seconds_per_grid: float | None = None
 
     def units(self, merge_size: int) -> tuple[int, int, int]:
         """Merge units in time, height, width."""

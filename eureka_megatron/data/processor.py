@@ -1,11 +1,12 @@
-"""From a chat with pictures to a `Prompt`: the one place where text becomes tokens and pixels become patches.
+"""From a chat with pictures and videos to a `Prompt`: the one place where text becomes tokens and pixels become patches.
 
-A picture is resized here, once, to a size the vision tower takes as it is. `Picture.image` is that resized picture and goes
-to the rollout engine; its patches, made by the checkpoint's own image processor without another resize, go to the trainer.
-Both sides so see the same pixels, whatever their resampling code.
+A picture is resized here, once, to a size the vision tower takes as it is. `Picture.image` (of a video `Picture.frames`) is that resized
+picture and goes to the rollout engine; its patches, made by the checkpoint's own image or video processor without another resize, go to
+the trainer. Both sides so see the same pixels, whatever their resampling code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,35 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
+from transformers.image_utils import pil_torch_interpolation_mapping
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.video_utils import VideoMetadata
 
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.chat import Chat, located, read_chat
-from eureka_megatron.data.pictures import load_picture
+from eureka_megatron.data.chat import Chat, Visual, located, read_chat
+from eureka_megatron.data.pictures import load_picture, short
 from eureka_megatron.data.positions import Span, mrope_positions
 from eureka_megatron.data.prompts import system_prompt as named_system_prompt
 from eureka_megatron.data.samples import training_sample
+from eureka_megatron.data.videos import Clip, open_clip
 from eureka_megatron.data.vision_layout import vision_layout
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.types import Picture, Prompt, Sample
 
 
 class Processor:
-    """Tokenizer, chat template and image processor of one checkpoint.
+    """Tokenizer, chat template, image and video processor of one checkpoint.
+
+    Args:
+        min_pixels, max_pixels: of a picture; a row may narrow them. None: the checkpoint's own.
+        video_max_pixels: of a frame; a row may say otherwise. min_pixels holds for frames, too.
+        video_fps: frames a second to take from a file, or that a list of frames was taken with, where the row does not say.
+        video_max_frames: the most to take from a file, or that a list may have.
+        dtype: of the rollout engine's model. vLLM hands "seconds per time step" on in it, so positions depend on it.
 
     Attributes:
         tokenizer: the checkpoint's.
-        image_token: "<|image_pad|>", and image_token_id.
+        image_token, video_token: "<|image_pad|>" and "<|video_pad|>", and image_token_id, video_token_id.
         end_token_id: of "<|im_end|>", which closes a response.
         vision_token_ids: the tokens a policy must not sample; rollouts ban them.
 
@@ -49,9 +60,15 @@ class Processor:
         max_pixels: int | None = 640 * 28 * 28,
         max_prompt_tokens: int = 3000,
         system_prompt: str = "none",
+        video_max_pixels: int = 128 * 28 * 28,
+        video_fps: float = 2.0,
+        video_max_frames: int = 768,
+        dtype: str = "float32",
     ) -> None:
         self.model_dir = Path(model_dir)
         self.max_prompt_tokens = max_prompt_tokens
+        self.video_max_pixels, self.video_fps, self.video_max_frames = video_max_pixels, video_fps, video_max_frames
+        self._dtype: torch.dtype = getattr(torch, dtype)
         self.system_prompt = named_system_prompt(system_prompt)
         config, self._hf = _load(self.model_dir)
         own = self._hf.image_processor.size  # None asks for the checkpoint's own bounds
@@ -61,34 +78,38 @@ class Processor:
         self._vision = config.vision_config
         names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>")
         ids = {name: self.tokenizer.convert_tokens_to_ids(name) for name in names}
-        if ids["<|image_pad|>"] != config.image_token_id:
-            raise UserError(
-                f"{self.model_dir}: config.json says image_token_id={config.image_token_id}, but the tokenizer's "
-                f"<|image_pad|> is {ids['<|image_pad|>']}"
-            )
+        for key, name in (("image_token_id", names[0]), ("video_token_id", names[1])):
+            if ids[name] != getattr(config, key):
+                raise UserError(
+                    f"{self.model_dir}: config.json says {key}={getattr(config, key)}, but the tokenizer's {name} is {ids[name]}"
+                )
         self.image_token, self.video_token = names[:2]
-        self.image_token_id, self.end_token_id = ids["<|image_pad|>"], ids["<|im_end|>"]
+        self.image_token_id, self.video_token_id = ids[names[0]], ids[names[1]]
+        self.end_token_id = ids["<|im_end|>"]
         self.vision_token_ids: tuple[int, ...] = tuple(ids[name] for name in names[:4])
         self._check_bounds()
 
     def prompt(
         self, message: Any, *, id: str = "", answer: str = "", folders: Sequence[Path] = (), origin: str = ""
     ) -> Prompt:
-        """Read a chat, load its pictures from within `folders`, and make the prompt of it.
+        """Read a chat, load its pictures and videos from within `folders`, and make the prompt of it.
 
         Raises:
-            UserError: starts with `origin`, names the picture or the length that is wrong.
+            UserError: starts with `origin`, names the picture, video, frame or length that is wrong.
         """
         with located(origin):
             chat = read_chat(message, system_prompt=self.system_prompt)
-            pictures = tuple(self.picture(load_picture(address, folders), address) for address in chat.pictures)
+            pictures = tuple(self._load(visual, folders) for visual in chat.visuals)
             text = self.render(chat)
             tokens_S, offsets = self._expand(text, pictures)
             if len(tokens_S) > self.max_prompt_tokens:
                 raise UserError(
                     f"the prompt has {len(tokens_S)} tokens; data.max_prompt_tokens={self.max_prompt_tokens}"
                 )
-        spans = [Span(offset, picture.grid_thw) for offset, picture in zip(offsets, pictures, strict=True)]
+        spans = [
+            Span(offset, picture.grid_thw, picture.seconds_per_grid)
+            for offset, picture in zip(offsets, pictures, strict=True)
+        ]
         return Prompt(
             id=id,
             text=text,
@@ -106,47 +127,70 @@ class Processor:
         )
 
     def render(self, chat: Chat) -> str:
-        """The chat template applied, open for the assistant; one placeholder a picture.
+        """The chat template applied, open for the assistant; one placeholder a picture or video.
 
         Raises:
             UserError: the chat's text itself contains a placeholder.
         """
         text = self._hf.apply_chat_template(chat.turns, tokenize=False, add_generation_prompt=True)
-        found = text.count(self.image_token)
-        if found != len(chat.pictures) or self.video_token in text:
-            raise UserError(
-                f"the text has {found} {self.image_token} for {len(chat.pictures)} pictures; "
-                "a data file must not contain placeholder tokens as text"
-            )
+        for kind, token in (("image", self.image_token), ("video", self.video_token)):
+            found, shown = text.count(token), sum(visual.kind == kind for visual in chat.visuals)
+            if found != shown:
+                raise UserError(
+                    f"the text has {found} {token} for {shown} {'pictures' if kind == 'image' else 'videos'}; "
+                    "a data file must not contain placeholder tokens as text"
+                )
         return text
 
-    def picture(self, image: Image.Image, name: str = "") -> Picture:
-        """Resize to the grid and cut into patches, in window order. `name` is for messages.
+    def picture(
+        self, image: Image.Image, name: str = "", *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Picture:
+        """Resize to the grid and cut into patches, in window order.
+
+        Args:
+            name: for messages.
+            min_pixels, max_pixels: narrower bounds than the processor's.
 
         Raises:
             UserError: the picture is more than 200 times as long as wide.
         """
         image = image.convert("RGB")
-        height, width = self._target_size(image.height, image.width, name)
+        least, most = (
+            min(max(bound or own, self.min_pixels), self.max_pixels)
+            for bound, own in ((min_pixels, self.min_pixels), (max_pixels, self.max_pixels))
+        )
+        height, width = self._target_size(image.height, image.width, name, least, most)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         values = self._hf.image_processor(images=[image], do_resize=False, return_tensors="pt")
-        grid_thw = tuple(values["image_grid_thw"][0].tolist())
-        layout = vision_layout(
-            grid_thw,
-            window_size=self._vision.window_size,
-            patch_size=self._vision.patch_size,
-            merge_size=self._vision.spatial_merge_size,
-        )
-        return Picture(
-            key=blake2b(image.tobytes() + repr(grid_thw).encode(), digest_size=16).hexdigest(),
-            image=image,
-            grid_thw=grid_thw,
-            patches_PD=values["pixel_values"].to(torch.float32)[torch.from_numpy(layout.patch_order_P)],
-            coordinates_P2=layout.coordinates_P2,
-            unit_order_U=layout.unit_order_U,
-            window_lengths_W=layout.window_lengths_W,
-            frame_lengths_F=layout.frame_lengths_F,
+        return self._record(values["pixel_values"], values["image_grid_thw"][0], image.tobytes(), image=image)
+
+    def video(
+        self, clip: Clip, name: str = "", *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Picture:
+        """Resize all frames to the grid and cut them into patches, as `picture`. An odd last frame is doubled.
+
+        Args:
+            name: for messages.
+            min_pixels, max_pixels: of a frame, in place of the processor's.
+
+        Raises:
+            UserError: frames differ in size, are more than 200 times as long as wide, or are too many tokens.
+        """
+        together = self._hf.video_processor.temporal_patch_size
+        with closing(clip.frames):
+            frames = list(self._resized(clip, name, min_pixels, max_pixels))
+        frames = np.stack(frames + [frames[-1]] * (-len(frames) % together))
+        values = self._hf.video_processor(videos=[frames], do_resize=False, do_sample_frames=False, return_tensors="pt")
+        # Through float32 into the engine's type: the way the number takes through vLLM's input processor.
+        seconds = torch.tensor(together / clip.fps, dtype=torch.float32).to(self._dtype).item()
+        return self._record(
+            values["pixel_values_videos"],
+            values["video_grid_thw"][0],
+            frames.tobytes(),
+            image=None,
+            frames=frames,
+            seconds_per_grid=seconds,
         )
 
     def encode_response(self, text: str) -> np.ndarray:
@@ -175,27 +219,114 @@ class Processor:
         """Tokens with one placeholder an embedding, and where each picture's placeholders begin."""
         tokens = np.array(self._encode(text), dtype=np.int64)
         units_I = np.array([picture.units for picture in pictures], dtype=np.int64)
-        places_I = np.flatnonzero(tokens == self.image_token_id)
+        places_I = np.flatnonzero(np.isin(tokens, (self.image_token_id, self.video_token_id)))
         repeats = np.ones(len(tokens), dtype=np.int64)
         repeats[places_I] = units_I
         offsets_I = places_I + np.cumsum(units_I - 1) - (units_I - 1)
         return np.repeat(tokens, repeats), tuple(offsets_I.tolist())
 
-    def _target_size(self, height: int, width: int, name: str = "") -> tuple[int, int]:
+    def _load(self, visual: Visual, folders: Sequence[Path]) -> Picture:
+        bounds = {"min_pixels": visual.min_pixels, "max_pixels": visual.max_pixels}
+        name = visual.addresses[0]
+        if visual.kind == "image":
+            return self.picture(load_picture(name, folders), name, **bounds)
+
+        def choose(total: int, fps: float) -> list[int]:
+            return self._choose(visual, total, fps)
+
+        clip = open_clip(visual, folders, choose=choose, fps=self.video_fps, max_frames=self.video_max_frames)
+        return self.video(clip, name, **bounds)
+
+    def _choose(self, visual: Visual, total: int, fps: float) -> list[int]:
+        """Which frames of a file to show: the rule of the checkpoint's video processor."""
+        name = short(visual.addresses[0])
+        if visual.frames is not None and visual.frames > min(total, self.video_max_frames):
+            raise UserError(
+                f"video {name} has nframes={visual.frames}, but only {total} frames; data.video_max_frames={self.video_max_frames}"
+            )
+        if total == 1:
+            return [0]
+        wanted: dict[str, float] = {"fps": visual.fps or self.video_fps}
+        if visual.frames is not None:
+            wanted = {"num_frames": min(max(visual.frames, 2), total // 2 * 2)}
+        indices = self._hf.video_processor.sample_frames(
+            VideoMetadata(total_num_frames=total, fps=fps), max_frames=self.video_max_frames, **wanted
+        )
+        return sorted({min(int(index), total - 1) for index in indices})  # rounding may give one too many at the end
+
+    def _resized(self, clip: Clip, name: str, min_pixels: int | None, max_pixels: int | None) -> Iterator[np.ndarray]:
+        """The frames at the size of the grid, uint8 [height, width, 3] each. The first decides on the size of all."""
+        from torchvision.transforms.v2 import functional
+
+        processor = self._hf.video_processor
+        interpolation = pil_torch_interpolation_mapping[processor.resample]
+        first: tuple[int, ...] | None = None
+        for number, frame in enumerate(clip.frames, start=1):
+            if first is None:
+                first = frame.shape
+                size = self._frame_size(clip, *first[:2], name, min_pixels, max_pixels)
+            if frame.shape != first:
+                raise UserError(
+                    f"video {short(name)}: frame {number} is {frame.shape[1]}×{frame.shape[0]}, the first is {first[1]}×{first[0]}; "
+                    "all frames of a video have one size"
+                )
+            pixels = torch.tensor(frame).permute(2, 0, 1)
+            if size != first[:2]:  # by the video processor's own means: its patches of the original frames are ours
+                pixels = functional.resize(pixels, list(size), interpolation=interpolation, antialias=True)
+            yield pixels.permute(1, 2, 0).contiguous().numpy()
+
+    def _frame_size(
+        self, clip: Clip, height: int, width: int, name: str, min_pixels: int | None, max_pixels: int | None
+    ) -> tuple[int, int]:
+        """Height and width of the grid's frames; tells too long a video before all of it is decoded."""
+        most = max_pixels or max(self.video_max_pixels, min_pixels or 0)
+        factor = self._vision.patch_size * self._vision.spatial_merge_size
+        try:
+            size = smart_resize(height, width, factor, min(min_pixels or self.min_pixels, most), most)
+        except ValueError:
+            raise _too_long(name, width, height) from None
+        steps = -(-clip.count // self._hf.video_processor.temporal_patch_size)
+        tokens = steps * (size[0] // factor) * (size[1] // factor)
+        if tokens > self.max_prompt_tokens:
+            raise UserError(
+                f"video {short(name)}: {clip.count} frames of {size[1]}×{size[0]} pixels are {tokens} tokens; "
+                f"data.max_prompt_tokens={self.max_prompt_tokens} (fewer: fps, nframes, max_pixels)"
+            )
+        return size
+
+    def _record(self, patches_PD: torch.Tensor, grid: torch.Tensor, pixels: bytes, **values: Any) -> Picture:
+        """The record of patches that come in the image processor's order; `pixels` identify it."""
+        grid_thw = tuple(grid.tolist())
+        layout = vision_layout(
+            grid_thw,
+            window_size=self._vision.window_size,
+            patch_size=self._vision.patch_size,
+            merge_size=self._vision.spatial_merge_size,
+        )
+        return Picture(
+            key=blake2b(pixels + repr(grid_thw).encode(), digest_size=16).hexdigest(),
+            grid_thw=grid_thw,
+            patches_PD=patches_PD.to(torch.float32)[torch.from_numpy(layout.patch_order_P)],
+            coordinates_P2=layout.coordinates_P2,
+            unit_order_U=layout.unit_order_U,
+            window_lengths_W=layout.window_lengths_W,
+            frame_lengths_F=layout.frame_lengths_F,
+            **values,
+        )
+
+    def _target_size(self, height: int, width: int, name: str, least: int, most: int) -> tuple[int, int]:
         """The size that smart_resize leaves alone; rarely it takes more than one step to get there."""
         factor = self._vision.patch_size * self._vision.spatial_merge_size
         for _ in range(8):
             try:
-                target = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+                target = smart_resize(height, width, factor, least, most)
             except ValueError:
-                raise UserError(
-                    f"picture {name[:120]!r} is {width}×{height}: more than 200 times as long as wide"
-                ) from None
+                raise _too_long(name, width, height) from None
             if target == (height, width):
                 return target
             height, width = target
         raise ConfigError(
-            f"data.min_pixels={self.min_pixels} and data.max_pixels={self.max_pixels} are too close: "
+            f"data.min_pixels={least} and data.max_pixels={most} are too close: "
             f"no multiple of {factor} pixels lies between them for picture {name[:120]!r}"
         )
 
@@ -212,6 +343,10 @@ class Processor:
             raise ConfigError(f"data.max_pixels={self.max_pixels} is above the checkpoint's own bound, {most}")
 
 
+def _too_long(name: str, width: int, height: int) -> UserError:
+    return UserError(f"picture {short(name)} is {width}×{height}: more than 200 times as long as wide")
+
+
 def _load(model_dir: Path) -> tuple[Any, Any]:
     if not (model_dir / "config.json").is_file():
         raise UserError(f"{model_dir} is no Hugging Face checkpoint: config.json is missing")
@@ -224,6 +359,7 @@ def _load(model_dir: Path) -> tuple[Any, Any]:
         ) from error
     if config.model_type != "qwen2_5_vl" or not hasattr(processor, "image_processor"):
         raise UserError(f"{model_dir} holds a {config.model_type!r} checkpoint; qwen2_5_vl is what is supported")
+    processor.video_processor.cap_pixels_per_frame = False  # frames come resized; unset, transformers warns
     return config, processor
 
 
@@ -236,4 +372,8 @@ def make_processor(config: RunConfig) -> Processor:
         max_pixels=data.max_pixels,
         max_prompt_tokens=data.max_prompt_tokens,
         system_prompt=data.system_prompt,
+        video_max_pixels=data.video_max_pixels,
+        video_fps=data.video_fps,
+        video_max_frames=data.video_max_frames,
+        dtype=config.model.dtype,
     )

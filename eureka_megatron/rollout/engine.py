@@ -2,8 +2,9 @@
 
 Decisions a reader may wonder about:
 
-- Prompts go in as token ids with **one** placeholder a picture; vLLM expands them, and the expansion is compared with
+- Prompts go in as token ids with **one** placeholder a picture or video; vLLM expands them, and the expansion is compared with
   `Prompt.tokens_S` token by token. Expanded ids would be expanded again without an error.
+- Frames of a video go in as they are, neither sampled nor resized again, with the rate that gives vLLM `Picture.seconds_per_grid` to the bit.
 - Log-probabilities are vLLM's `raw_logprobs`: before temperature, before the ban below. Trainer and engine compare like with like.
 - Vision special tokens are banned by a logit bias of minus infinity (one indexed addition a step): a sampled `<|image_pad|>` would
   be taken for a picture by the next training pass.
@@ -32,7 +33,7 @@ import torch
 from eureka_megatron.errors import UserError
 from eureka_megatron.sync.check import Fingerprint, check_announced, engine_fingerprints, expected_tensors, listed
 from eureka_megatron.sync.source import SyncError, TensorMeta, hub_name
-from eureka_megatron.types import Prompt, Rollout
+from eureka_megatron.types import Picture, Prompt, Rollout
 
 # Names in config.json of the tokens a policy must never sample.
 _VISION_TOKEN_KEYS = (
@@ -103,9 +104,11 @@ class Engine:
             max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
             max_num_seqs=options.max_concurrent,
             seed=options.seed,
-            mm_processor_kwargs={"min_pixels": options.min_pixels, "max_pixels": options.max_pixels},
+            mm_processor_kwargs={
+                "images_kwargs": {"size": {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}},
+                "videos_kwargs": {"do_resize": False, "do_sample_frames": False, "cap_pixels_per_frame": False},
+            },
             mm_processor_cache_gb=1,
-            limit_mm_per_prompt={"video": 0},
             weight_transfer_config=WeightTransferConfig(backend=register_backend()),
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
@@ -295,8 +298,10 @@ class Engine:
     @staticmethod
     def _request(prompt: Prompt, response: Sequence[int] = ()) -> dict[str, Any]:
         request: dict[str, Any] = {"prompt_token_ids": [*collapse_placeholders(prompt), *response]}
+        images = [picture.image for picture in prompt.pictures if not picture.is_video]
+        videos = [_video_item(picture) for picture in prompt.pictures if picture.is_video]
         if prompt.pictures:
-            request["multi_modal_data"] = {"image": [picture.image for picture in prompt.pictures]}
+            request["multi_modal_data"] = {k: v for k, v in (("image", images), ("video", videos)) if v}
         return request
 
     def _run(self, requests: list[dict[str, Any]], parameters: Any) -> list[Any]:
@@ -391,6 +396,19 @@ def _repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def _video_item(picture: Picture) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames and metadata as vLLM's input processor wants them; it works out 2 / fps again, the seconds of a time step."""
+    count = len(picture.frames)
+    fps = count / picture.grid_thw[0] / picture.seconds_per_grid
+    return picture.frames, {
+        "fps": fps,
+        "duration": count / fps,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "eureka",
+    }
+
+
 def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarray) -> None:
     if len(found) != len(expected_S):
         raise UserError(
@@ -405,7 +423,10 @@ def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarra
 
 
 def _gpu_settings(options: EngineOptions) -> dict[str, Any]:
-    return {"gpu_memory_utilization": options.gpu_memory_utilization}
+    settings: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    if options.max_model_tokens > 8192:  # vLLM's smallest default: a video must fit into one step of the encoder whole
+        settings["max_num_batched_tokens"] = options.max_model_tokens + 1
+    return settings
 
 
 def _cpu_settings(options: EngineOptions) -> dict[str, Any]:

@@ -17,9 +17,36 @@ IMAGE_CASES = [
     (40, [Span(0, (1, 8, 6)), Span(28, (1, 6, 8))]),
     (17, []),
 ]
+
+
+def seconds(fps: float, dtype: torch.dtype = torch.float32) -> float:
+    """Of two frames, as vLLM's input processor hands them on: a tensor of the model's type."""
+    return torch.tensor(2 / fps).to(dtype).item()
+
+
 VIDEO_CASES = [
     (200, [Span(5, (4, 6, 8), seconds_per_grid=1.0)]),
-    (200, [Span(5, (7, 2, 4), seconds_per_grid=2.5), Span(40, (1, 6, 6)), Span(60, (3, 8, 4), seconds_per_grid=0.37)]),
+    (
+        200,
+        [
+            Span(5, (7, 2, 4), seconds_per_grid=2.5),
+            Span(40, (1, 6, 6)),
+            Span(60, (3, 8, 4), seconds_per_grid=seconds(5.4)),
+        ],
+    ),
+    # Sixty frames and more, fractional seconds, then an image, then text.
+    (400, [Span(3, (31, 4, 6), seconds_per_grid=seconds(1.7)), Span(192, (1, 6, 6)), Span(201, (1, 2, 8))]),
+    (
+        900,
+        [
+            Span(0, (100, 4, 4), seconds_per_grid=seconds(2.997)),
+            Span(402, (40, 4, 4), seconds_per_grid=seconds(23.976)),
+        ],
+    ),
+    (900, [Span(0, (100, 4, 4), seconds_per_grid=seconds(1.7, torch.bfloat16)), Span(400, (1, 4, 4))]),
+    # 2 / fps = 0.7: a multiple of it lies at a whole position, and float32 just below it.
+    (60, [Span(1, (12, 2, 4), seconds_per_grid=seconds(2 / 0.7))]),
+    (60, [Span(1, (12, 2, 4), seconds_per_grid=0.7)]),
 ]
 
 
@@ -38,7 +65,9 @@ def vllm_positions(length: int, spans: list[Span], tokens_per_second: float) -> 
         modality = "image" if span.seconds_per_grid is None else "video"
         values = {f"{modality}_grid_thw": torch.tensor(span.grid_thw)}
         if modality == "video":
-            values["second_per_grid_ts"] = torch.tensor(span.seconds_per_grid, dtype=torch.float64)
+            values["second_per_grid_ts"] = torch.tensor(
+                span.seconds_per_grid, dtype=torch.float64
+            )  # holds every type's
         item = MultiModalKwargsItem(
             {
                 name: MultiModalFieldElem(data=value, field=MultiModalSharedField(batch_size=1))
@@ -61,6 +90,16 @@ def vllm_positions(length: int, spans: list[Span], tokens_per_second: float) -> 
 def test_positions_equal_vllm(length, spans, tokens_per_second):
     expected = vllm_positions(length, spans, tokens_per_second)
     np.testing.assert_array_equal(mrope_positions(length, spans, tokens_per_second=tokens_per_second), expected)
+
+
+def test_the_last_bit_of_the_seconds_may_move_a_position():
+    """Why spans hold them in the engine's type."""
+    rounded, exact = (
+        mrope_positions(60, [Span(1, (12, 2, 4), seconds_per_grid=value)])[0, 1:].reshape(-1)[:24:2]
+        for value in (seconds(2 / 0.7), 0.7)
+    )
+    assert rounded[5] == 1 + 6
+    assert exact[5] == 1 + 7
 
 
 # transformers takes pictures that touch for one, so they are kept apart here; the chat template never makes them touch.

@@ -1,0 +1,204 @@
+"""Videos through a real vLLM engine and the native trainer: the same tokens, positions and log-probabilities. One engine for the module."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.samples import training_sample
+from eureka_megatron.sync.source import module_source
+from eureka_megatron.types import Prompt, Sample
+from eureka_megatron.verify import reading_order
+from tests.helpers.engines import load_reference, private_ray, run_config
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.system
+
+OPTIONS: dict[str, Any] = {"n": 2, "temperature": 1.0, "top_p": 1.0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_dir: Path) -> Iterator[Any]:
+    from eureka_megatron.rollout.engine import Engine
+    from eureka_megatron.rollout.pool import RolloutPool
+
+    class ObservedEngine(Engine):  # local, so that Ray pickles it by value
+        def positions(self, prompt: Prompt) -> np.ndarray:
+            """What vLLM works out while it serves the prompt: int64 [3, S + 1]."""
+            original, seen = self._model.get_mrope_input_positions, []
+            self._model.get_mrope_input_positions = lambda *args, **kwargs: (
+                seen.append(original(*args, **kwargs)) or seen[0]
+            )
+            self.score([prompt], [np.array([5])])
+            del self._model.get_mrope_input_positions
+            return seen[0][0].numpy()
+
+    with private_ray():
+        pool = RolloutPool(run_config(tiny_dir), engine_class=ObservedEngine)
+        pool.start()
+        yield pool
+        pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
+    """A picture, videos of several lengths, rates and sizes, all mixed; frames as pictures and from a file."""
+    import cv2
+
+    folder = tmp_path_factory.mktemp("clips")
+    random = np.random.default_rng(0)
+    for number in range(61):
+        Image.fromarray(random.integers(0, 256, (56, 84, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 6.0, (130, 96))
+    for _ in range(20):
+        writer.write(cv2.resize(random.integers(0, 256, (6, 8, 3), dtype=np.uint8), (130, 96)))
+    writer.release()
+    processor = Processor(tiny_dir, min_pixels=28 * 28, max_prompt_tokens=400)
+    names = [f"{number}.png" for number in range(61)]
+    image = {"type": "image", "image": "7.png"}
+    contents = {
+        "long, fractional, then image": [{"type": "video", "video": names, "fps": 1.7}, image, "How many circles?"],
+        "other rate": [{"type": "video", "video": names, "fps": 0.9}, image, "How many circles?"],
+        "file": ["How many", {"type": "video", "video": "clip.mp4", "fps": 3}, "squares?"],
+        "two videos": [
+            image,
+            {"type": "video", "video": names[3:6], "max_pixels": 2 * 28 * 28},
+            image,
+            {"type": "video", "video": names[:8], "fps": 23.976},
+        ],
+        "image only": [image, "How many?"],
+        "text only": ["How many?"],
+    }
+    return [
+        processor.prompt([{"role": "user", "content": content}], id=name, folders=[folder])
+        for name, content in contents.items()
+    ]
+
+
+def trainer_logprobs(rank: int, directory: str, samples: list[Sample], layout: dict, max_tokens: int) -> Any:
+    from eureka_megatron.parallel.runtime import init_parallel
+    from eureka_megatron.train.trainer import PolicyTrainer
+
+    world = torch.distributed.get_world_size()
+    parallel = init_parallel(layout.pop("tensor", 1), layout.pop("pipeline", 1), **layout, rank=rank, world_size=world)
+    trainer = PolicyTrainer(directory, parallel, max_tokens_per_micro_batch=max_tokens)
+    found = trainer.logprobs(samples)
+    return None if found is None else [values.numpy() for values in found]
+
+
+def by_trainer(
+    directory: Path, pairs: list[tuple[Prompt, np.ndarray]], ranks: int = 1, **options: Any
+) -> list[np.ndarray]:
+    """Log-probabilities of the response tokens of each pair."""
+    samples = [training_sample(prompt, tokens_R) for prompt, tokens_R in pairs]
+    max_tokens = options.pop("max_tokens", 4096)
+    found = run_ranks(trainer_logprobs, ranks, str(directory), samples, options, max_tokens)
+    values = next(one for one in found[::-1] if one is not None)
+    return [one[len(prompt.tokens_S) :] for one, (prompt, _) in zip(values, pairs, strict=True)]
+
+
+def worst(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pairs(pool: Any, prompts: list[Prompt]) -> list[tuple[Prompt, Any]]:
+    groups = pool.generate(prompts, **OPTIONS, seed=3)
+    return [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+
+
+@pytest.fixture(scope="module")
+def ours(pairs: list[tuple[Prompt, Any]], tiny_dir: Path) -> list[np.ndarray]:
+    return by_trainer(tiny_dir, [(prompt, rollout.tokens_R) for prompt, rollout in pairs])
+
+
+def test_vllm_gives_videos_the_positions_of_the_data_layer(pool: Any, prompts: list[Prompt]) -> None:
+    import ray
+
+    for prompt in prompts:
+        found = ray.get(pool.actors[0].positions.remote(prompt))
+        np.testing.assert_array_equal(found[:, :-1], prompt.positions_3S)
+        assert (found[:, -1] == prompt.next_position).all()
+    assert prompts[0].next_position != prompts[1].next_position  # equal frames, told apart by vLLM's caches
+
+
+def test_sampled_logprobs_are_those_of_the_trainer(pairs: list[tuple[Prompt, Any]], ours: list[np.ndarray]) -> None:
+    difference = worst(ours, [rollout.logprobs_R for _, rollout in pairs])
+    print(f"trainer against vLLM, sampled tokens: {difference:.1e}")
+    assert difference <= 1e-5  # measured 9.5e-7
+
+
+def test_scores_of_given_responses_are_those_of_the_trainer(
+    pool: Any, pairs: list[tuple[Prompt, Any]], ours: list[np.ndarray]
+) -> None:
+    scores = pool.score([prompt for prompt, _ in pairs], [rollout.tokens_R for _, rollout in pairs])
+    difference = worst(ours, scores)
+    print(f"trainer against vLLM, given tokens: {difference:.1e}")
+    assert difference <= 1e-5  # measured 9.5e-7
+
+
+def test_layout_and_packing_change_nothing(
+    pairs: list[tuple[Prompt, Any]], ours: list[np.ndarray], tiny_dir: Path
+) -> None:
+    chosen = [(prompt, rollout.tokens_R) for prompt, rollout in pairs]
+    longest = max(len(prompt.tokens_S) + len(tokens_R) for prompt, tokens_R in chosen)
+    for ranks, options in ((1, {"max_tokens": longest}), (2, {"tensor": 2, "sequence_parallel": True})):
+        difference = worst(by_trainer(tiny_dir, chosen, ranks, **dict(options)), ours)
+        print(f"{options}: {difference:.1e}")
+        assert difference <= 1e-5  # measured 9.5e-7
+
+
+def test_transformers_agrees_when_it_is_given_the_positions(
+    pairs: list[tuple[Prompt, Any]], ours: list[np.ndarray], tiny_dir: Path
+) -> None:
+    """Its own positions of videos are others (FACTS, section 4); its tower and text model are the reference."""
+    model = load_reference(tiny_dir)
+    found = []
+    for prompt, rollout in pairs:
+        sample = training_sample(prompt, rollout.tokens_R)
+        tokens = torch.from_numpy(sample.tokens_S)[None]
+        inputs: dict[str, Any] = {}
+        for kind, patches, grids in (
+            (False, "pixel_values", "image_grid_thw"),
+            (True, "pixel_values_videos", "video_grid_thw"),
+        ):
+            shown = [picture for picture in prompt.pictures if picture.is_video == kind]
+            if shown:
+                inputs[patches] = torch.cat([reading_order(picture) for picture in shown])
+                inputs[grids] = torch.tensor([picture.grid_thw for picture in shown])
+        positions = torch.from_numpy(sample.positions_3S)[:, None]
+        with torch.no_grad():
+            logits = model(input_ids=tokens, position_ids=positions, **inputs).logits[0]
+        logprobs = logits[:-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+        found.append(logprobs[len(prompt.tokens_S) - 1 :].numpy())
+    difference = worst(ours, found)
+    print(f"trainer against transformers: {difference:.1e}")
+    assert difference <= 1e-5  # measured 9.5e-7
+
+
+def test_after_a_changed_vision_tower_the_same_videos_agree_again(
+    pool: Any, pairs: list[tuple[Prompt, Any]], ours: list[np.ndarray], tiny_dir: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from eureka_megatron.sync.ray_transfer import send_weights
+
+    model = load_reference(tiny_dir)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "visual" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    shutil.copytree(tiny_dir, tmp_path / "hf")
+    model.save_pretrained(tmp_path / "hf")
+    pool.weights_sent(send_weights(module_source(model), pool.actors, version=1, is_sender=True, bucket_mib=64))
+    chosen = [(prompt, rollout.tokens_R) for prompt, rollout in pairs]
+    now = by_trainer(tmp_path / "hf", chosen)
+    assert worst(now, ours) > 1e-3
+    difference = worst(now, pool.score([prompt for prompt, _ in chosen], [tokens_R for _, tokens_R in chosen]))
+    print(f"after the sync: {difference:.1e}")
+    assert difference <= 1e-5  # measured 4.8e-7
