@@ -147,7 +147,7 @@ def test_the_export_holds_the_trainers_weights(run: Run, tmp_path: Path) -> None
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from eureka_megatron.verify import reading_order
+    from eureka_megatron.verify.samples import reading_order
 
     run.export(tmp_path / "hf")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=torch.float32)

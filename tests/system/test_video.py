@@ -13,7 +13,7 @@ from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.sync.source import module_source
 from eureka_megatron.types import Prompt, Sample
-from eureka_megatron.verify import reading_order
+from eureka_megatron.verify.samples import reading_order
 from tests.helpers.engines import load_reference, private_ray, run_config
 from tests.helpers.ranks import run_ranks
 

@@ -15,6 +15,7 @@ from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
 from eureka_megatron.types import Picture
+from eureka_megatron.verify.samples import reading_order
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +65,6 @@ def numbers(picture: Picture) -> list[int]:
     return (bars @ (1 << np.arange(6))).tolist()
 
 
-def in_reading_order(picture: Picture) -> torch.Tensor:
-    units = picture.patches_PD.unflatten(0, (picture.units, -1))
-    restored = torch.empty_like(units)
-    restored[torch.from_numpy(picture.unit_order_U)] = units
-    return restored.flatten(0, 1)
-
-
 # ---------------------------------------------------------------------------------------------------- lists of frames
 
 
@@ -105,7 +99,7 @@ def test_prompt_equals_the_checkpoints_own_processor(processor, model_dir, tmp_p
     assert [picture.grid_thw for picture in shown] == [tuple(grid) for grid in expected["video_grid_thw"].tolist()]
     assert [picture.grid_thw[0] for picture in shown] == [3, 3]  # five frames: the last one twice
     assert [picture.seconds_per_grid for picture in shown] == expected["second_per_grid_ts"].tolist()
-    patches = torch.cat([in_reading_order(picture) for picture in shown])
+    patches = torch.cat([reading_order(picture) for picture in shown])
     torch.testing.assert_close(patches, expected["pixel_values_videos"], rtol=0, atol=0)
     for picture, offset in zip(prompt.pictures, prompt.picture_offsets, strict=True):
         pad = processor.video_token_id if picture.is_video else processor.image_token_id
