@@ -18,5 +18,5 @@ def norm_error(rank: int, elements: int) -> float:
 
 
 def test_the_gradient_norm_of_a_large_tensor_is_exact() -> None:
-    """torch's own fp32 norm is 1.3e-4 off here, and 1 % off over the 3e8 weights of a real embedding: clipping would be wrong."""
+    """torch's own fp32 norm is 8e-5 off here, and 5 % off over the 3e8 weights of a real embedding: clipping would be wrong."""
     assert run_ranks(norm_error, 1, 1 << 22)[0] <= 1e-7  # measured 2e-8
