@@ -134,15 +134,19 @@ def sharded_state(model_chunks: Sequence[nn.Module], parallel: Parallel) -> dict
 # --- the two sides compared with the table ---
 
 
-def table_of(model_chunks: Sequence[nn.Module]) -> dict[str, Row]:
-    """Megatron name → row without patterns, in table order, for the model these chunks belong to."""
+def patterns_of(model_chunks: Sequence[nn.Module]) -> tuple[Row, ...]:
+    """The table for the model these chunks belong to."""
     model = unwrap(model_chunks[0])
-    table = rows(
+    return rows(
         model.hf_config,
         backend=getattr(model, "backend", "local"),
         vision_parallel=getattr(model, "vision_parallel", "replicated"),
     )
-    return {row.megatron: row for row in expand(table)}
+
+
+def table_of(model_chunks: Sequence[nn.Module]) -> dict[str, Row]:
+    """Megatron name → row without patterns, in table order."""
+    return {row.megatron: row for row in expand(patterns_of(model_chunks))}
 
 
 def unwrap(chunk: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ import json
 import mmap
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,6 +40,8 @@ FORMAT = {
 ALIGNMENT = 64  # bytes; torch aligns values within an archive, so archives are aligned too
 # Parts of a training checkpoint that are no weights.
 NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state")
+# What an optimizer keeps of a parameter stands under the parameter's key behind this; Megatron's own spelling.
+STATE_PREFIX = "optimizer.state.{kind}."
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class StoredTensor:
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
 
+    @property
+    def covered(self) -> bool:
+        """Whether the chunks, which never overlap, are all of it."""
+        return sum(prod(chunk.sizes) for chunk in self.chunks) == prod(self.shape)
+
 
 def places(row: Row) -> list[tuple[Row, Place]]:
     """A row of the table, expanded, and where Megatron stores each of its parameters."""
@@ -82,6 +89,35 @@ def stored_shape(row: Row, place: Place, layers: int) -> Shape:
     """Shape of the stored tensor that holds this parameter."""
     shape = row.layout.shard_shape(row.shapes, 1)
     return shape if place.layer is None else (layers, *shape)
+
+
+def stored_rows(patterns: Iterable[Row]) -> Iterator[tuple[Row, Place, int]]:
+    """Row without pattern, its place, layers of its stack; rows that are copies of others are not stored."""
+    for pattern in patterns:
+        if not pattern.copy:
+            layers = pattern.stack.layers if pattern.stack else 0
+            yield from ((row, place, layers) for row, place in places(pattern))
+
+
+def rectangles(row: Row, place: Place, r: int, n: int, start: int, stop: int) -> Iterator[tuple[slice, Shape, Shape]]:
+    """Values start … stop-1 of shard r of n, flattened, as rectangles of the stored tensor.
+
+    → (which of the flattened values, offsets, sizes); a rectangle's values follow each other. An optimizer that shards its state
+    cuts parameters anywhere, so a range begins and ends with parts of rows.
+    """
+    shape = row.layout.shard_shape(row.shapes, n)
+    width, leading = prod(shape[1:]), () if place.layer is None else (place.layer,)
+    runs = row.layout.runs(row.shapes, r, n)
+    while start < stop:
+        at, column = divmod(start, width)
+        run = next(run for run in runs if run.row <= at < run.row + run.rows)
+        rows_ = 1 if column else min((stop - start) // width, run.row + run.rows - at) or 1
+        count = min(stop - start, rows_ * width - column)
+        offsets, sizes = (run.whole_row + at - run.row,), (rows_,)
+        if len(shape) > 1:
+            offsets, sizes = (*offsets, run.column + column), (*sizes, count // rows_)
+        yield slice(start, start + count), (*leading, *offsets), (*((1,) * len(leading)), *sizes)
+        start += count
 
 
 # --- reading ---
@@ -121,8 +157,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_metadata(directory: Path) -> dict[str, StoredTensor]:
-    """Name → stored tensor. UserError when files are missing, truncated or of another format."""
+def read_metadata(directory: Path, prefix: str = "") -> dict[str, StoredTensor]:
+    """Name → stored tensor, of the weights, or of what stands behind a prefix (taken off the names).
+
+    UserError when files are missing, truncated or of another format.
+    """
     # Imported where needed: it takes a second, and HF directories do without.
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
@@ -143,16 +182,17 @@ def read_metadata(directory: Path) -> dict[str, StoredTensor]:
         )
     tensors, ends = {}, {}
     for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith(NO_WEIGHTS):
+        wanted = name.startswith(prefix) if prefix else not name.startswith(NO_WEIGHTS)
+        if isinstance(entry, TensorStorageMetadata) and wanted:
             chunks = []
             for chunk in entry.chunks:
                 info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
                 file = str(info.relative_path)
                 chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
                 ends[file] = max(ends.get(file, 0), info.offset + info.length)
-            tensors[name] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
+            tensors[name.removeprefix(prefix)] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
     _check_files(directory, ends)
-    gaps = [name for name, t in tensors.items() if sum(prod(chunk.sizes) for chunk in t.chunks) != prod(t.shape)]
+    gaps = [name for name, tensor in tensors.items() if not tensor.covered]
     if gaps:
         raise UserError(f"{path}: the chunks of these tensors do not cover them: {', '.join(gaps)}")
     return tensors
@@ -172,15 +212,17 @@ class DistReader:
     """The HF tensors of a torch_dist directory. `reader[name]` is a `Stored`, which slices like a tensor.
 
     What does not fit the table shows in `tensors` with its stored name and shape, as it would in an HF directory.
+    With a prefix it offers what the optimizer keeps of every weight instead, under the same HF names.
     """
 
-    def __init__(self, directory: str | Path, hf_config: Any):
+    def __init__(self, directory: str | Path, hf_config: Any, prefix: str = ""):
         self.directory = Path(directory)
-        self.stored = read_metadata(self.directory)
+        self.stored = read_metadata(self.directory, prefix)
         self.files = sorted({self.directory / chunk.file for t in self.stored.values() for chunk in t.chunks})
         self.tensors: dict[str, TensorInfo] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._starts: dict[Chunk, int] = {}  # of the values, in the file
+        self._layers: dict[Place, list[Chunk]] = {}
         self._found: dict[str, tuple[Row, Place, int]] = {}
         used = set()
         # Which backend wrote the checkpoint shows in the names of the norms.
@@ -212,9 +254,18 @@ class DistReader:
     def prefetch(self, name: str) -> None:
         """Asks the kernel to read a tensor ahead."""
         _, place, _ = self._found[name]
-        for chunk in self.stored[place.key].chunks:
-            if place.layer is None or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]:
-                will_need(self._map(chunk.file), chunk.offset, chunk.nbytes)
+        for chunk in self._chunks(place):
+            will_need(self._map(chunk.file), chunk.offset, chunk.nbytes)
+
+    def _chunks(self, place: Place) -> list[Chunk]:
+        """Those that hold something of a parameter."""
+        if place not in self._layers:
+            self._layers[place] = [
+                chunk
+                for chunk in self.stored[place.key].chunks
+                if place.layer is None or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]
+            ]
+        return self._layers[place]
 
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:
@@ -225,9 +276,7 @@ class DistReader:
     def read(self, place: Place, start: int, stop: int, columns: slice, out: Tensor) -> None:
         """Rows start … stop-1 and these columns of a parameter, as one rank alone would hold it, into `out`."""
         layer = () if place.layer is None else (place.layer,)
-        for chunk in self.stored[place.key].chunks:
-            if layer and not chunk.offsets[0] <= layer[0] < chunk.offsets[0] + chunk.sizes[0]:
-                continue
+        for chunk in self._chunks(place):
             row, height = chunk.offsets[len(layer)], chunk.sizes[len(layer)]
             begin, end = max(start, row), min(stop, row + height)
             if begin >= end:

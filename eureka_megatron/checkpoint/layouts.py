@@ -42,6 +42,16 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Rows row … row+rows-1 of a shard stand from `whole_row` and `column` on in the tensor that one rank alone would hold."""
+
+    row: int
+    whole_row: int
+    rows: int
+    column: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """The common part: everything follows from `spans` and `axis`.
 
@@ -96,14 +106,36 @@ class Layout:
         for piece in self.pieces([tuple(source.shape) for source in sources], r, n):
             shard[piece.at_shard].copy_(self.hf_view(sources[piece.source])[piece.at_source])
 
-    def fill_rows(self, block: Tensor, sources: Sequence[Tensor], start: int) -> None:
-        """Writes rows start, start+1, … of the Megatron tensor that one rank alone would hold into `block`."""
-        for piece in self.pieces([tuple(source.shape) for source in sources], 0, 1):
+    def fill_rows(self, block: Tensor, sources: Sequence[Tensor], start: int, r: int = 0, n: int = 1) -> None:
+        """Writes rows start, start+1, … of shard r of n into `block`; without r and n, of the tensor one rank alone holds."""
+        for piece in self.pieces([tuple(source.shape) for source in sources], r, n):
             at, rows = piece.at_shard[0], piece.at_source[0]
             begin, end = max(at.start, start), min(at.stop, start + len(block))
             if begin < end:
                 wanted = slice(rows.start + begin - at.start, rows.start + end - at.start)
-                block[begin - start : end - start].copy_(self.hf_view(sources[piece.source])[wanted])
+                view = self.hf_view(sources[piece.source])
+                block[begin - start : end - start].copy_(view[(wanted, *piece.at_source[1:])])
+
+    def runs(self, shapes: Sequence[Shape], r: int, n: int) -> list[Run]:
+        """Where the rows of shard r of n stand in the tensor that one rank alone would hold; in the shard's order."""
+        found: list[Run] = []
+        whole = list(self.pieces(shapes, 0, 1))
+        for piece in self.pieces(shapes, r, n):
+            column = piece.at_source[1].start if len(piece.at_source) > 1 else 0
+            for other in (other for other in whole if other.source == piece.source):
+                mine, theirs = piece.at_source[0], other.at_source[0]
+                begin, end = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+                if begin < end:
+                    row = piece.at_shard[0].start + begin - mine.start
+                    found.append(Run(row, other.at_shard[0].start + begin - theirs.start, end - begin, column))
+        joined: list[Run] = []
+        for run in sorted(found, key=lambda run: run.row):
+            last = joined[-1] if joined else None
+            if last and (last.row + last.rows, last.whole_row + last.rows) == (run.row, run.whole_row):
+                joined[-1] = Run(last.row, last.whole_row, last.rows + run.rows, column=last.column)
+            else:
+                joined.append(run)
+        return joined
 
     def split(self, sources: Sequence[Tensor], r: int, n: int) -> Tensor:
         """Shard r of n of the Megatron parameter, as a new tensor."""

@@ -30,7 +30,7 @@ from eureka_megatron.checkpoint.dist_io import (
     Place,
     StoredTensor,
     append,
-    places,
+    stored_rows,
     stored_shape,
     write_metadata,
 )
@@ -155,11 +155,7 @@ def _open(source: Path, dtype: torch.dtype | None, wanted: type) -> tuple[Reader
 
 
 def _stored_rows(reader: Reader | DistReader) -> Iterator[tuple[Row, Place, int]]:
-    """Row without pattern, its place in a torch_dist checkpoint, layers of its stack."""
-    for pattern in rows(read_hf_config(reader.directory)):
-        if not pattern.copy:
-            layers = pattern.stack.layers if pattern.stack else 0
-            yield from ((row, place, layers) for row, place in places(pattern))
+    return stored_rows(rows(read_hf_config(reader.directory)))
 
 
 def _cut(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:

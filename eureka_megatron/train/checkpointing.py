@@ -1,0 +1,332 @@
+"""A PolicyTrainer's state into a training checkpoint and back, at any parallel layout.
+
+Everything this rank holds (weights, Adam's averages, fp32 masters) is a range of a flattened shard of a row of THE TABLE; the table
+says which rectangles of the stored tensor that is. Whoever loads, at whatever layout, asks the table again. Nothing is gathered:
+each rank writes its own ranges, and of equal copies (data-parallel weights, a replicated vision tower) everybody writes a share.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
+
+from eureka_megatron.checkpoint import store
+from eureka_megatron.checkpoint.convert import (
+    load_hf,
+    own_parameters,
+    patterns_of,
+    raise_together,
+    table_of,
+)
+from eureka_megatron.checkpoint.dist_io import STATE_PREFIX, DistReader, rectangles, stored_rows, stored_shape
+from eureka_megatron.checkpoint.qwen2_5_vl import Row
+from eureka_megatron.checkpoint.saver import Block, Contents, Report, Saver
+from eureka_megatron.errors import UserError
+from eureka_megatron.parallel.runtime import Parallel
+
+if TYPE_CHECKING:
+    from eureka_megatron.train.trainer import PolicyTrainer
+
+ADAM = ("exp_avg", "exp_avg_sq")
+MASTER = "fp32_param"  # Megatron's spelling
+SHARED_BYTES = 4 * 2**20  # smaller weights are written by one of their copies, larger ones by all, in equal parts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Values of one parameter that this rank holds: places start, start+1, … of its flattened shard.
+
+    `kind` is "" for the weight itself, or what the optimizer calls it. `copies` ranks hold the same values, this one is number `copy`.
+    """
+
+    name: str  # of the parameter in the whole model
+    kind: str
+    values: Tensor  # [len], on the device; not a copy
+    start: int
+    copies: int
+    copy: int
+
+
+class Checkpointer:
+    """Saves and loads one rank's share of a run. All methods are collective, like the trainer's.
+
+    Args:
+        folder: where the checkpoints of this run lie, side by side.
+    """
+
+    def __init__(self, trainer: PolicyTrainer, folder: Path, *, keep_last: int = 1, keep_every: int = 0) -> None:
+        self.trainer = trainer
+        self.saver = Saver(folder, trainer.parallel, keep_last=keep_last, keep_every=keep_every)
+
+    def save(self, step: int, texts: Mapping[str, str] | None = None, **state: Any) -> None:
+        """Copies everything to host memory and begins to write; training may go on at once.
+
+        Args:
+            step: rollout steps that are done; names the directory.
+            texts: further files (name → content), of rank 0.
+            state: further entries of state.json, plain values, of rank 0.
+        """
+        trainer = self.trainer
+        dtype = trainer.chunks[0].config.params_dtype
+        ours = {
+            "format": store.STATE_FORMAT,
+            "step": step,
+            "updates": trainer.scheduler.num_steps,
+            "optimizer": _optimizer_name(trainer),
+            "dtype": str(dtype).removeprefix("torch."),
+            "layout": layout_of(trainer.parallel),
+        }
+        contents = Contents(
+            step=step,
+            blocks=_blocks(trainer),
+            random=random_state(),
+            texts={**(texts or {}), store.STATE_FILE: store.as_json({**ours, **state})},
+            model=trainer.model_path,
+            dtype=dtype,
+        )
+        self.saver.start(contents)
+
+    def poll(self, wait: bool = False) -> Report | None:
+        """See Saver.poll."""
+        return self.saver.poll(wait)
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Fills weights, optimizer, schedule and (at the same layout) random states. `start_phase` must have run. → state.json
+
+        Raises:
+            UserError: on all ranks alike: the checkpoint is of another model, precision or optimizer; nothing is loaded then.
+        """
+        trainer = self.trainer
+        state = _together(trainer.parallel, lambda: store.read_state(directory))
+        readers = _together(trainer.parallel, lambda: _open_states(trainer, directory, state))
+        if state["updates"]:
+            for optimizer in _optimizers(trainer):
+                if isinstance(optimizer, DistributedOptimizer):
+                    # The library allocates a state at the first step; this one changes weights too, so it comes before loading them.
+                    optimizer._init_optimizer_states_with_dummy_values()
+        load_hf(trainer.chunks, directory, trainer.parallel)
+        table, tensor = table_of(trainer.chunks), trainer.parallel.tensor
+        for piece in optimizer_pieces(trainer, table):
+            if piece.kind in readers:
+                _fill(piece, table[piece.name], readers[piece.kind], tensor.rank, tensor.size)
+        trainer.scheduler.num_steps = 0
+        trainer.scheduler.step(state["updates"])
+        _set_updates(trainer, state["updates"])
+        if state["layout"] == layout_of(trainer.parallel):
+            restore_random(store.read_json(directory / store.RANDOM_FILE)[trainer.parallel.world.rank])
+        return state
+
+
+def layout_of(parallel: Parallel) -> dict[str, int]:
+    """Sizes of the axes. Example: {"tensor": 2, "pipeline": 1, "context": 1, "data": 4}."""
+    return {name: getattr(parallel, name).size for name in ("tensor", "pipeline", "context", "data")}
+
+
+# --- what a rank holds ---
+
+
+def weight_pieces(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[Piece]:
+    """All weights, whole shards."""
+    for name, parameter in own_parameters(trainer.chunks).items():
+        copies = _copies(table[name], trainer.parallel, over_data=True)
+        yield Piece(name, "", parameter.detach().view(-1), 0, *copies)
+
+
+def optimizer_pieces(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[Piece]:
+    """Masters, where the weights are not fp32 themselves, and Adam's averages, where they exist already."""
+    names = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
+    for optimizer in _optimizers(trainer):
+        for parameter, main, start in _main_parameters(optimizer, names):
+            name = names[parameter]
+            copies = _copies(table[name], trainer.parallel, over_data=not isinstance(optimizer, DistributedOptimizer))
+            if parameter.dtype != torch.float32:
+                yield Piece(name, MASTER, main.detach().view(-1), start, *copies)
+            for kind in ADAM:
+                if kind in (state := optimizer.optimizer.state.get(main, {})):
+                    yield Piece(name, kind, state[kind].view(-1), start, *copies)
+
+
+def _optimizers(trainer: PolicyTrainer) -> list[Any]:
+    """Megatron's optimizers with parameters of this rank; none on a rank where everything is frozen."""
+    chained = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    return [one for one in chained if getattr(one, "optimizer", None) is not None]
+
+
+def _optimizer_name(trainer: PolicyTrainer) -> str | None:
+    """As in the configuration; None where everything is frozen. (See train.optimizer: only Adam's state is distributed.)"""
+    kinds = {isinstance(optimizer, DistributedOptimizer) for optimizer in _optimizers(trainer)}
+    return {True: "adam", False: "sgd"}[kinds.pop()] if kinds else None
+
+
+def _main_parameters(optimizer: Any, names: Mapping[Tensor, str]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(the model's parameter, what the optimizer steps, where that begins in the flattened parameter)."""
+    if isinstance(optimizer, DistributedOptimizer):
+        for parameter, (group, place) in optimizer.model_param_group_index_map.items():
+            start = optimizer._get_model_param_range_map(parameter)["param"].start
+            yield parameter, optimizer.optimizer.param_groups[group]["params"][place], start
+        return
+    of_main = {getattr(parameter, "main_param", parameter): parameter for parameter in names}
+    for group in optimizer.optimizer.param_groups:
+        yield from ((of_main[main], main, 0) for main in group["params"])
+
+
+def _copies(row: Row, parallel: Parallel, *, over_data: bool) -> tuple[int, int]:
+    """(ranks that hold the same values of a parameter, which of them this is)."""
+    axes = [parallel.data, parallel.context] if over_data else []
+    if row.layout.shards(parallel.tensor.size) == 1:
+        axes.append(parallel.tensor)
+    copies, copy = 1, 0
+    for axis in axes:
+        copies, copy = copies * axis.size, copy * axis.size + axis.rank
+    return copies, copy
+
+
+# --- saving ---
+
+
+def _blocks(trainer: PolicyTrainer) -> list[Block]:
+    """Copies, in host memory, of what this rank writes."""
+    stored = {row.megatron: (row, place, layers) for row, place, layers in stored_rows(patterns_of(trainer.chunks))}
+    order = {name: number for number, name in enumerate(stored)}
+    table, tensor = table_of(trainer.chunks), trainer.parallel.tensor
+    blocks = []
+    for piece in chain(weight_pieces(trainer, table), optimizer_pieces(trainer, table)):
+        if piece.name not in stored:  # a tied head's copy of the embedding
+            continue
+        row, place, layers = stored[piece.name]
+        key = STATE_PREFIX.format(kind=piece.kind) + place.key if piece.kind else place.key
+        begin, end = _share(piece, order[piece.name])
+        bounds = piece.start + begin, piece.start + end
+        for part, offsets, sizes in rectangles(row, place, tensor.rank, tensor.size, *bounds):
+            values = piece.values[part.start - piece.start : part.stop - piece.start].view(sizes)
+            blocks.append(Block(key, stored_shape(row, place, layers), offsets, _to_host(values)))
+    if trainer.parallel.device.type == "cuda":
+        torch.cuda.synchronize()
+    return blocks
+
+
+def _share(piece: Piece, number: int) -> tuple[int, int]:
+    """Which of the values this copy writes."""
+    count = len(piece.values)
+    if piece.values.nbytes < SHARED_BYTES:
+        return (0, count) if number % piece.copies == piece.copy else (0, 0)
+    return count * piece.copy // piece.copies, count * (piece.copy + 1) // piece.copies
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy that owns its memory; pinned, and still on its way, when it comes from a GPU."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values, non_blocking=True)
+
+
+# --- loading ---
+
+
+def _open_states(trainer: PolicyTrainer, directory: Path, state: Mapping[str, Any]) -> dict[str, DistReader]:
+    """Readers of what the optimizer needs, by kind; UserError when the checkpoint was made for another trainer."""
+    dtype = trainer.chunks[0].config.params_dtype
+    if state["dtype"] != (wanted := str(dtype).removeprefix("torch.")):
+        raise UserError(f"{directory} holds {state['dtype']} weights, model.dtype is {wanted}")
+    name = _optimizer_name(trainer)
+    if name and state["optimizer"] not in (None, name):
+        raise UserError(f"{directory} was written with optimizer.name={state['optimizer']}, it is {name} now")
+    kinds = [] if dtype == torch.float32 else [MASTER]
+    kinds += ADAM if state["updates"] and name == "adam" else ()
+    readers = {kind: DistReader(directory, trainer.hf_config, STATE_PREFIX.format(kind=kind)) for kind in kinds}
+    table, problems = table_of(trainer.chunks), []
+    names = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
+    trained = [names[p] for one in _optimizers(trainer) for p, _, _ in _main_parameters(one, names)]
+    for kind, reader in readers.items():
+        needed = {hf: shape for name in trained for hf, shape in table[name].hf.items()}
+        # Also what model.freeze names no longer: it was not trained, so there is nothing to go on from.
+        missing = [hf for hf in needed if hf not in reader]
+        wrong = [
+            f"{hf} {reader.tensors[hf].shape}, not {shape}"
+            for hf, shape in needed.items()
+            if hf in reader and reader.tensors[hf].shape != shape
+        ]
+        problems += [f"{directory} has no {kind} of {', '.join(missing)}"] if missing else []
+        problems += [f"{directory}: {kind} has another shape of {', '.join(wrong)}"] if wrong else []
+    if problems:
+        raise UserError("\n".join(problems))
+    return readers
+
+
+def _fill(piece: Piece, row: Row, reader: DistReader, r: int, n: int) -> None:
+    shape = row.layout.shard_shape(row.shapes, n)
+    width, stop = prod(shape[1:]), piece.start + len(piece.values)
+    first, last = piece.start // width, -(-stop // width)
+    block = torch.empty((last - first, *shape[1:]), dtype=piece.values.dtype)
+    row.layout.fill_rows(block, [reader[name] for name in row.hf], first, r, n)
+    piece.values.copy_(block.view(-1)[piece.start - first * width : stop - first * width])
+
+
+def _set_updates(trainer: PolicyTrainer, updates: int) -> None:
+    """Adam's step count: torch keeps it with every parameter, Transformer Engine with the group."""
+    for optimizer in _optimizers(trainer):
+        for state in optimizer.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(updates)
+        for group in optimizer.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = updates
+
+
+def _together(parallel: Parallel, action: Any) -> Any:
+    """The result of a local action, or the UserError of whichever rank had one, on all ranks."""
+    problems, result = [], None
+    try:
+        result = action()
+    except UserError as error:
+        problems.append(str(error))
+    raise_together(problems, parallel)
+    return result
+
+
+# --- random states ---
+
+
+def random_state() -> dict[str, Any]:
+    """Of torch, numpy, Python, the GPU and Megatron's tracker, in this process, as plain values."""
+    version, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [version, keys.tolist(), *rest],
+        "torch": _pack(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _pack(torch.cuda.get_rng_state())
+        state["megatron"] = {name: _pack(value) for name, value in get_cuda_rng_tracker().get_states().items()}
+    return state
+
+
+def restore_random(state: Mapping[str, Any]) -> None:
+    """Inverse of `random_state`."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numbers, *rest = state["numpy"]
+    np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
+    torch.set_rng_state(_unpack(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_unpack(state["cuda"]))
+        get_cuda_rng_tracker().set_states({name: _unpack(value) for name, value in state["megatron"].items()})
+
+
+def _pack(tensor: Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def _unpack(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,276 @@
+"""Training checkpoints on real ranks: bitwise continuation, other layouts, failures that leave the last good one."""
+
+import os
+import resource
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from eureka_megatron.checkpoint.dist_io import STATE_PREFIX, DistReader
+from eureka_megatron.checkpoint.store import checksum, checksum_lines, list_checkpoints, newest_whole, problems_of
+from eureka_megatron.errors import UserError
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from tests.helpers.course import Course, course_samples, make_trainer, one_step, run_course, weights_digest
+from tests.helpers.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Course:
+    return Course(str(tiny_dir), course_samples(tiny_dir), str(tmp_path_factory.mktemp("course") / "checkpoints"))
+
+
+CASES = {
+    "tensor": (2, {"tensor": 2, "sequence_parallel": True}, {}),
+    "pipeline, frozen tower": (2, {"pipeline": 2}, {"freeze": ("vision", "merger")}),
+    "data, bf16": (2, {}, {"dtype": "bfloat16"}),
+    "sgd, bf16": (2, {"tensor": 2}, {"dtype": "bfloat16", "optimizer": "sgd"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_course_is_the_uninterrupted_one_bitwise(plain: Course, tmp_path: Path, case: str) -> None:
+    world, layout, options = CASES[case]
+    course = replace(plain.at(world, **layout), folder=str(tmp_path / "checkpoints"), **options)
+    whole = run_ranks(run_course, world, course)
+    resumed = run_ranks(run_course, world, course, str(tmp_path / "checkpoints" / "step_000002"))
+    assert [rank["first"] for rank in resumed] == [2] * world
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["losses"] == {step: before["losses"][step] for step in (2, 3)}
+        assert after["weights"] == before["weights"]
+        assert (before["errors"], after["errors"]) == ([None, None], [None])
+    assert all(problems_of(directory) == [] for _, directory in list_checkpoints(tmp_path / "checkpoints"))
+
+
+def pieces_of(rank: int, course: Course, source: str | None) -> tuple[list[float], str]:
+    """Loads (or trains two steps), saves as step 2 of `course.folder`, then takes one more step. → its figures, digest after it"""
+    from eureka_megatron.train.checkpointing import Checkpointer
+
+    trainer = make_trainer(rank, course)
+    checkpoints = Checkpointer(trainer, Path(course.folder))
+    if source:
+        checkpoints.load(Path(source))
+    else:
+        for step in range(2):
+            one_step(trainer, course, step)
+    checkpoints.save(2)
+    report = checkpoints.poll(wait=True)
+    assert report.error is None, report.error
+    return one_step(trainer, course, 2), weights_digest(trainer)
+
+
+LAYOUTS = {
+    "float32": [(1, {}), (4, {"tensor": 4}), (4, {"pipeline": 2})],
+    "bfloat16": [(4, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2}), (3, {})],
+}
+
+
+def everything(directory: Path, model: str, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """All tensors of a training checkpoint under HF names."""
+    config, found = read_hf_config(model), {}
+    for kind in ("", *kinds):
+        reader = DistReader(directory, config, STATE_PREFIX.format(kind=kind) if kind else "")
+        found |= {f"{kind} {name}": reader[name][:] for name in reader.tensors}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_means_the_same_at_every_layout(plain: Course, tied_tiny_dir: Path, tmp_path: Path, dtype: str) -> None:
+    """Each layout loads what the one before it saved, and saves it again: nothing of it changes, and training goes on alike."""
+    kinds = ("exp_avg", "exp_avg_sq") + (("fp32_param",) if dtype == "bfloat16" else ())
+    course = replace(plain, dtype=dtype, model=str(tied_tiny_dir))  # tied: the last stage holds a copy of the embedding
+    source = expected = figures = None
+    for number, (world, layout) in enumerate(LAYOUTS[dtype]):
+        course = replace(course.at(world, **layout), folder=str(tmp_path / str(number)))
+        step, _ = run_ranks(pieces_of, world, course, source)[-1]
+        source = str(Path(course.folder) / "step_000002")
+        found = everything(Path(source), course.model, kinds)
+        expected, figures = expected or found, figures or step
+        assert found.keys() == expected.keys()
+        different = [key for key in found if not torch.equal(found[key], expected[key])]
+        assert different == []
+        worst = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(step, figures, strict=True))
+        print(f"{dtype}, {world} ranks {layout}: figures of the next step differ by {worst:.1e}")
+        assert worst <= (1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.fixture(scope="module")
+def saved(plain: Course) -> Course:
+    """A finished course on two ranks, with checkpoints after steps 2 and 4."""
+    course = plain.at(2, tensor=2)
+    run_ranks(run_course, 2, course)
+    return course
+
+
+def test_a_flipped_byte_in_any_file_is_found_named_and_passed_over(saved: Course, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved.folder, tmp_path / "checkpoints")
+    older, newest = (directory for _, directory in list_checkpoints(folder))
+    assert newest_whole(folder) == (newest, [])
+    files = sorted(path for path in newest.iterdir())
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", "random.json", "checksums.b2", "config.json"} <= {
+        path.name for path in files
+    }
+    for path in files:
+        data = path.read_bytes()
+        for place in {0, len(data) // 3, len(data) // 2, len(data) - 1}:
+            path.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+            found, (warning,) = newest_whole(folder)
+            assert found == older
+            assert str(newest) in warning
+            assert path.name in warning
+        path.write_bytes(data)
+    assert newest_whole(folder) == (newest, [])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "extra", "torn"])
+def test_a_torn_checkpoint_is_passed_over(saved: Course, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(saved.folder, tmp_path / "checkpoints")
+    older, newest = (directory for _, directory in list_checkpoints(folder))
+    name = "__1_0.distcp"
+    if damage == "truncated":
+        os.truncate(newest / name, (newest / name).stat().st_size - 1)
+    elif damage == "missing":
+        (newest / name).unlink()
+    elif damage == "extra":
+        name = "surprise.distcp"
+        (newest / name).write_bytes(b"?")
+    else:
+        name = "checksums.b2"
+        (newest / name).unlink()
+    found, (warning,) = newest_whole(folder)
+    assert found == older
+    assert f"{newest} is damaged ({name} " in warning
+    shutil.rmtree(older)
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole; move it away to start over"):
+        newest_whole(folder)
+
+
+def test_a_course_goes_on_from_the_checkpoint_before_the_damaged_one(saved: Course, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved.folder, tmp_path / "checkpoints")
+    os.truncate(folder / "step_000004" / "__0_0.distcp", 999)
+    course = replace(saved, folder=str(folder), steps=3)
+    assert [rank["first"] for rank in run_ranks(run_course, 2, course, "auto")] == [2, 2]
+
+
+def load_by_megatron(rank: int, course: Course, source: str) -> bool:
+    """Weights by Megatron's own loader, into other ranks than those that saved: equal to ours?"""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    from eureka_megatron.checkpoint.convert import sharded_state, unwrap
+
+    trainer = make_trainer(rank, course)
+    state, _, absent = dist_checkpointing.load(  # the second lists what is there besides: the optimizer's
+        sharded_state(trainer.chunks, trainer.parallel), source, strict=StrictHandling.RETURN_ALL
+    )
+    unwrap(trainer.chunks[0]).load_state_dict(state, strict=False)
+    assert not [key for key in absent if "_extra_state" not in key]
+    reader = DistReader(source, trainer.hf_config)
+    return all(torch.equal(tensor, reader[name][:].view(tensor.shape)) for name, tensor in trainer.hf_weights(to="all"))
+
+
+def test_megatrons_own_loader_reads_the_weights(saved: Course) -> None:
+    assert run_ranks(load_by_megatron, 2, saved.at(2, pipeline=2), f"{saved.folder}/step_000004") == [True, True]
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def resume_and_look(rank: int, course: Course, trap: str) -> tuple[int, bool]:
+    return run_course(rank, course, "auto")["first"], Path(trap).exists()
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(saved: Course, tmp_path: Path) -> None:
+    """common.pt is there for Megatron's loader; what stands in it is never executed here."""
+    newest = shutil.copytree(f"{saved.folder}/step_000004", tmp_path / "checkpoints" / "step_000004")
+    trap = tmp_path / "trap"
+    torch.save(Malicious(trap), newest / "common.pt")
+    checksums = {path.name: checksum(path) for path in newest.iterdir() if path.name != "checksums.b2"}
+    (newest / "checksums.b2").write_text(checksum_lines(checksums))
+    course = replace(saved.at(1), folder=str(newest.parent))
+    assert run_ranks(resume_and_look, 1, course, str(trap)) == [(4, False)]
+    torch.load(newest / "common.pt", weights_only=False)
+    assert trap.exists(), "the trap must work"
+
+
+def saves_that_fail(rank: int, course: Course, where: str) -> dict[str, Any]:
+    """Saves of steps 1 (well), 2 (full disk on rank 1), 3 (no permission), 4 (well again), training in between."""
+    from eureka_megatron.train.checkpointing import Checkpointer
+
+    trainer = make_trainer(rank, course)
+    os.chdir(where)
+    checkpoints = Checkpointer(trainer, Path("checkpoints"))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    errors, entries = [], []
+
+    def save(step: int) -> None:
+        one_step(trainer, course, step)
+        checkpoints.save(step)
+        errors.append(checkpoints.poll(wait=True).error)
+        entries.append(sorted(path.name for path in Path("checkpoints").iterdir()))
+
+    save(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]) if rank == 1 else limits)
+    save(2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    for path, mode in ((".", 0o755), ("checkpoints", 0o555)):
+        Path(path).chmod(mode)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nobody: to root everything is permitted
+    save(3)
+    dist.barrier()
+    os.seteuid(user)
+    Path("checkpoints").chmod(0o755)
+    dist.barrier()
+    save(4)
+    return {"errors": errors, "entries": entries}
+
+
+def test_a_save_that_fails_leaves_the_last_good_one_and_says_why(plain: Course, tmp_path: Path) -> None:
+    first, second = run_ranks(saves_that_fail, 2, plain.at(2), str(tmp_path))
+    assert first == second, "all ranks hear of it"
+    well, full, forbidden, again = first["errors"]
+    assert (well, again) == (None, None)
+    assert "__1_0.distcp" in full or "step_000002.tmp" in full
+    assert "File too large" in full
+    assert "step_000003.tmp: Permission denied" in forbidden
+    assert first["entries"][1] == first["entries"][2] == ["latest", "step_000001"]
+    assert first["entries"][3] == ["latest", "step_000004"]  # keep_last is 1
+    assert problems_of(tmp_path / "checkpoints" / "step_000004") == []
+
+
+def load_wrongly(rank: int, course: Course, source: str) -> str:
+    from eureka_megatron.train.checkpointing import Checkpointer
+
+    try:
+        Checkpointer(make_trainer(rank, course), Path(course.folder)).load(Path(source))
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_checkpoint_of_another_trainer_is_refused_on_all_ranks(saved: Course, tmp_path: Path) -> None:
+    source = str(Path(saved.folder) / "step_000004")
+    other = build_tiny(tmp_path / "other", seed=1, tied=True)
+    expected = {
+        "holds float32 weights, model.dtype is bfloat16": {"dtype": "bfloat16"},
+        "was written with optimizer.name=adam, it is sgd now": {"optimizer": "sgd"},
+        "lm_head.weight differs from the embedding it should be tied to": {"model": str(other)},
+    }
+    for message, change in expected.items():
+        course = replace(saved.at(1), folder=str(tmp_path / "checkpoints"), **change)
+        assert message in run_ranks(load_wrongly, 1, course, source)[0]
