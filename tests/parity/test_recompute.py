@@ -72,11 +72,22 @@ def gradients(rank: int, directory: str, samples: list[Sample], layout: dict, fr
         ({}, ("vision", "merger")),
         ({}, ("merger",)),
         ({}, ("language",)),
+        ({}, ("vision", "merger", "model.embed_tokens.weight", "model.layers.0.*")),  # no input that needs a gradient
         ({"tensor": 2, "sequence_parallel": True}, ()),
         ({"pipeline": 2}, ()),
         ({"pipeline": 2}, ("vision", "merger")),
     ],
-    ids=["one", "frozen-vision", "frozen-tower", "frozen-merger", "frozen-language", "tp2-sp", "pp2", "pp2-frozen"],
+    ids=[
+        "one",
+        "frozen-vision",
+        "frozen-tower",
+        "frozen-merger",
+        "frozen-language",
+        "frozen-embeddings",
+        "tp2-sp",
+        "pp2",
+        "pp2-frozen",
+    ],
 )
 def test_recomputation_changes_no_gradient_and_keeps_less(tiny_dir: Path, layout: dict, freeze: tuple) -> None:
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from eureka_megatron.models.qwen2_5_vl.context import attend
+from eureka_megatron.models.qwen2_5_vl.rope import Rotation
 from eureka_megatron.types import ContextShare
 
 # Score elements up to which CPU attention is written out: 64 MiB in fp32.
@@ -44,15 +45,16 @@ class RMSNorm(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Segments:
-    """Block-diagonal attention: rows cu_seqlens[i] … cu_seqlens[i+1] attend only among themselves.
+    """What core attention needs to know of the rows: how each is turned, and who attends to whom.
 
-    Passed through Megatron's layers where a `PackedSeqParams` goes. `qkv_format` "sbhd" keeps Megatron from treating the row as THD,
-    whose rotary code restarts positions at each sequence; our angles are given per token and already exact.
+    Block-diagonal: rows cu_seqlens[i] … cu_seqlens[i+1] attend only among themselves. Passed through Megatron's layers where a
+    `PackedSeqParams` goes; `qkv_format` "sbhd" keeps Megatron from reshaping the row.
 
     Example: cu_seqlens [0, 3, 5] on 5 tokens: two segments, of 3 and 2 tokens.
     """
 
     cu_seqlens: Tensor  # int32 [B+1]
+    rotation: Rotation  # of the rows that are here
     share: ContextShare | None = None  # which rows are here, when context-parallel ranks share them
     qkv_format: str = "sbhd"
 
@@ -99,7 +101,7 @@ def _bucket(segments: list[tuple[int, int]], longest: int, device: torch.device)
 
 
 class SegmentAttention(MegatronModule):
-    """Scaled dot-product attention within segments, causal or full by the layer's mask type."""
+    """Rotary embedding and scaled dot-product attention within segments, causal or full by the layer's mask type."""
 
     def __init__(
         self,
@@ -118,7 +120,8 @@ class SegmentAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packed_seq_params: Segments, **_: Any
     ) -> Tensor:
-        """query [T, 1, N, D], key and value [T, 1, K, D] → [T, 1, N·D]."""
+        """query [T, 1, N, D] and key [T, 1, K, D] not yet turned, value [T, 1, K, D] → [T, 1, N·D]."""
+        query, key = packed_seq_params.rotation(query), packed_seq_params.rotation(key)
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if packed_seq_params.share is not None:
             context = attend(query, key, value, packed_seq_params.lengths, packed_seq_params.share, self.context_group)

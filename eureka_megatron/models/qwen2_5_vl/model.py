@@ -23,7 +23,7 @@ from torch import Tensor
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, check_layout
-from eureka_megatron.models.qwen2_5_vl.rope import text_angles
+from eureka_megatron.models.qwen2_5_vl.rope import Rotation, text_angles
 from eureka_megatron.models.qwen2_5_vl.specs import layer_spec
 from eureka_megatron.models.qwen2_5_vl.transformer_config import (
     Execution,
@@ -139,11 +139,15 @@ class QwenVLModel(LanguageModule):
         text = self.hf_config.text_config
         share = batch.context
         positions = batch.positions_3T if share is None else batch.positions_3T[:, share.rows_t]
+        angles = text_angles(positions, text.head_dim, text.rope_theta, text.mrope_section)
+        hidden = self._embed(batch) if self.pre_process else None
+        if hidden is not None and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            # Megatron's checkpoint is re-entrant: without an input that needs a gradient, layers behind frozen embeddings get none.
+            hidden.requires_grad_()
         hidden = self.decoder(
-            hidden_states=self._embed(batch) if self.pre_process else None,
+            hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=text_angles(positions, text.head_dim, text.rope_theta, text.mrope_section),
-            packed_seq_params=Segments(batch.cu_seqlens, share),
+            packed_seq_params=Segments(batch.cu_seqlens, Rotation.of(angles, self.config.params_dtype), share),
         )
         if not self.post_process:
             return hidden

@@ -1,30 +1,60 @@
-"""Rotary angles of text (multimodal, three axes) and vision (rows and columns).
+"""Rotary embedding of text (multimodal, three axes) and vision (rows and columns).
 
 Frequencies are computed where they are used, in fp32, from integer positions. They are never buffers: Megatron's Float16Module casts
 buffers to bf16, and a bf16 `inv_freq` is off by 0.18 rad within 100 patches.
 
+Angles belong to rows of the packed micro-batch, so nothing here knows of sequences. The core attention modules turn queries and keys, not
+Megatron's `apply_rotary_pos_emb`: that casts cos and sin to the hidden states' dtype (the vision tower wants fp32), computes them anew in
+every layer, and for packed rows finds each sequence's angles by a rule of its own.
+
 Sources: Qwen2-VL (arXiv:2409.12191, section 2.1, M-RoPE); Qwen2.5-VL (arXiv:2502.13923, section 2.1.1).
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def text_angles(positions_3T: Tensor, head_dim: int, theta: float, mrope_section: tuple[int, ...]) -> Tensor:
-    """Angles [T, 1, 1, head_dim] in fp32 for positions [3, T] (time, height, width).
+@dataclass(frozen=True)
+class Rotation:
+    """Turns pair (x_j, x_{j + head_dim/2}) of every head of row t by angle [t, j], in the dtype of cos and sin.
 
-    Frequency pair j turns by the time axis for the first mrope_section[0] pairs, then by height, then by width.
+    Text turns in the dtype of the hidden states, vision in fp32 whatever that is: so do transformers' modules, the model's definition
+    (vLLM's text does the same).
+    """
+
+    cos: Tensor  # [T, 1, 1, head_dim/2]
+    sin: Tensor
+
+    @classmethod
+    def of(cls, angles: Tensor, dtype: torch.dtype) -> Rotation:
+        """From angles [T, head_dim/2] in fp32; their cosines are rounded to `dtype`."""
+        angles = angles[:, None, None]
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, 1, heads, head_dim] → the same, turned."""
+        first, second = x.to(self.cos.dtype).chunk(2, dim=-1)
+        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def text_angles(positions_3T: Tensor, head_dim: int, theta: float, mrope_section: tuple[int, ...]) -> Tensor:
+    """Angles [T, head_dim/2] in fp32 for positions [3, T] (time, height, width).
+
+    Pair j turns by the time axis for the first mrope_section[0] pairs, then by height, then by width.
     """
     device = positions_3T.device
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     axis = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(mrope_section, device=device))
-    angles = positions_3T.float()[axis].T * inverse  # [T, head_dim/2]
-    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    return positions_3T.float()[axis].T * inverse
 
 
 def vision_angles(coordinates_P2: Tensor, head_dim: int, theta: float = 10000.0) -> Tensor:
-    """Angles [P, 1, 1, head_dim] in fp32 for patch coordinates [P, 2] (row, column): half the pairs turn by row, half by column."""
+    """Angles [P, head_dim/2] in fp32 for patch coordinates [P, 2] (row, column): half the pairs turn by row, half by column."""
     half = head_dim // 2
     inverse = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device=coordinates_P2.device) / half)
-    angles = (coordinates_P2.float()[:, :, None] * inverse).flatten(1)  # [P, head_dim/2]
-    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    return (coordinates_P2.float()[:, :, None] * inverse).flatten(1)

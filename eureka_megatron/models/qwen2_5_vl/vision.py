@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import VisionConfig
-from eureka_megatron.models.qwen2_5_vl.rope import vision_angles
+from eureka_megatron.models.qwen2_5_vl.rope import Rotation, vision_angles
 from eureka_megatron.models.qwen2_5_vl.specs import layer_spec
 from eureka_megatron.models.qwen2_5_vl.transformer_config import VISION_NORM_EPS
 from eureka_megatron.types import VisionBatch
@@ -77,20 +77,18 @@ class VisionTower(MegatronModule):
     def encode(self, batch: VisionBatch) -> Tensor:
         """→ [P, 1, H], what leaves the blocks and enters the merger."""
         hidden = self.patch_embed(batch.patches_PD.to(self.patch_embed.weight.dtype))[:, None]
-        angles = vision_angles(batch.coordinates_P2, self.config.kv_channels)
-        windows, frames = Segments(batch.cu_windows), Segments(batch.cu_frames)
+        rotation = Rotation.of(vision_angles(batch.coordinates_P2, self.config.kv_channels), torch.float32)
+        windows, frames = Segments(batch.cu_windows, rotation), Segments(batch.cu_frames, rotation)
         for index, layer in enumerate(self.decoder.layers):
             segments = frames if index in self.vision.fullatt_block_indexes else windows
             if self.config.recompute_granularity == "full" and self.training:
                 # The variant that is not re-entrant finds out by itself whether anything needs a gradient: the input does not
                 # where only later parts are trained. Without dropout there is no random state to bring back.
-                hidden = checkpoint(
-                    _run, layer, hidden, angles, segments, use_reentrant=False, preserve_rng_state=False
-                )
+                hidden = checkpoint(_run, layer, hidden, segments, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden = _run(layer, hidden, angles, segments)
+                hidden = _run(layer, hidden, segments)
         return hidden
 
 
-def _run(layer: torch.nn.Module, hidden: Tensor, angles: Tensor, segments: Segments) -> Tensor:
-    return layer(hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=segments)[0]
+def _run(layer: torch.nn.Module, hidden: Tensor, segments: Segments) -> Tensor:
+    return layer(hidden, attention_mask=None, packed_seq_params=segments)[0]
