@@ -195,11 +195,13 @@ def _add_data(add: Callable[..., Any], children: Any) -> None:
     validate = add(
         kinds, "validate", _validate, "read every row as training would; list what is wrong, with line numbers"
     )
-    validate.add_argument("file", type=Path, metavar="FILE", help="MM-EUREKA JSONL")
+    validate.add_argument("file", type=Path, metavar="FILE", help="JSONL or parquet file, or directory of `datasets`")
     validate.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="checkpoint whose processor reads it"
     )
-    validate.add_argument("--media", type=Path, nargs="*", default=[], metavar="DIR", help="further picture folders")
+    validate.add_argument(
+        "--media", type=Path, nargs="*", default=[], metavar="DIR", help="further picture and video folders"
+    )
     validate.add_argument(
         "--max-prompt-tokens", type=_positive, default=3000, metavar="N", help="longest prompt (3000)"
     )
@@ -207,6 +209,11 @@ def _add_data(add: Callable[..., Any], children: Any) -> None:
         "--max-pixels", type=_positive, default=640 * 28 * 28, metavar="N", help="of a picture (501760)"
     )
     validate.add_argument("--min-pixels", type=_positive, default=4 * 28 * 28, metavar="N", help="of a picture (3136)")
+    validate.add_argument(
+        "--video-max-pixels", type=_positive, default=128 * 28 * 28, metavar="N", help="of a frame (100352)"
+    )
+    validate.add_argument("--video-fps", type=_rate, default=2.0, metavar="F", help="frames a second of files (2)")
+    validate.add_argument("--video-max-frames", type=_positive, default=768, metavar="N", help="of a video (768)")
     validate.add_argument("--clean", type=Path, metavar="FILE", help="write the good rows here, beside the data file")
 
 
@@ -219,6 +226,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
 
 
 def _share(text: str) -> float:
@@ -294,6 +311,9 @@ def _validate(args: argparse.Namespace) -> int:
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
         max_prompt_tokens=args.max_prompt_tokens,
+        video_max_pixels=args.video_max_pixels,
+        video_fps=args.video_fps,
+        video_max_frames=args.video_max_frames,
     )
     return show_validation(args.file, processor, media=args.media, clean=args.clean)
 

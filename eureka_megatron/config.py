@@ -83,8 +83,9 @@ class ParallelSection(_Section):
 
 
 class DataSection(_Section):
-    train: Path
-    test: Path | None = None  # evaluated every `training.evaluate_every` steps
+    # a JSONL or parquet file, a directory of `datasets`, or a mixture such as a.jsonl:0.7,b.parquet:0.3
+    train: str
+    test: Path | None = None  # of any of these kinds, but no mixture; evaluated every `training.evaluate_every` steps
     media: tuple[Path, ...] = ()  # folders pictures and videos may come from, besides the data file's own
     min_pixels: int = Field(4 * 28 * 28, ge=1)  # of a picture, or of a frame of a video
     max_pixels: int = Field(640 * 28 * 28, ge=1)  # of a picture
@@ -94,6 +95,10 @@ class DataSection(_Section):
     max_prompt_tokens: int = Field(3000, ge=1)  # with expanded placeholders; longer prompts are bad rows
     system_prompt: str = "none"  # a named template of data/prompts.py, or "none"
     on_bad_row: Literal["error", "skip"] = "error"
+    workers: int = Field(2, ge=0)  # threads that decode pictures and videos ahead of their use; 0: none
+    prefetch: int = Field(
+        32, ge=0
+    )  # prompts decoded ahead, at most (some 10 MiB each for the largest pictures); 0: none
 
 
 class RolloutSection(_Section):

@@ -16,7 +16,7 @@ import torch
 from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics
-from eureka_megatron.data.dataset import Dataset, PromptStream, load_dataset
+from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset, read_mixture
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.rewards import JudgePool, parseable_gold
@@ -109,7 +109,7 @@ class Run:
         self.collector = Collector(
             self.pool,
             lambda pairs: judges.judge(pairs, **options),
-            PromptStream(self.train_data, config.run.seed),
+            PromptStream(self.train_data, config.run.seed, workers=config.data.workers, prefetch=config.data.prefetch),
             config,
             max_age=config.algorithm.filter.max_age,
         )
@@ -157,14 +157,15 @@ class Run:
         self.trainer.export(output, model_card(self.config, scores))
 
 
-def open_dataset(config: RunConfig, path: Path, processor: Processor, response_key: str | None = None) -> Dataset:
-    """A data file read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl."""
+def open_dataset(config: RunConfig, data: Path | str, processor: Processor, response_key: str | None = None) -> Rows:
+    """Data read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl."""
+    name = "+".join(path.stem for path, _ in read_mixture(data))
     return load_dataset(
-        path,
+        data,
         processor,
         media=config.data.media,
         on_bad_row=config.data.on_bad_row,
-        rejected=config.run.output / f"rejected_{path.stem}.jsonl" if config.data.on_bad_row == "skip" else None,
+        rejected=config.run.output / f"rejected_{name}.jsonl" if config.data.on_bad_row == "skip" else None,
         check_answer=unjudgeable,
         response_key=response_key,
     )

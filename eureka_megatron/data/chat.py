@@ -24,6 +24,8 @@ KINDS = {
 }  # a part's type or key → what it shows
 VIDEO_KEYS = ("type", "video", "video_url", "fps", "sample_fps", "nframes", "min_pixels", "max_pixels")
 
+Address = str | bytes  # of a picture or video; bytes are the file itself, as tables hold it
+
 
 @dataclass(frozen=True)
 class Visual:
@@ -34,7 +36,7 @@ class Visual:
     """
 
     kind: Literal["image", "video"]
-    addresses: tuple[str, ...]  # one; of a listed video one a frame
+    addresses: tuple[Address, ...]  # one; of a listed video one a frame
     listed: bool = False  # a video given as a list of frames
     fps: float | None = None  # frames a second: to take from a file, or that the list was taken with
     frames: int | None = None  # how many to take from a file, evenly spread
@@ -119,7 +121,7 @@ def _read_part(part: Any, number: int, visuals: list[Visual]) -> dict[str, str]:
 
 def _read_picture(part: dict[str, Any], where: str) -> Visual:
     address = _address(part, "image")
-    if not isinstance(address, str) or not address:
+    if not isinstance(address, Address) or not address:
         raise UserError(f"a picture {where} has no address, found {_kind(address)}")
     return Visual("image", (address,), **_pixels(part, f"a picture {where}"))
 
@@ -131,8 +133,8 @@ def _read_video(part: dict[str, Any], where: str) -> Visual:
         raise UserError(f"{where} has the key {unknown[0]!r}, which is not read{nearest(unknown[0], VIDEO_KEYS)}")
     address = _address(part, "video")
     listed = isinstance(address, list)
-    addresses = tuple(address) if listed else (address,)
-    if not addresses or not all(isinstance(one, str) and one for one in addresses):
+    addresses = tuple(map(_plain, address)) if listed else (address,)
+    if not addresses or not all(isinstance(one, Address) and one for one in addresses):
         raise UserError(f"{where} needs the address of a file or of each frame, found {_kind(address)}")
     fps = _number(part, "sample_fps" if listed and "sample_fps" in part else "fps", where)
     frames = _whole(part, "nframes", where)
@@ -144,8 +146,14 @@ def _read_video(part: dict[str, Any], where: str) -> Visual:
 
 
 def _address(part: dict[str, Any], key: str) -> Any:
-    value = part.get(key, part.get(f"{key}_url"))
-    return value.get("url") if isinstance(value, dict) else value
+    return _plain(part.get(key, part.get(f"{key}_url")))
+
+
+def _plain(value: Any) -> Any:
+    """An address out of `{"url"}`, or of `{"bytes", "path"}` as `datasets` stores pictures."""
+    if isinstance(value, dict):
+        return value.get("url") or value.get("bytes") or value.get("path")
+    return value
 
 
 def _pixels(part: dict[str, Any], where: str) -> dict[str, int | None]:

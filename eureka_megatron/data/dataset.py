@@ -1,14 +1,19 @@
-"""MM-EUREKA's JSONL: one row a line, `{"id", "message", "answer"}` and, for supervised training, a response.
+"""Rows of a data file, checked when it is opened and read as they are needed; mixtures of several files; endless shuffled streams.
 
-Loading checks every line (JSON, keys, chat, pictures present and inside the allowed folders, answers that can be judged) but
-decodes nothing. Rows stay in the file and are read again when asked for; what stays in memory is where each one lies and a
-bounded cache of prompts, so the host's memory does not grow with the data. What only decoding shows (corrupt pictures,
+A row is MM-EUREKA's `{"id", "message", "answer"}` or MMK12's `{"id", "question", "image", "answer"}` and, for supervised training, has a
+response. Loading checks every row (form, keys, chat, pictures and videos present and inside the allowed folders, answers that can be
+judged) but decodes nothing. Rows stay in their file; what stays in memory is where each one lies, a bounded cache of prompts, and a
+bounded number of prompts read ahead, so the host's memory does not grow with the data. What only decoding shows (corrupt pictures,
 prompts that are too long) comes up when the row is used, and `on_bad_row` then decides as it does at loading.
 """
 
 import json
-from collections import OrderedDict
+import math
+import threading
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,8 +24,9 @@ import numpy as np
 from eureka_megatron.data.chat import located, read_chat
 from eureka_megatron.data.pictures import locate
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.sources import Lines, Table, as_chat, open_source
 from eureka_megatron.data.videos import check_video
-from eureka_megatron.errors import UserError
+from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.types import Prompt, Sample
 
 CACHE_BYTES = 256 * 1024 * 1024
@@ -29,16 +35,25 @@ AnswerCheck = Callable[[str], str | None]
 
 @dataclass(frozen=True)
 class Row:
-    """Where a good row lies. Example: Row(id="train-00007", answer="3", line=8, start=2311)."""
+    """Where a good row lies. Example: Row(id="train-00007", answer="3", number=8, place=2311)."""
 
     id: str
     answer: str
-    line: int  # from 1
-    start: int  # byte of the file at which the line begins
+    number: int  # from 1: line of a file, row of a table
+    place: int  # of the source: byte at which the line begins, row from 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A run of rows that a stream shuffles by itself, and how often it draws from it."""
+
+    start: int  # index of the first row
+    rows: int
+    weight: float  # of all draws; the weights of a dataset add up to 1
 
 
 class Dataset:
-    """The good rows of a file, in order; `dataset[i]` is a `Prompt`. Made by `load_dataset`.
+    """The good rows of a file, in order; `dataset[i]` is a `Prompt`. Made by `load_dataset`. `load` may be called by several threads.
 
     Attributes:
         rows: where they lie.
@@ -47,7 +62,7 @@ class Dataset:
 
     def __init__(
         self,
-        path: Path,
+        source: Lines | Table,
         rows: Sequence[Row],
         processor: Processor,
         *,
@@ -57,48 +72,67 @@ class Dataset:
         response_key: str | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.path, self.rows, self.processor = path, tuple(rows), processor
+        self.path, self.rows, self.processor = source.path, tuple(rows), processor
         self.folders, self.on_bad_row, self.response_key = tuple(folders), on_bad_row, response_key
         self.rejected = 0
-        self._rejected_path, self._rejected_rows = rejected_path, set[int]()
+        self._source = source
+        self._rejected_path, self._rejected_rows = rejected_path, dict[int, UserError]()
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """For a stream: all rows, alike."""
+        return (Share(0, len(self), 1.0),)
+
     def __getitem__(self, index: int) -> Prompt:
         """Raises UserError, with file and line, when the row turns out to be bad."""
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index]
         row = self.rows[index]
         prompt = self.processor.prompt(
             self.raw(index)["message"], id=row.id, answer=row.answer, folders=self.folders, origin=self.origin(index)
         )
-        self._remember(index, prompt)
+        with self._lock:
+            self._remember(index, prompt)
         return prompt
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
 
-    def get(self, index: int) -> Prompt | None:
-        """The prompt; None for a bad row when those are skipped (counted and written down once)."""
+    def load(self, index: int) -> Prompt | UserError:
+        """The prompt, or what is wrong with the row. `accept` decides what becomes of that."""
         if index in self._rejected_rows:
-            return None
+            return self._rejected_rows[index]
         try:
             return self[index]
         except UserError as error:
-            if self.on_bad_row == "error":
-                raise
-            self._rejected_rows.add(index)
-            self.reject(self.origin(index), error, self._line(index))
-            return None
+            return error
 
-    def sample(self, index: int) -> Sample | None:
-        """The row as a supervised sample; None as in `get`."""
-        prompt = self.get(index)
-        return None if prompt is None else self.processor.sft_sample(prompt, self.response(index))
+    def accept(self, index: int, found: Prompt | UserError) -> Prompt | None:
+        """What `load` found; None for a bad row when those are skipped (counted and written down once)."""
+        if isinstance(found, Prompt):
+            return found
+        if self.on_bad_row == "error":
+            raise found
+        if index not in self._rejected_rows:
+            self._rejected_rows[index] = found
+            self.reject(self.origin(index), found, self._source.text(self._source.raw(self.rows[index].place)))
+        return None
+
+    def get(self, index: int) -> Prompt | None:
+        """The prompt; None for a bad row when those are skipped."""
+        return self.accept(index, self.load(index))
+
+    def sample(self, index: int, prompt: Prompt) -> Sample:
+        """The row as a supervised sample, with the text to imitate under the key named at loading."""
+        return self.processor.sft_sample(prompt, self.response(index))
 
     def response(self, index: int) -> str:
         """The text to imitate, of the key named at loading."""
@@ -107,41 +141,103 @@ class Dataset:
         return self.raw(index)[self.response_key]
 
     def raw(self, index: int) -> dict[str, Any]:
-        """The row as it stands in the file, all keys."""
+        """The row as it stands in the file, all keys, and its `message`."""
         with located(self.origin(index)):
-            return _parse(self._line(index))
+            return as_chat(self._source.parse(self._source.raw(self.rows[index].place)))
+
+    def line(self, index: int) -> bytes:
+        """The row of a JSONL file to the byte, with its line end."""
+        return self._source.raw(self.rows[index].place).rstrip(b"\r\n") + b"\n"
 
     def origin(self, index: int) -> str:
         """ "file:line"."""
-        return f"{self.path}:{self.rows[index].line}"
+        return f"{self.path}:{self.rows[index].number}"
 
     def fingerprint(self) -> str:
         """Changes when rows are added, dropped, renamed, reordered or get another answer; part of a resumed stream."""
         content = json.dumps([[row.id, row.answer] for row in self.rows]).encode()
         return blake2b(content, digest_size=8).hexdigest()
 
-    def reject(self, origin: str, reason: Exception, line: bytes) -> None:
+    def reject(self, origin: str, reason: Exception, text: str) -> None:
         """Count a row that is left out and append it to rejected.jsonl."""
         self.rejected += 1
         if self._rejected_path is not None:
-            record = {"origin": origin, "reason": str(reason), "row": line.decode(errors="replace").rstrip("\n")}
+            record = {"origin": origin, "reason": str(reason), "row": text}
             with self._rejected_path.open("a") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def _line(self, index: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.rows[index].start)
-            return file.readline()
-
     def _remember(self, index: int, prompt: Prompt) -> None:
+        if index in self._cache:  # another thread was faster
+            return
         self._cache[index] = prompt
         self._cached_bytes += _bytes(prompt)
         while self._cached_bytes > self._cache_bytes:
             self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
 
 
+class Mixture:
+    """Several datasets one behind the other; a stream draws from each by its weight. Made by `load_dataset`."""
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float]) -> None:
+        self.parts = tuple(parts)
+        self.path = ",".join(str(part.path) for part in parts)
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
+        self.shares = tuple(
+            Share(start, len(part), weight / sum(weights))
+            for start, part, weight in zip(starts, parts, weights, strict=False)
+        )
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Prompt:
+        part, own = self._find(index)
+        return part[own]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (prompt for part in self.parts for prompt in part)
+
+    @property
+    def rejected(self) -> int:
+        return sum(part.rejected for part in self.parts)
+
+    def load(self, index: int) -> Prompt | UserError:
+        """See Dataset.load."""
+        part, own = self._find(index)
+        return part.load(own)
+
+    def accept(self, index: int, found: Prompt | UserError) -> Prompt | None:
+        """See Dataset.accept."""
+        part, own = self._find(index)
+        return part.accept(own, found)
+
+    def get(self, index: int) -> Prompt | None:
+        """See Dataset.get."""
+        part, own = self._find(index)
+        return part.get(own)
+
+    def sample(self, index: int, prompt: Prompt) -> Sample:
+        """See Dataset.sample."""
+        part, own = self._find(index)
+        return part.sample(own, prompt)
+
+    def fingerprint(self) -> str:
+        """Of all parts and their weights."""
+        parts = [(part.fingerprint(), share.weight) for part, share in zip(self.parts, self.shares, strict=True)]
+        return blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+    def _find(self, index: int) -> tuple[Dataset, int]:
+        for part, share in zip(self.parts, self.shares, strict=True):
+            if share.start <= index < share.start + share.rows:
+                return part, index - share.start
+        raise IndexError(index)
+
+
+Rows = Dataset | Mixture
+
+
 def load_dataset(
-    path: Path | str,
+    data: Path | str,
     processor: Processor,
     *,
     media: Sequence[Path | str] = (),
@@ -149,67 +245,106 @@ def load_dataset(
     rejected: Path | str | None = None,
     check_answer: AnswerCheck | None = None,
     response_key: str | None = None,
-) -> Dataset:
-    """Read and check a JSONL file.
+) -> Rows:
+    """Open and check a JSONL file, a parquet file, a directory of `datasets`, or a mixture `a.jsonl:0.7,b.parquet:0.3`.
 
     Args:
-        media: folders pictures may come from besides the file's own.
+        media: folders pictures and videos may come from besides the data file's own.
         on_bad_row: "error" raises, naming up to five bad rows; "skip" counts them and writes them to `rejected`.
         rejected: a JSONL file, begun anew, of `{"origin", "reason", "row"}`; None writes none.
         check_answer: returns why an answer can never be judged, or None; without it answers need only be non-empty.
         response_key: a further key that every row must have, with the text to imitate.
 
     Raises:
-        UserError: the file is missing or holds no good row; or bad rows, as `file:line: reason`.
+        UserError: a file is missing or holds no good row; or bad rows, as `file:line: reason`.
+        ConfigError: the weights of a mixture make no sense.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist")
-    folders = (path.parent, *map(Path, media))
     rejected_path = None if rejected is None else Path(rejected)
     if rejected_path is not None:
         rejected_path.parent.mkdir(parents=True, exist_ok=True)
         rejected_path.write_text("")
+    mixture = read_mixture(data)
+    parts = []
+    for path, _ in mixture:
+        source = open_source(path)
+        folders = (source.folder, *map(Path, media))
+        rows, bad = _check_rows(source, folders, check_answer, response_key)
+        if bad and on_bad_row == "error":
+            more = f"\n… {len(bad)} bad rows in all" if len(bad) > 5 else ""
+            raise UserError(
+                "\n".join(str(error) for _, error, _ in bad[:5]) + f"{more}\n(data.on_bad_row=skip leaves bad rows out)"
+            )
+        if not rows:
+            raise UserError(f"{path} holds no usable row" + (f"; the first is bad: {bad[0][1]}" if bad else ""))
+        dataset = Dataset(
+            source,
+            rows,
+            processor,
+            folders=folders,
+            on_bad_row=on_bad_row,
+            rejected_path=rejected_path,
+            response_key=response_key,
+            cache_bytes=CACHE_BYTES // len(mixture),
+        )
+        for origin, error, text in bad:
+            dataset.reject(origin, error, text)
+        parts.append(dataset)
+    if len(parts) == 1:
+        return parts[0]
+    return Mixture(parts, [weight or len(part) for part, (_, weight) in zip(parts, mixture, strict=True)])
+
+
+def read_mixture(data: Path | str) -> list[tuple[Path, float | None]]:
+    """Paths and weights of `a.jsonl:0.7,b.parquet:0.3`; without weights (None) each row counts the same.
+
+    Raises:
+        ConfigError: a part has no path, a weight is not positive, or only some parts have one.
+    """
+    if isinstance(data, Path) or Path(data).exists():
+        return [(Path(data), None)]
+    parts: list[tuple[Path, float | None]] = []
+    for part in map(str.strip, data.split(",")):
+        path, _, number = part.rpartition(":")
+        weight = _as_number(number) if path and not Path(part).exists() else None
+        if not part or (weight is not None and not 0 < weight < math.inf):
+            raise ConfigError(
+                f"data.train: {part!r} of {data!r} is not of the form path or path:weight, weight above 0"
+            )
+        parts.append((Path(part if weight is None else path), weight))
+    if len({weight is None for _, weight in parts}) > 1:
+        raise ConfigError(f"data.train={data!r}: either every part has a weight or none has")
+    return parts
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # the colon belongs to a name
+        return None
+
+
+def _check_rows(
+    source: Lines | Table, folders: Sequence[Path], check_answer: AnswerCheck | None, response_key: str | None
+) -> tuple[list[Row], list[tuple[str, UserError, str]]]:
+    """The good rows, and (origin, reason, text) of the bad ones."""
     rows: list[Row] = []
-    bad: list[tuple[str, UserError, bytes]] = []
-    for number, start, line in _lines(path):
-        origin = f"{path}:{number}"
+    bad: list[tuple[str, UserError, str]] = []
+    for number, place, raw in source.scan():
+        origin = f"{source.path}:{number}"
         try:
             with located(origin):
-                rows.append(_check_row(line, number, start, folders, check_answer, response_key))
+                row = as_chat(source.parse(raw))
+                _check_row(row, folders, check_answer, response_key)
+                rows.append(Row(str(row.get("id", number)), str(row["answer"]), number, place))
         except UserError as error:
-            bad.append((origin, error, line))
-    if bad and on_bad_row == "error":
-        more = f"\n… {len(bad)} bad rows in all" if len(bad) > 5 else ""
-        raise UserError(
-            "\n".join(str(error) for _, error, _ in bad[:5]) + f"{more}\n(data.on_bad_row=skip leaves bad rows out)"
-        )
-    if not rows:
-        raise UserError(f"{path} holds no usable row" + (f"; the first is bad: {bad[0][1]}" if bad else ""))
-    dataset = Dataset(
-        path,
-        rows,
-        processor,
-        folders=folders,
-        on_bad_row=on_bad_row,
-        rejected_path=rejected_path,
-        response_key=response_key,
-    )
-    for origin, error, line in bad:
-        dataset.reject(origin, error, line)
-    return dataset
+            bad.append((origin, error, source.text(raw)))
+    return rows, bad
 
 
 def _check_row(
-    line: bytes,
-    number: int,
-    start: int,
-    folders: Sequence[Path],
-    check_answer: AnswerCheck | None,
-    response_key: str | None,
-) -> Row:
-    row = _parse(line)
-    missing = [key for key in ("message", "answer", response_key) if key is not None and key not in row]
+    row: dict[str, Any], folders: Sequence[Path], check_answer: AnswerCheck | None, response_key: str | None
+) -> None:
+    missing = [key for key in ("message", "answer", response_key) if key is not None and row.get(key) is None]
     if missing:
         raise UserError(f"key {missing[0]!r} is missing; found {', '.join(sorted(row)) or 'no keys'}")
     for visual in read_chat(row["message"]).visuals:
@@ -224,29 +359,6 @@ def _check_row(
         raise UserError(f"'answer' {str(answer)[:80]!r} cannot be judged: {reason}")
     if response_key is not None and not (isinstance(row[response_key], str) and row[response_key].strip()):
         raise UserError(f"{response_key!r} must be a non-empty string, found {row[response_key]!r:.80}")
-    return Row(id=str(row.get("id", number)), answer=str(answer), line=number, start=start)
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start} of the line)") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"a row must be a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, first byte, line) of every line that is not blank."""
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, start, line
-            start += len(line)
 
 
 def _bytes(prompt: Prompt) -> int:
@@ -261,33 +373,42 @@ def _bytes(prompt: Prompt) -> int:
 class PromptStream:
     """Endless epochs over a dataset, each in its own order; where it stands is a small dictionary.
 
-    The order of epoch e depends on seed and e alone, so a resumed stream gives what an uninterrupted one would have given.
+    The order of epoch e depends on seed and e alone, so a resumed stream gives what an uninterrupted one would have given. Of a mixture every
+    part has its own epochs, and after any number of draws each part has had its weight's share of them to within one row.
+
+    With workers, the next rows are read and decoded in the background: at most `prefetch` prompts wait at any time. Order, errors and state
+    are those of a stream without: what has been read ahead but not taken is not part of the state.
     """
 
-    def __init__(self, dataset: Dataset, seed: int = 0) -> None:
-        self.dataset, self.seed = dataset, seed
-        self.epoch, self.position = 0, 0
+    def __init__(self, dataset: Rows, seed: int = 0, *, workers: int = 0, prefetch: int = 0) -> None:
+        self.dataset, self.seed, self.prefetch = dataset, seed, prefetch
+        self._drawn = [0] * len(dataset.shares)  # rows taken of each share
+        self._planned = [0] * len(dataset.shares)  # and those being read ahead
+        self._ahead: deque[tuple[int, Future[Prompt | UserError]]] = deque()
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._readers = ThreadPoolExecutor(workers, "prompts") if workers and prefetch else None
+        if self._readers is not None:
+            weakref.finalize(self, self._readers.shutdown, wait=False, cancel_futures=True)
 
     def next(self, number: int) -> list[Prompt]:
         """The next `number` prompts; bad rows are passed over when the dataset skips them."""
-        return self._take(number, self.dataset.get)
+        return [prompt for _, prompt in self._take(number)]
 
     def next_samples(self, number: int) -> list[Sample]:
         """The next `number` rows as supervised samples."""
-        return self._take(number, self.dataset.sample)
+        return [self.dataset.sample(index, prompt) for index, prompt in self._take(number)]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
         return {
             "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self.position,
-            "rows": len(self.dataset),
+            "drawn": list(self._drawn),
+            "rows": [share.rows for share in self.dataset.shares],
             "fingerprint": self.dataset.fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when data or seed are not those of the saved stream."""
+        """Raises UserError when data, weights or seed are not those of the saved stream."""
         now = self.state_dict()
         for key in ("seed", "rows", "fingerprint"):
             if state[key] != now[key]:
@@ -295,30 +416,51 @@ class PromptStream:
                     f"{self.dataset.path}: cannot resume, {key} was {state[key]!r} when the checkpoint was written "
                     f"and is {now[key]!r} now"
                 )
-        self.epoch, self.position = state["epoch"], state["position"]
+        while self._ahead:
+            self._ahead.pop()[1].cancel()
+        self._drawn, self._planned = list(state["drawn"]), list(state["drawn"])
 
-    def _take(self, number: int, read: Callable[[int], Any]) -> list[Any]:
-        taken: list[Any] = []
+    def _take(self, number: int) -> list[tuple[int, Prompt]]:
+        taken: list[tuple[int, Prompt]] = []
         fruitless = 0
         while len(taken) < number:
-            item = read(self._next_index())
-            if item is not None:
-                taken.append(item)
-            fruitless = 0 if item is not None else fruitless + 1
+            index, found = self._draw()
+            prompt = self.dataset.accept(index, found)
+            if prompt is not None:
+                taken.append((index, prompt))
+            fruitless = 0 if prompt is not None else fruitless + 1
             if fruitless > 2 * len(self.dataset):
                 raise UserError(f"{self.dataset.path}: no usable row is left; {self.dataset.rejected} were rejected")
         return taken
 
-    def _next_index(self) -> int:
-        if self.position == len(self.dataset):
-            self.epoch, self.position = self.epoch + 1, 0
-        order = self._order(self.epoch)
-        index = int(order[self.position])
-        self.position += 1
-        return index
+    def _draw(self) -> tuple[int, Prompt | UserError]:
+        if self._readers is None:
+            index = self._advance(self._drawn)
+            return index, self.dataset.load(index)
+        self._read_ahead()
+        index, future = self._ahead.popleft()
+        self._advance(self._drawn)  # the same rule from the same place: the same row
+        found = future.result()
+        self._read_ahead()  # while the caller is busy with this one
+        return index, found
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_ordered_epoch", None) != epoch:
-            self._ordered_epoch = epoch
-            self._epoch_order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        return self._epoch_order
+    def _read_ahead(self) -> None:
+        while len(self._ahead) < self.prefetch:
+            index = self._advance(self._planned)
+            self._ahead.append((index, self._readers.submit(self.dataset.load, index)))
+
+    def _advance(self, drawn: list[int]) -> int:
+        """Count one more draw from the share that lags most behind its weight. → the row it gives."""
+        shares, draws = self.dataset.shares, sum(drawn) + 1
+        chosen = max(range(len(shares)), key=lambda place: shares[place].weight * draws - drawn[place])
+        epoch, place = divmod(drawn[chosen], shares[chosen].rows)
+        drawn[chosen] += 1
+        return shares[chosen].start + int(self._order(chosen, epoch)[place])
+
+    def _order(self, share: int, epoch: int) -> np.ndarray:
+        if (share, epoch) not in self._orders:
+            rows = self.dataset.shares[share].rows
+            self._orders[share, epoch] = np.random.default_rng([self.seed, epoch, share]).permutation(rows)
+            if len(self._orders) > 2 * len(self.dataset.shares):  # this epoch's, and the next one's for reading ahead
+                self._orders.popitem(last=False)
+        return self._orders[share, epoch]

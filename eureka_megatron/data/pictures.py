@@ -1,6 +1,6 @@
 """From the address of a picture in a data file to RGB pixels, without trusting either.
 
-An address is `file://…`, a plain path (relative ones are looked up in the allowed folders), or a base64 data URL. Files must
+An address is `file://…`, a plain path (relative ones are looked up in the allowed folders), a base64 data URL, or the bytes themselves. Files must
 lie, links resolved, inside an allowed folder: a data file from elsewhere can then not read this machine's other files. Size
 is judged from the header before a pixel is decoded, and only formats whose decoders run nothing else are opened.
 """
@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps
 
+from eureka_megatron.data.chat import Address
 from eureka_megatron.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
@@ -22,13 +23,13 @@ MAX_PICTURE_PIXELS = 64 * 1024 * 1024  # decoded: 192 MiB as RGB
 MAX_PICTURE_BYTES = 64 * 1024 * 1024
 
 
-def locate(address: str, folders: Sequence[Path], what: str = "picture") -> Path | None:
-    """The file an address points to; None for a data URL. `what` is for messages.
+def locate(address: Address, folders: Sequence[Path], what: str = "picture") -> Path | None:
+    """The file an address points to; None for a data URL and for bytes. `what` is for messages.
 
     Raises:
         UserError: the file is missing, lies outside `folders`, or the address is of another kind.
     """
-    if address.startswith("data:"):
+    if isinstance(address, bytes) or address.startswith("data:"):
         return None
     scheme, separator, _ = address.partition("://")
     if separator and scheme != "file":
@@ -57,7 +58,7 @@ def locate(address: str, folders: Sequence[Path], what: str = "picture") -> Path
     return existing
 
 
-def load_picture(address: str, folders: Sequence[Path]) -> Image.Image:
+def load_picture(address: Address, folders: Sequence[Path]) -> Image.Image:
     """Decode a picture to RGB; transparency becomes white, the camera's orientation mark is applied.
 
     Raises:
@@ -69,7 +70,7 @@ def load_picture(address: str, folders: Sequence[Path]) -> Image.Image:
     except OSError as error:
         raise UserError(f"picture {short(address)} cannot be read: {error.strerror}") from error
     if path is None:
-        data = _decode_data_url(address)
+        data = address if isinstance(address, bytes) else _decode_data_url(address)
     if data is None or len(data) > MAX_PICTURE_BYTES:
         raise UserError(f"picture {short(address)} is larger than {MAX_PICTURE_BYTES >> 20} MiB")
     try:
@@ -114,6 +115,8 @@ def _within(path: Path, roots: Sequence[Path]) -> bool:
     return any(path.is_relative_to(root) for root in roots)
 
 
-def short(address: str) -> str:
+def short(address: Address) -> str:
     """An address as a message shows it: quoted, and cut when it is a data URL."""
+    if isinstance(address, bytes):
+        return f"of {len(address)} bytes in the row"
     return repr(address if len(address) <= 120 else address[:60] + "…")

@@ -5,6 +5,7 @@ Left out: downloads. The files are expected on disk.
 
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from PIL import Image
 
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.sources import Table, open_source
 from eureka_megatron.errors import UserError
 
 COLUMNS = ("id", "question", "image", "answer", "subject")
@@ -130,6 +132,17 @@ def _save_picture(value: Any, images: Path, stem: str) -> str:
     return f"{stem}.{extension}"
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a data file holds. Counts are those of the good rows."""
+
+    rows: int
+    pictures: int
+    videos: int
+    longest_tokens: int  # of a prompt, placeholders expanded
+    problems: tuple[Problem, ...]  # in file order
+
+
 def validate(
     path: Path,
     processor: Processor,
@@ -138,13 +151,13 @@ def validate(
     check_answer: Callable[[str], str | None] | None = None,
     clean: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[int, list[Problem]]:
-    """Read every row as training would, pictures decoded and prompt counted. → (good rows, problems in file order).
+) -> Validation:
+    """Read every row as training would, pictures and videos decoded and the prompt's tokens counted.
 
     `clean`: a file to write the good lines to, unchanged; it must lie in the same folder, since pictures are found from there.
 
     Raises:
-        UserError: the file is missing or holds no good row; `clean` exists or lies elsewhere.
+        UserError: the file is missing or holds no good row; `clean` exists or lies elsewhere, or the file is a table.
     """
     if clean is not None and clean.exists():
         raise UserError(f"{clean} exists and is not overwritten")
@@ -152,42 +165,47 @@ def validate(
         raise UserError(
             f"{clean} must lie beside {path}: relative picture paths are looked up from the data file's folder"
         )
-    rejected = path.with_name(f".{path.name}.rejected-{os.getpid()}")
-    try:
+    if clean is not None and isinstance(open_source(path), Table):
+        raise UserError(f"{path} is a table; good rows can be copied from JSONL files only")
+    with tempfile.TemporaryDirectory() as folder:
+        rejected = Path(folder) / "rejected.jsonl"
         dataset = load_dataset(
             path, processor, media=media, on_bad_row="skip", rejected=rejected, check_answer=check_answer
         )
-        good = []
+        good: list[int] = []
+        counts: Counter[str] = Counter()
         for index in range(len(dataset)):
-            if dataset.get(index) is not None:
+            prompt = dataset.get(index)
+            if prompt is not None:
                 good.append(index)
+                counts["videos"] += sum(picture.is_video for picture in prompt.pictures)
+                counts["pictures"] += sum(not picture.is_video for picture in prompt.pictures)
+                counts["tokens"] = max(counts["tokens"], len(prompt.tokens_S))
             if progress is not None:
                 progress(index + 1, len(dataset))
         records = [json.loads(line) for line in rejected.read_text(encoding="utf-8").splitlines()]
-    finally:
-        rejected.unlink(missing_ok=True)
     if clean is not None:
         partial = clean.with_name(clean.name + ".partial")
-        partial.write_text(
-            "".join(json.dumps(dataset.raw(i), ensure_ascii=False) + "\n" for i in good), encoding="utf-8"
-        )
+        with partial.open("wb") as file:
+            file.writelines(dataset.line(index) for index in good)
         os.replace(partial, clean)
     problems = [Problem(r["origin"], r["reason"].removeprefix(f"{r['origin']}: ")) for r in records]
-    return len(good), sorted(problems, key=lambda problem: int(problem.origin.rpartition(":")[2]))
+    problems.sort(key=lambda problem: int(problem.origin.rpartition(":")[2]))
+    return Validation(len(good), counts["pictures"], counts["videos"], counts["tokens"], tuple(problems))
 
 
 def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] = (), clean: Path | None = None) -> int:
     """Validate with a progress bar, print a table of problems. → exit code 0 when there are none, else 1."""
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
+    from rich.table import Table as Grid
 
     from eureka_megatron.rewards import parseable_gold
 
     console = Console()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reading rows", total=None)
-        good, problems = validate(
+        found = validate(
             path,
             processor,
             media=media,
@@ -195,14 +213,20 @@ def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] =
             check_answer=lambda answer: None if parseable_gold(answer) else "it cannot be parsed",
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    problems = found.problems
     if problems:
-        table = Table("line", "problem", title=f"{path}: {len(problems)} bad rows")
+        grid = Grid("line", "problem", title=f"{path}: {len(problems)} bad rows")
         for problem in problems[:SHOWN]:
-            table.add_row(problem.origin.rpartition(":")[2], problem.reason)
-        console.print(table)
+            grid.add_row(problem.origin.rpartition(":")[2], problem.reason)
+        console.print(grid)
         if len(problems) > SHOWN:
             console.print(f"… and {len(problems) - SHOWN} more; by kind: {kinds(problems)}", markup=False)
-    console.print(f"{good} good rows, {len(problems)} bad" + (f"; good rows in {clean}" if clean else ""), markup=False)
+    console.print(
+        f"{found.rows} good rows, {len(problems)} bad; {found.pictures} pictures, {found.videos} videos, "
+        f"longest prompt {found.longest_tokens} tokens" + (f"; good rows in {clean}" if clean else ""),
+        markup=False,
+        soft_wrap=True,
+    )
     return 1 if problems else 0
 
 

@@ -5,6 +5,7 @@ picture and goes to the rollout engine; its patches, made by the checkpoint's ow
 the trainer. Both sides so see the same pixels, whatever their resampling code.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from hashlib import blake2b
@@ -20,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.video_utils import VideoMetadata
 
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.chat import Chat, Visual, located, read_chat
+from eureka_megatron.data.chat import Address, Chat, Visual, located, read_chat
 from eureka_megatron.data.pictures import load_picture, short
 from eureka_megatron.data.positions import Span, mrope_positions
 from eureka_megatron.data.prompts import system_prompt as named_system_prompt
@@ -32,7 +33,7 @@ from eureka_megatron.types import Picture, Prompt, Sample
 
 
 class Processor:
-    """Tokenizer, chat template, image and video processor of one checkpoint.
+    """Tokenizer, chat template, image and video processor of one checkpoint. Several threads may make prompts at once.
 
     Args:
         min_pixels, max_pixels: of a picture; a row may narrow them. None: the checkpoint's own.
@@ -74,7 +75,7 @@ class Processor:
         own = self._hf.image_processor.size  # None asks for the checkpoint's own bounds
         self.min_pixels = own["shortest_edge"] if min_pixels is None else min_pixels
         self.max_pixels = own["longest_edge"] if max_pixels is None else max_pixels
-        self.tokenizer = self._hf.tokenizer
+        self.tokenizer, self._one_at_a_time = self._hf.tokenizer, threading.Lock()
         self._vision = config.vision_config
         names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>")
         ids = {name: self.tokenizer.convert_tokens_to_ids(name) for name in names}
@@ -143,7 +144,7 @@ class Processor:
         return text
 
     def picture(
-        self, image: Image.Image, name: str = "", *, min_pixels: int | None = None, max_pixels: int | None = None
+        self, image: Image.Image, name: Address = "", *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> Picture:
         """Resize to the grid and cut into patches, in window order.
 
@@ -166,7 +167,7 @@ class Processor:
         return self._record(values["pixel_values"], values["image_grid_thw"][0], image.tobytes(), image=image)
 
     def video(
-        self, clip: Clip, name: str = "", *, min_pixels: int | None = None, max_pixels: int | None = None
+        self, clip: Clip, name: Address = "", *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> Picture:
         """Resize all frames to the grid and cut them into patches, as `picture`. An odd last frame is doubled.
 
@@ -213,7 +214,8 @@ class Processor:
         return training_sample(prompt, self.encode_response(response))
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with self._one_at_a_time:  # Rust tokenizers refuse ("Already borrowed") what two threads ask at once
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _expand(self, text: str, pictures: Sequence[Picture]) -> tuple[np.ndarray, tuple[int, ...]]:
         """Tokens with one placeholder an embedding, and where each picture's placeholders begin."""
@@ -254,7 +256,9 @@ class Processor:
         )
         return sorted({min(int(index), total - 1) for index in indices})  # rounding may give one too many at the end
 
-    def _resized(self, clip: Clip, name: str, min_pixels: int | None, max_pixels: int | None) -> Iterator[np.ndarray]:
+    def _resized(
+        self, clip: Clip, name: Address, min_pixels: int | None, max_pixels: int | None
+    ) -> Iterator[np.ndarray]:
         """The frames at the size of the grid, uint8 [height, width, 3] each. The first decides on the size of all."""
         from torchvision.transforms.v2 import functional
 
@@ -276,7 +280,7 @@ class Processor:
             yield pixels.permute(1, 2, 0).contiguous().numpy()
 
     def _frame_size(
-        self, clip: Clip, height: int, width: int, name: str, min_pixels: int | None, max_pixels: int | None
+        self, clip: Clip, height: int, width: int, name: Address, min_pixels: int | None, max_pixels: int | None
     ) -> tuple[int, int]:
         """Height and width of the grid's frames; tells too long a video before all of it is decoded."""
         most = max_pixels or max(self.video_max_pixels, min_pixels or 0)
@@ -314,7 +318,7 @@ class Processor:
             **values,
         )
 
-    def _target_size(self, height: int, width: int, name: str, least: int, most: int) -> tuple[int, int]:
+    def _target_size(self, height: int, width: int, name: Address, least: int, most: int) -> tuple[int, int]:
         """The size that smart_resize leaves alone; rarely it takes more than one step to get there."""
         factor = self._vision.patch_size * self._vision.spatial_merge_size
         for _ in range(8):
@@ -327,7 +331,7 @@ class Processor:
             height, width = target
         raise ConfigError(
             f"data.min_pixels={least} and data.max_pixels={most} are too close: "
-            f"no multiple of {factor} pixels lies between them for picture {name[:120]!r}"
+            f"no multiple of {factor} pixels lies between them for picture {short(name)}"
         )
 
     def _check_bounds(self) -> None:
@@ -343,7 +347,7 @@ class Processor:
             raise ConfigError(f"data.max_pixels={self.max_pixels} is above the checkpoint's own bound, {most}")
 
 
-def _too_long(name: str, width: int, height: int) -> UserError:
+def _too_long(name: Address, width: int, height: int) -> UserError:
     return UserError(f"picture {short(name)} is {width}×{height}: more than 200 times as long as wide")
 
 

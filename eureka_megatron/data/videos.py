@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eureka_megatron.data.chat import Visual
+from eureka_megatron.data.chat import Address, Visual
 from eureka_megatron.data.pictures import MAX_PICTURE_PIXELS, load_picture, locate, short
 from eureka_megatron.errors import UserError
 
@@ -70,10 +70,10 @@ def open_clip(visual: Visual, folders: Sequence[Path], *, choose: Choose, fps: f
     return Clip(frames, count, visual.fps or fps)
 
 
-def _check_file(address: str, folders: Sequence[Path]) -> Path:
+def _check_file(address: Address, folders: Sequence[Path]) -> Path:
     path = locate(address, folders, "video")
     if path is None:
-        raise UserError(f"video {short(address)}: videos are read from files, not from data URLs")
+        raise UserError(f"video {short(address)}: videos are read from files, not from data URLs or bytes")
     if path.stat().st_size > MAX_VIDEO_BYTES:
         raise UserError(f"video {short(address)} is larger than {MAX_VIDEO_BYTES >> 20} MiB")
     with path.open("rb") as file:
@@ -96,7 +96,7 @@ def _decoder() -> Any:
     return cv2
 
 
-def _open_file(address: str, folders: Sequence[Path], choose: Choose) -> Clip:
+def _open_file(address: Address, folders: Sequence[Path], choose: Choose) -> Clip:
     path, cv2 = _check_file(address, folders), _decoder()
     # One thread a file: parallelism is that of data.workers.
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
@@ -114,7 +114,7 @@ def _open_file(address: str, folders: Sequence[Path], choose: Choose) -> Clip:
     return Clip(_decode(capture, indices, total, address), len(indices), len(indices) / total * fps)
 
 
-def _decode(capture: Any, indices: Sequence[int], total: int, address: str) -> Iterator[np.ndarray]:
+def _decode(capture: Any, indices: Sequence[int], total: int, address: Address) -> Iterator[np.ndarray]:
     """The frames at `indices`. Frames between them are skipped, yet must be decoded: each builds upon the last."""
     cv2, place, frame = _decoder(), -1, None
     try:

@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from pyarrow import parquet
 from eureka_megatron.cli import main
 from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import load_dataset
-from eureka_megatron.data.prepare import convert_mmk12, validate
+from eureka_megatron.data.prepare import Validation, convert_mmk12, validate
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
@@ -45,6 +46,11 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     directory = build_tiny(tmp_path_factory.mktemp("model") / "hf", weights=False)
     return Processor(directory, min_pixels=784, max_pixels=640 * 784)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def test_rows_of_several_files_can_be_read_and_bad_ones_are_named(tmp_path: Path, processor: Processor) -> None:
@@ -83,13 +89,44 @@ def test_validation_finds_every_kind_of_bad_row_and_keeps_the_good(tmp_path: Pat
     del rows[3]["answer"]
     (tmp_path / "images" / "train-00004.png").write_bytes(b"junk")
     paths.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    good, problems = validate(paths.train, processor, clean=tmp_path / "clean.jsonl")
-    assert good == 3
-    assert [problem.origin.rpartition(":")[2] for problem in problems] == ["2", "4", "5"]
+    found = validate(paths.train, processor, clean=tmp_path / "clean.jsonl")
+    assert (found.rows, found.pictures, found.videos) == (3, 3, 0)
+    assert [problem.origin.rpartition(":")[2] for problem in found.problems] == ["2", "4", "5"]
     kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
     assert kept == [rows[0], rows[2], rows[5]]
-    assert validate(tmp_path / "clean.jsonl", processor) == (3, [])
+    again = validate(tmp_path / "clean.jsonl", processor)
+    assert again == Validation(3, 3, 0, found.longest_tokens, ())
     assert not list(tmp_path.glob(".*rejected*"))
+
+
+def test_videos_are_counted_and_checked_too(tmp_path: Path, processor: Processor) -> None:
+    for number in range(4):
+        Image.new("RGB", (56, 28), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    clip = {"type": "video", "video": ["0.png", "1.png", "2.png", "3.png"]}
+    broken = {"type": "video", "video": ["0.png", "9.png"]}
+    long = {"type": "video", "video": ["0.png"] * 3002}
+    image = {"type": "image", "image": "0.png"}
+    contents = [[clip, image], [broken], [image], [clip, clip, "?"], [long]]
+    rows = [{"message": [{"role": "user", "content": content}], "answer": "1"} for content in contents]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = validate(tmp_path / "rows.jsonl", processor)
+    assert (found.rows, found.pictures, found.videos) == (3, 2, 3)
+    assert [problem.reason for problem in found.problems] == [
+        f"picture '9.png' does not exist (looked for {tmp_path / '9.png'})",
+        "the video of '0.png' … has 3002 frames; data.video_max_frames=768",
+    ]
+    assert found.longest_tokens > 8
+
+
+def test_tables_are_validated_and_not_copied(tmp_path: Path, processor: Processor) -> None:
+    table = write_parquet(
+        tmp_path / "a.parquet", [record(0), record(1, image={"bytes": b"junk", "path": None}), record(2, answer="")]
+    )
+    found = validate(table, processor)
+    assert (found.rows, found.pictures) == (1, 1)
+    assert [problem.origin for problem in found.problems] == [f"{table}:2", f"{table}:3"]
+    with pytest.raises(UserError, match="is a table; good rows can be copied from JSONL files only"):
+        validate(table, processor, clean=tmp_path / "clean.jsonl")
 
 
 def test_the_command_prints_a_table_and_answers_by_its_exit_code(
