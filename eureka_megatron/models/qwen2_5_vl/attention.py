@@ -132,14 +132,12 @@ class SegmentAttention(MegatronModule):
         return context.flatten(1)[:, None]
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        """torch's variable-length flash attention. Not yet run on hardware."""
-        from torch.nn.attention.varlen import varlen_attn
+        from eureka_megatron.models.qwen2_5_vl.varlen import (
+            varlen_attention,  # seconds to import: only where it is used
+        )
 
-        repeat = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        longest = max(segments.lengths)
-        cu = segments.cu_seqlens
-        return varlen_attn(query, key, value, cu, cu, longest, longest, is_causal=self.causal)
+        cu, longest = segments.cu_seqlens, max(segments.lengths)
+        return varlen_attention(query, key, value, cu, cu, longest, longest, causal=self.causal)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
         def side_by_side(x: Tensor, bucket: Bucket) -> Tensor:

@@ -73,8 +73,8 @@ def _one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _flash(query: Tensor, pair: Tensor, chunks: list[QueryChunk], order: Tensor) -> Tensor:
-    """The same by torch's variable-length flash attention, which aligns causality at the end of the keys. Not yet run on hardware."""
-    from torch.nn.attention.varlen import varlen_attn
+    """The same by variable-length flash attention, which aligns causality at the end of the keys. Not yet run on hardware."""
+    from eureka_megatron.models.qwen2_5_vl.varlen import varlen_attention  # seconds to import: only where it is used
 
     rows = torch.cat([order[chunk.first : chunk.first + chunk.keys] for chunk in chunks])
     key, value = pair.index_select(0, rows).chunk(2, dim=-1)
@@ -83,7 +83,6 @@ def _flash(query: Tensor, pair: Tensor, chunks: list[QueryChunk], order: Tensor)
         return F.pad(torch.tensor(lengths, device=query.device).cumsum(0), (1, 0)).int()
 
     queries, keys = [chunk.end - chunk.start for chunk in chunks], [chunk.keys for chunk in chunks]
-    return varlen_attn(
-        query, key.contiguous(), value.contiguous(), cumulative(queries), cumulative(keys), max(queries), max(keys),
-        window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    return varlen_attention(
+        query, key, value, cumulative(queries), cumulative(keys), max(queries), max(keys), causal=True
+    )
