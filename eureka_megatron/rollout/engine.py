@@ -31,7 +31,14 @@ import numpy as np
 import torch
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.sync.check import Fingerprint, check_announced, engine_fingerprints, expected_tensors, listed
+from eureka_megatron.sync.check import (
+    Fingerprint,
+    check_announced,
+    engine_fingerprints,
+    expected_tensors,
+    listed,
+    parameters_of,
+)
 from eureka_megatron.sync.source import SyncError, TensorMeta, hub_name
 from eureka_megatron.types import Picture, Prompt, Rollout
 
@@ -193,8 +200,8 @@ class Engine:
         """Join the trainer's transfer group (NCCL); the Ray transport needs none."""
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
 
-    def start_weight_update(self, metadata: Sequence[TensorMeta], version: int) -> None:
-        """Compare the announced tensors with the model's own, then make ready to load.
+    def start_weight_update(self, metadata: Sequence[TensorMeta], version: int, unchanged: Sequence[str] = ()) -> None:
+        """Compare the announced tensors with the model's own, then make ready to load. `unchanged` ones stay as they are.
 
         Raises SyncError naming missing, unexpected and ill-shaped tensors; the engine then goes on serving what it has.
         """
@@ -202,11 +209,11 @@ class Engine:
             raise SyncError(
                 f"weight update to version {version} begins while that to {self._update.version} is not finished"
             )
-        check_announced(metadata, self._expected)
+        check_announced(metadata, self._expected, unchanged)
         if self._failure is not None:
             # Leftovers of the failed update would be counted as loaded by vLLM's layer-wise reload: flush them first.
             self._llm.collective_rpc(_flush_reload)
-        self._update = _Update(self._model, metadata, version)
+        self._update = _Update(self._model, metadata, version, parameters_of(self._model, unchanged))
         try:
             self._llm.collective_rpc("start_weight_update")
         except BaseException:
@@ -336,11 +343,11 @@ class Engine:
 class _Update:
     """Watches one weight update: what vLLM was given and what it says it loaded, whatever the transport."""
 
-    def __init__(self, model: Any, metadata: Sequence[TensorMeta], version: int) -> None:
+    def __init__(self, model: Any, metadata: Sequence[TensorMeta], version: int, kept: set[str]) -> None:
         self.version = version
         self.received: Counter[str] = Counter()
         self._announced = {hub_name(meta.name) for meta in metadata}
-        self._parameters = {name for name, _ in model.named_parameters()}
+        self._parameters = {name for name, _ in model.named_parameters()} - kept
         self._loaded: set[str] = set()
         self._model = model
         self._load = model.load_weights
@@ -350,7 +357,7 @@ class _Update:
         self._model.__dict__.pop("load_weights", None)
 
     def check_complete(self) -> None:
-        """Every announced tensor exactly once, and every parameter of the model filled."""
+        """Every announced tensor exactly once, and every parameter of the model filled that was to change."""
         problems = [
             f"{len(names)} tensors {verdict}: {listed(names)}"
             for names, verdict in (

@@ -99,8 +99,10 @@ def compare(sent: Mapping[str, Fingerprint], engine: Mapping[str, Fingerprint], 
         raise SyncError(". ".join(problems))
 
 
-def check_announced(announced: Sequence[TensorMeta], expected: Mapping[str, TensorMeta]) -> None:
-    """Before anything is loaded: the announced tensors are exactly those the engine computes with.
+def check_announced(
+    announced: Sequence[TensorMeta], expected: Mapping[str, TensorMeta], unchanged: Sequence[str] = ()
+) -> None:
+    """Before anything is loaded: the announced tensors and the unchanged ones are exactly those the engine computes with.
 
     Raises SyncError naming missing, unexpected and repeated tensors, and wrong shapes or dtypes with both values.
     """
@@ -111,8 +113,10 @@ def check_announced(announced: Sequence[TensorMeta], expected: Mapping[str, Tens
             repeated.append(meta.name)
         named[hub_name(meta.name)] = meta
     optional = {"lm_head.weight"} if "lm_head.weight" not in expected else set()  # tied: a copy may come along
-    missing = sorted(expected.keys() - named.keys())
-    unexpected = sorted(named.keys() - expected.keys() - optional)
+    kept = {hub_name(name) for name in unchanged}
+    missing = sorted(expected.keys() - named.keys() - kept)
+    unexpected = sorted((named.keys() | kept) - expected.keys() - optional)
+    repeated += sorted(named.keys() & kept)
     problems = [
         f"{len(names)} tensors {verdict}: {listed(names)}"
         for names, verdict in ((missing, "are missing"), (unexpected, "are unexpected"), (repeated, "come twice"))
@@ -139,9 +143,10 @@ def listed(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """One Hugging Face tensor of a vLLM model and how to read back what the kernels use."""
+    """One Hugging Face tensor of a vLLM model, the parameter it is part of, and how to read back what the kernels use."""
 
     meta: TensorMeta
+    parameter: str
     read: Callable[[], Tensor]
 
 
@@ -159,12 +164,13 @@ def engine_tensors(model: Any) -> Iterator[EngineTensor]:
             name = hub_name(f"{path}.{leaf}")
             if isinstance(module, VocabParallelEmbedding):
                 shape = (module.org_vocab_size, module.embedding_dim)
-                yield EngineTensor(TensorMeta(name, parameter.dtype, shape), partial(_read_vocabulary, module))
+                meta = TensorMeta(name, parameter.dtype, shape)
+                yield EngineTensor(meta, f"{path}.{leaf}", partial(_read_vocabulary, module))
             elif isinstance(module, LinearBase):
                 yield from _linear_tensors(module, path, leaf, packed)
             else:
                 meta = TensorMeta(name, parameter.dtype, tuple(parameter.shape))
-                yield EngineTensor(meta, partial(_parameter, module, leaf))
+                yield EngineTensor(meta, f"{path}.{leaf}", partial(_parameter, module, leaf))
 
 
 def expected_tensors(model: Any) -> dict[str, TensorMeta]:
@@ -175,6 +181,11 @@ def expected_tensors(model: Any) -> dict[str, TensorMeta]:
         for tensor in engine_tensors(model)
         if not (tied and tensor.meta.name == "lm_head.weight")
     }
+
+
+def parameters_of(model: Any, names: Sequence[str]) -> set[str]:
+    """The engine's own names of the parameters that hold these tensors (hub names)."""
+    return {tensor.parameter for tensor in engine_tensors(model) if tensor.meta.name in set(names)}
 
 
 def engine_fingerprints(model: Any) -> dict[str, Fingerprint]:
@@ -199,7 +210,8 @@ def _linear_tensors(module: Any, path: str, leaf: str, packed: Mapping[str, Sequ
     first = 0
     for part, size in zip(parts, rows, strict=True):
         name = hub_name(f"{parent}.{part}.{leaf}")
-        yield EngineTensor(TensorMeta(name, dtype, (size, *columns)), partial(_rows, whole, first, size))
+        meta = TensorMeta(name, dtype, (size, *columns))
+        yield EngineTensor(meta, f"{path}.{leaf}", partial(_rows, whole, first, size))
         first += size
 
 

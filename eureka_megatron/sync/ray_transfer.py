@@ -96,7 +96,7 @@ def send_weights(
     prints: dict[str, Fingerprint] = {}
     pending: deque[list[Any]] = deque()
     try:
-        update.begin(metadata)
+        update.begin(metadata, source.unchanged)
         buckets = 0
         for buffer, entries in pack(_tapped(stream, prints if with_fingerprints else None), metadata, bucket_mib << 20):
             if len(pending) == _IN_STORE:  # one bucket loads while the next is packed
@@ -167,9 +167,9 @@ class _Update:
     def lost(self) -> tuple[int, ...]:
         return tuple(index for index in range(self._total) if index not in self._engines)
 
-    def begin(self, metadata: Sequence[TensorMeta]) -> None:
+    def begin(self, metadata: Sequence[TensorMeta], unchanged: Sequence[str]) -> None:
         """Announce the tensors to all engines; if one refuses, none starts."""
-        self.settle(self.call("start_weight_update", list(metadata), self.version))
+        self.settle(self.call("start_weight_update", list(metadata), self.version, list(unchanged)))
 
     def call(self, method: str, *arguments: Any) -> list[tuple[int, Any]]:
         return [(index, getattr(engine, method).remote(*arguments)) for index, engine in self._engines.items()]
@@ -289,7 +289,7 @@ class NcclTransfer:
         """As `send_weights`. Fingerprints cost a second pass over the source here."""
         start = time.perf_counter()
         metadata = self._source.metadata()
-        self._client.announce(metadata, version)
+        self._client.announce(metadata, version, self._source.unchanged)
         self._engine.send_weights()
         prints = {}
         if with_fingerprints:
@@ -311,10 +311,10 @@ class _EngineClient:
 
     def __init__(self, engines: Sequence[Any]) -> None:
         self._engines = list(engines)
-        self._announced: tuple[list[TensorMeta], int] = ([], 0)
+        self._announced: tuple[list[TensorMeta], int, list[str]] = ([], 0, [])
 
-    def announce(self, metadata: Sequence[TensorMeta], version: int) -> None:
-        self._announced = (list(metadata), version)
+    def announce(self, metadata: Sequence[TensorMeta], version: int, unchanged: Sequence[str]) -> None:
+        self._announced = (list(metadata), version, list(unchanged))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         first = init_info["rank_offset"]

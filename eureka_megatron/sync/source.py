@@ -60,6 +60,7 @@ class MegatronWeightSource:
         metadata: all tensors of the model in the order of iteration; equal on all ranks.
         dtype: cast floating-point tensors to it before sending, None to send them as they are. It must be the engine's
             dtype: a cast on arrival would make the two sides' checksums incomparable.
+        unchanged: names of weights that are not sent because both sides have them from the same checkpoint (frozen ones).
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class MegatronWeightSource:
         metadata: Sequence[TensorMeta] | Callable[[], Sequence[TensorMeta]],
         *,
         dtype: torch.dtype | None = None,
+        unchanged: Sequence[str] = (),
     ) -> None:
+        self.unchanged = tuple(unchanged)
         self._weights = weights
         self._metadata = metadata
         self._dtype = dtype

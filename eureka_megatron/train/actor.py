@@ -11,6 +11,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,14 @@ class TrainerRank:
         return None if values is None else [value.float().cpu().numpy() for value in values]
 
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
-        """Stream the weights into the engines; → a SyncReport on the sending rank."""
+        """Stream the weights that learn into the engines; → a SyncReport on the sending rank."""
+        report = self._send(engines, version, with_fingerprints)
+        if not with_fingerprints:
+            return report
+        frozen = self.trainer.frozen_fingerprints()  # these did not travel, and must be equal all the same
+        return None if report is None else replace(report, fingerprints=report.fingerprints | frozen)
+
+    def _send(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
         from eureka_megatron.sync import ray_transfer
 
         source, bucket_mib = self.trainer.weight_source(), self.config.sync.bucket_mib

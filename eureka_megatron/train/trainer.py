@@ -25,6 +25,7 @@ from eureka_megatron.parallel import packing
 from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.rl.losses import Metrics, policy_loss, reduce_metrics
+from eureka_megatron.sync.check import Fingerprint, fingerprint
 from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
 from eureka_megatron.train import step
 from eureka_megatron.train.freeze import freeze as freeze_parameters
@@ -72,6 +73,7 @@ class PolicyTrainer:
         self.frozen_tower = frozen_tower(chunks, parallel, max_tokens_per_micro_batch * merge**2)
         self.chunks = wrap(chunks, optimizer or OptimizerSection())
         self.optimizer: Any = None
+        self._frozen_prints: dict[str, Fingerprint] | None = None
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """A fresh optimizer and schedule on the present weights. `section.name` must be that of the constructor."""
@@ -253,16 +255,30 @@ class PolicyTrainer:
         chunks = [chunk.module for chunk in self.chunks]
         return iter_hf_weights(chunks, self.parallel, to=to, skip=skip, **({"select": select} if select else {}))
 
-    def weight_source(self, *, moving_only: bool = False) -> MegatronWeightSource:
-        """The weights as vLLM's weight transfer wants them: declared first, then streamed.
+    def weight_source(self) -> MegatronWeightSource:
+        """The weights that learn, as vLLM's weight transfer wants them: declared first, then streamed.
 
-        With `moving_only`, without what is frozen: engines that loaded the same checkpoint have it.
+        What is frozen does not travel: engines have it from the same checkpoint.
         """
         table = table_of(self.chunks).values()
-        skip = unsent(table, self.frozen) if moving_only else frozenset()
+        fixed = unsent(table, self.frozen)
         dtype = self.chunks[0].config.params_dtype
-        declared = [TensorMeta(name, dtype, tuple(shape)) for name, shape in tensors_of(table, skip)]
-        return MegatronWeightSource(partial(self.hf_weights, skip=skip), declared)
+        declared = [TensorMeta(name, dtype, tuple(shape)) for name, shape in tensors_of(table, fixed)]
+        sent = {meta.name for meta in declared}
+        return MegatronWeightSource(
+            partial(self.hf_weights, skip=fixed),
+            declared,
+            unchanged=[name for name, _ in tensors_of(table) if name not in sent],
+        )
+
+    def frozen_fingerprints(self) -> dict[str, Fingerprint]:
+        """Of the weights that do not travel, on rank 0 (elsewhere empty). Collective; computed once, for they do not change."""
+        if self._frozen_prints is None:
+            table = table_of(self.chunks).values()
+            moving = {row.megatron for row in table} - unsent(table, self.frozen)
+            weights = self.hf_weights(skip=frozenset(moving))
+            self._frozen_prints = {name: fingerprint(tensor) for name, tensor in weights if tensor is not None}
+        return self._frozen_prints
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
         """Write a Hugging Face directory (collective; world rank 0 writes)."""

@@ -39,13 +39,8 @@ def update(
 ) -> dict | None:
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    parallel = init_parallel(
-        layout.get("tensor", 1),
-        layout.get("pipeline", 1),
-        sequence_parallel=layout.get("sequence_parallel", False),
-        rank=rank,
-        world_size=torch.distributed.get_world_size(),
-    )
+    sizes = {name: value for name, value in layout.items() if name not in ("freeze", "vision_parallel")}
+    parallel = init_parallel(**sizes, rank=rank, world_size=torch.distributed.get_world_size())
     section = OptimizerSection(name="sgd", lr=RATE, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
     trainer = PolicyTrainer(
         directory,
@@ -53,6 +48,7 @@ def update(
         optimizer=section,
         max_tokens_per_micro_batch=max_tokens,
         freeze=layout.get("freeze", ()),
+        vision_parallel=layout.get("vision_parallel", "replicated"),
     )
     before = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
     trainer.start_phase(section, 1)
@@ -89,6 +85,9 @@ def plain(tiny_dir: Path) -> tuple[str, Batch, dict]:
         ({"tensor": 2, "sequence_parallel": True}, 2, 160),
         ({"pipeline": 2}, 2, 160),
         ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 4, 160),
+        ({"pipeline": 2, "virtual_pipeline": 2}, 2, 160),
+        ({"context": 2}, 2, 160),
+        ({"tensor": 2, "context": 2, "sequence_parallel": True, "vision_parallel": "data"}, 4, 200),
     ],
 )
 def test_update_does_not_depend_on_layout_packing_or_data_parallelism(
@@ -100,15 +99,17 @@ def test_update_does_not_depend_on_layout_packing_or_data_parallelism(
     assert error <= 1e-5  # measured 3e-6
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}])
-def test_a_frozen_tower_stays_and_the_rest_moves_as_if_it_did_not(plain: tuple[str, Batch, dict], layout: dict) -> None:
+@pytest.mark.parametrize("freeze", [("vision", "merger"), ("vision",)])
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"context": 2}])
+def test_a_frozen_tower_stays_and_the_rest_moves_as_if_it_did_not(
+    plain: tuple[str, Batch, dict], layout: dict, freeze: tuple[str, ...]
+) -> None:
     directory, batch, expected = plain
-    world = layout.get("tensor", 1) * layout.get("pipeline", 1)
-    frozen = run_ranks(
-        update, world, directory, batch, {**layout, "freeze": ("vision", "merger")}, 4096, "ppo_clip", {}
-    )[0]
+    world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
+    frozen = run_ranks(update, world, directory, batch, {**layout, "freeze": freeze}, 160, "ppo_clip", {})[0]
+    still = ("visual.",) if "merger" in freeze else ("visual.patch_embed.", "visual.blocks.")
     for name, step in frozen["steps"].items():
-        if name.startswith("visual."):
+        if name.startswith(still):
             assert not step.any(), name
         else:
             other = expected["steps"][name]

@@ -268,3 +268,41 @@ def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_d
             print(f"{layout}: weight sync in {report.seconds:.3f} s")
     finally:
         group.close()
+
+
+def test_what_is_frozen_does_not_travel_and_is_compared_all_the_same(pool: Any, tiny_dir: Path) -> None:
+    from eureka_megatron.checkpoint.qwen2_5_vl import hf_metadata
+    from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+    from eureka_megatron.train.actor import TrainerGroup
+    from eureka_megatron.verify import made_up_samples
+
+    _send(pool, module_source(load_reference(tiny_dir)), 80)  # as if the engines had just loaded the checkpoint
+    names = ("vision", "merger", "model.embed_tokens.*")
+    config = run_config(tiny_dir, {"parallel": LAYOUTS["tp2_sp"], "optimizer": {"lr": 0.01}})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"freeze": names})})
+    group = TrainerGroup(config)
+    try:
+        group.start()
+        group.start_phase(config.optimizer, 2)
+        group.sft(made_up_samples(tiny_dir))
+        report = group.send_weights(pool.actors, 81, with_fingerprints=True)
+        sizes = dict(hf_metadata(read_hf_config(tiny_dir)))
+        moving = {n: shape for n, shape in sizes.items() if not n.startswith(("visual.", "model.embed_tokens."))}
+        assert report.tensors == len(moving)
+        assert report.nbytes == sum(4 * torch.Size(shape).numel() for shape in moving.values())
+        assert report.fingerprints.keys() == sizes.keys()
+        compare(report.fingerprints, pool.fingerprints()[0])
+        old = fingerprints(module_source(load_reference(tiny_dir)))
+        moved = {name for name, value in report.fingerprints.items() if not value.same(old[name])}
+        assert moved == set(moving), "only what is not frozen has learned"
+
+        # An engine that holds another tower than the checkpoint's is found out.
+        changed = load_reference(tiny_dir)
+        with torch.no_grad():
+            changed.model.visual.blocks[0].norm1.weight[3] += 1
+        _send(pool, module_source(changed), 82)
+        report = group.send_weights(pool.actors, 83, with_fingerprints=True)
+        with pytest.raises(SyncError, match=r"visual\.blocks\.0\.norm1\.weight"):
+            compare(report.fingerprints, pool.fingerprints()[0])
+    finally:
+        group.close()
