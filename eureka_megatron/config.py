@@ -118,8 +118,15 @@ class RewardsSection(_Section):
     format_weight: float = 0.5
     think: Literal["required", "optional"] = "required"
     strict_ends: bool = False
-    workers: int = Field(2, ge=1)
-    time_limit_seconds: float = Field(10.0, gt=0)
+    repetition_penalty: float = Field(0.0, ge=0)  # largest, for repeated n-grams of words; 0: none
+    repetition_ngram: int = Field(20, ge=1)
+    overlong_buffer_tokens: int = Field(0, ge=0)  # DAPO: from 0 to -1 over the last so many response tokens; 0: none
+    function: str | None = None  # package.module:function or path.py:function that judges instead of the rules
+    urls: tuple[str, ...] = ()  # reward services that judge instead, with the original's request and answer
+    remote_attempts: int = Field(5, ge=1)  # of each URL, with growing pauses
+    remote_timeout_seconds: float = Field(180.0, gt=0)
+    workers: int = Field(2, ge=1)  # judge processes
+    time_limit_seconds: float = Field(10.0, gt=0)  # of one answer
 
 
 class FilterSection(_Section):
@@ -144,8 +151,18 @@ class AlgorithmSection(_Section):
     advantage_options: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
     loss: str = "ppo_clip"  # a name of rl.losses
     loss_options: dict[str, float | str | bool | None] = Field(default_factory=dict)  # keyword options of that loss
+    kl_coefficient: float = Field(0.0, ge=0)  # β; 0 builds no reference at all
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    reference: Path | None = None  # Hugging Face directory of the reference policy; none: model.path
+    gamma: float = Field(1.0, gt=0, le=1)  # discount of later rewards, per response token
     compat: Literal["mm_eureka"] | None = None
     filter: FilterSection = FilterSection()
+
+    def all_loss_options(self) -> dict[str, Any]:
+        """`loss_options`, and the KL term where that stands in the loss."""
+        kl = {"kl_coefficient": self.kl_coefficient, "kl_estimator": self.kl_estimator}
+        return {**self.loss_options, **(kl if self.kl_coefficient and self.kl_in == "loss" else {})}
 
 
 class OptimizerSection(_Section):

@@ -24,9 +24,9 @@ from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.loop import Run, open_dataset, reinforce, reward_options
+from eureka_megatron.loop import Run, open_dataset, reinforce, reward_rules
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
-from eureka_megatron.rewards import JudgePool
+from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.tracking.curves import draw_curves
@@ -136,23 +136,23 @@ def score_export(config: RunConfig, directory: Path) -> dict[str, float]:
     """Accuracy on the test set of the exported directory, sampled at temperature 1, by transformers and by vLLM."""
     exported = config.model_copy(update={"model": config.model.model_copy(update={"path": directory})})
     with ExitStack() as stack:
-        judges = stack.enter_context(
-            JudgePool(config.rewards.workers, time_limit_seconds=config.rewards.time_limit_seconds)
-        )
+        rewarder = stack.enter_context(Rewarder(reward_rules(config)))
         start_ray(stack)
         pool = RolloutPool(exported)  # loads while transformers generates
         stack.callback(pool.shutdown)
         dataset = open_dataset(exported, exported.data.test, make_processor(exported))
         prompts = list(dataset)
 
-        def judge(pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
-            return judges.judge(pairs, **reward_options(config))
-
         texts = _generate_with_transformers(exported, prompts)
-        verdicts = judge([(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)])
+        verdicts = rewarder.judge(
+            [
+                {"id": one.id, "prompt": one.text, "response": text, "answer": one.answer, "length_tokens": 0}
+                for text, one in zip(texts, prompts, strict=True)
+            ]
+        )
         pool.start()
         # The same seeds as in training: the fresh engine must repeat the trained one's answers.
-        by_vllm = Collector(pool, judge, PromptStream(dataset), config).evaluate(prompts)["accuracy"]
+        by_vllm = Collector(pool, rewarder.judge, PromptStream(dataset), config).evaluate(prompts)["accuracy"]
     by_transformers = sum(verdict["accuracy"] for verdict in verdicts) / len(verdicts)
     return {"accuracy_export_transformers": by_transformers, "accuracy_export_vllm": by_vllm}
 

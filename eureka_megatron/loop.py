@@ -11,23 +11,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics
 from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset, read_mixture
 from eureka_megatron.data.processor import Processor, make_processor
-from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.rewards import JudgePool, parseable_gold
-from eureka_megatron.rl import advantages
-from eureka_megatron.rl.losses import resolve_options
+from eureka_megatron.errors import UserError
+from eureka_megatron.rewards import Rewarder, RewardRules, parseable_gold
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
-from eureka_megatron.train.freeze import check_run
+from eureka_megatron.train.checks import check_algorithm, check_run
 
 
 def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
@@ -38,7 +34,7 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
     for step in range(config.training.steps):
         with tracker.phase("rollout"):
             groups = run.collector.collect(step)
-        metrics = rollout_metrics(groups) | run.collector.metrics
+        metrics = rollout_metrics(groups) | run.collector.metrics | {"rewards/timeouts": float(run.rewarder.timeouts)}
         if groups:
             with tracker.phase("train"):
                 batch = make_batch(groups, config, step, run.weight_version)
@@ -103,12 +99,10 @@ class Run:
         self.layout = self.trainer.start()
         self.pool.start()
         self.pool.resend = lambda engines: self.trainer.send_weights(engines, self.weight_version)
-        limit = config.rewards.time_limit_seconds
-        judges = self._stack.enter_context(JudgePool(config.rewards.workers, time_limit_seconds=limit))
-        options = reward_options(config)
+        self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
         self.collector = Collector(
             self.pool,
-            lambda pairs: judges.judge(pairs, **options),
+            self.rewarder.judge,
             PromptStream(self.train_data, config.run.seed, workers=config.data.workers, prefetch=config.data.prefetch),
             config,
             max_age=config.algorithm.filter.max_age,
@@ -166,31 +160,33 @@ def open_dataset(config: RunConfig, data: Path | str, processor: Processor, resp
         media=config.data.media,
         on_bad_row=config.data.on_bad_row,
         rejected=config.run.output / f"rejected_{name}.jsonl" if config.data.on_bad_row == "skip" else None,
-        check_answer=unjudgeable,
+        # Only the rules need an answer they can read.
+        check_answer=None if config.rewards.function or config.rewards.urls else unjudgeable,
         response_key=response_key,
     )
 
 
-def reward_options(config: RunConfig) -> dict[str, Any]:
-    """Keyword options of `rewards.score` for this run."""
+def reward_rules(config: RunConfig) -> RewardRules:
+    """How this run judges responses."""
     rewards = config.rewards
-    return {
-        "compat": config.algorithm.compat,
-        "think": rewards.think,
-        "strict_ends": rewards.strict_ends,
-        "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
-    }
-
-
-def check_algorithm(config: RunConfig) -> None:
-    """Refuse names and options that `rl` does not know, before anything starts. Raises ConfigError."""
-    algorithm = config.algorithm
-    options = {**algorithm.advantage_options, "compat": algorithm.compat}
-    try:
-        resolve_options(algorithm.loss, algorithm.compat, **algorithm.loss_options)
-        advantages.compute(algorithm.advantage, torch.zeros(1, 2), lengths_GN=torch.ones(1, 2), **options)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"algorithm: {error}") from error
+    return RewardRules(
+        options={
+            "compat": config.algorithm.compat,
+            "think": rewards.think,
+            "strict_ends": rewards.strict_ends,
+            "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
+        },
+        workers=rewards.workers,
+        time_limit_seconds=rewards.time_limit_seconds,
+        function=rewards.function,
+        urls=rewards.urls,
+        remote_attempts=rewards.remote_attempts,
+        remote_timeout_seconds=rewards.remote_timeout_seconds,
+        repetition=rewards.repetition_penalty,
+        repetition_ngram=rewards.repetition_ngram,
+        overlong_buffer_tokens=rewards.overlong_buffer_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
 
 
 def unjudgeable(answer: Any) -> str | None:

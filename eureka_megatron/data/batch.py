@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from eureka_megatron.config import RunConfig
+from eureka_megatron.config import AlgorithmSection, RunConfig
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.rl import advantages
+from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.types import Batch, Group
 
 
@@ -41,7 +42,10 @@ def make_batch(groups: Sequence[Group], config: RunConfig, step: int, weight_ver
 
 
 def group_advantages(groups: Sequence[Group], config: RunConfig) -> torch.Tensor:
-    """[G, N], one number a response, spread over its tokens later. Whitening weighs each response by its tokens."""
+    """[G, N], one number a response, spread over its tokens later. Whitening weighs each response by its tokens.
+
+    Where tokens of one response come to differ (`shaping_of`), the trainer does that and whitens afterwards.
+    """
     algorithm = config.algorithm
     lengths = torch.tensor([[len(rollout.tokens_R) for rollout in group.rollouts] for group in groups]).double()
     truncated = [[rollout.finish_reason == "length" for rollout in group.rollouts] for group in groups]
@@ -56,9 +60,21 @@ def group_advantages(groups: Sequence[Group], config: RunConfig) -> torch.Tensor
         compat=algorithm.compat,
         **options,
     )
-    if advantages.is_whitened(algorithm.advantage, algorithm.compat):
+    if advantages.is_whitened(algorithm.advantage, algorithm.compat) and not shaping_of(algorithm).needed:
         values = advantages.whiten(values, lengths, compat=algorithm.compat)
     return values
+
+
+def shaping_of(algorithm: AlgorithmSection) -> Shaping:
+    """What the trainer does to the responses' values token by token, once it knows the log-probabilities."""
+    in_reward = algorithm.kl_coefficient > 0 and algorithm.kl_in == "reward"
+    return Shaping(
+        kl_coefficient=algorithm.kl_coefficient if in_reward else 0.0,
+        kl_estimator=algorithm.kl_estimator,
+        gamma=algorithm.gamma,
+        whitened=advantages.is_whitened(algorithm.advantage, algorithm.compat),
+        compat=algorithm.compat,
+    )
 
 
 def mean_return(batch: Batch) -> float:

@@ -22,11 +22,12 @@ import torch
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.rl.filters import keep_groups, outcome_counts
-from eureka_megatron.types import Group, Prompt
+from eureka_megatron.types import Group, Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
-Judge = Callable[[list[tuple[str, str]]], list[dict[str, float]]]  # (response, answer) pairs → rewards by name
+# {"id", "prompt", "response", "answer", "length_tokens"} of each rollout → its rewards by name
+Judge = Callable[[list[dict[str, Any]]], list[dict[str, float]]]
 
 
 class Generates(Protocol):
@@ -71,7 +72,7 @@ class Collector:
 
     Args:
         pool: a RolloutPool.
-        judge: rewards of (response text, answer) pairs, in order, each with "accuracy" and what else is configured.
+        judge: rewards of rollouts, in order, each with "accuracy" and what else is configured (rewards.Rewarder.judge).
         max_age: weight versions a buffered group may lie behind the current one before it is dropped.
     """
 
@@ -155,8 +156,7 @@ class Collector:
             seed=seed,
         )
         sampled = time.perf_counter()
-        pairs = [(one.text, group.prompt.answer) for group in groups for one in group.rollouts]
-        verdicts = iter(self._judge(pairs))
+        verdicts = iter(self._judge([_to_judge(group.prompt, one) for group in groups for one in group.rollouts]))
         judged = [
             replace(group, rollouts=tuple(replace(one, rewards=dict(next(verdicts))) for one in group.rollouts))
             for group in groups
@@ -232,3 +232,13 @@ class Collector:
         """A different stream of random numbers for every generation batch of every step, the same in a resumed run."""
         text = "/".join(map(str, (self._config.run.seed, *parts)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 2
+
+
+def _to_judge(prompt: Prompt, rollout: Rollout) -> dict[str, Any]:
+    return {
+        "id": prompt.id,
+        "prompt": prompt.text,
+        "response": rollout.text,
+        "answer": prompt.answer,
+        "length_tokens": len(rollout.tokens_R),
+    }

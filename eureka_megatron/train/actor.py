@@ -20,6 +20,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from eureka_megatron.config import OptimizerSection, RunConfig
+from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError
 from eureka_megatron.types import Batch, Sample
 
@@ -44,7 +45,7 @@ class TrainerRank:
         from eureka_megatron.parallel.runtime import init_parallel
         from eureka_megatron.train.trainer import PolicyTrainer
 
-        sizes, model = self.config.parallel, self.config.model
+        sizes, model, algorithm = self.config.parallel, self.config.model, self.config.algorithm
         torch.manual_seed(self.config.run.seed)
         parallel = init_parallel(
             **sizes.of_a_rank(),
@@ -62,6 +63,7 @@ class TrainerRank:
             vision_parallel=model.vision_parallel,
             max_tokens_per_micro_batch=self.config.training.max_tokens_per_micro_batch,
             optimizer=self.config.optimizer,
+            reference=(algorithm.reference or model.path) if algorithm.kl_coefficient > 0 else None,
         )
         return {
             "tp": parallel.tensor.size,
@@ -84,7 +86,9 @@ class TrainerRank:
     def train(self, batch: Batch) -> list[dict[str, float]]:
         """One rollout step's updates with the configured loss."""
         algorithm, passes = self.config.algorithm, self.config.training.passes
-        return self.trainer.train(batch, algorithm.loss, dict(algorithm.loss_options), algorithm.compat, passes)
+        return self.trainer.train(
+            batch, algorithm.loss, algorithm.all_loss_options(), algorithm.compat, passes, shaping_of(algorithm)
+        )
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """See PolicyTrainer.sft."""

@@ -11,29 +11,12 @@ import torch
 from torch import Tensor
 
 from eureka_megatron.checkpoint.convert import own_parameters, table_of, unwrap
-from eureka_megatron.checkpoint.qwen2_5_vl import expand, frozen_rows, rows
-from eureka_megatron.config import RunConfig
-from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+from eureka_megatron.checkpoint.qwen2_5_vl import frozen_rows
 from eureka_megatron.parallel.collectives import gather_units
 from eureka_megatron.parallel.packing import Features, distinct_pictures, share_pictures, vision_batch
 from eureka_megatron.parallel.runtime import Axis, Parallel
 from eureka_megatron.train.step import to_device
 from eureka_megatron.types import Picture, Sample
-
-
-def check_run(config: RunConfig) -> None:
-    """Refuse a layout or a `model.freeze` that does not fit the checkpoint, before any process starts. Raises ConfigError."""
-    hf_config, sizes = read_hf_config(config.model.path), config.parallel
-    check_layout(
-        hf_config,
-        sizes.tensor,
-        sizes.pipeline,
-        virtual_pipeline=sizes.virtual_pipeline,
-        layers_first_stage=sizes.layers_first_stage,
-        layers_last_stage=sizes.layers_last_stage,
-        vision_parallel=config.model.vision_parallel,
-    )
-    frozen_rows(expand(rows(hf_config)), config.model.freeze)
 
 
 def freeze(chunks: Sequence[torch.nn.Module], names: Sequence[str]) -> frozenset[str]:

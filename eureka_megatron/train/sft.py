@@ -14,7 +14,7 @@ from eureka_megatron.data.dataset import Dataset, PromptStream, load_dataset
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
-from eureka_megatron.train.freeze import check_run
+from eureka_megatron.train.checks import check_run
 
 
 def supervise(trainer: TrainerGroup, dataset: Dataset, config: RunConfig, tracker: Tracker) -> None:

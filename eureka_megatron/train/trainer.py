@@ -6,7 +6,6 @@ Shapes: T rows of a packed micro-batch, S tokens of one sample.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,14 @@ from eureka_megatron.parallel import packing
 from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.rl.losses import Metrics, policy_loss, reduce_metrics
+from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.sync.check import Fingerprint, fingerprint
 from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
-from eureka_megatron.train import step
+from eureka_megatron.train import prepare, step
 from eureka_megatron.train.freeze import freeze as freeze_parameters
 from eureka_megatron.train.freeze import frozen_tower
 from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
+from eureka_megatron.train.reference import ReferenceWeights
 from eureka_megatron.types import Batch, MicroBatch, Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,6 +52,7 @@ class PolicyTrainer:
         vision_parallel: str = "replicated",
         max_tokens_per_micro_batch: int = 16384,
         optimizer: OptimizerSection | None = None,
+        reference: Path | str | None = None,
     ) -> None:
         self.parallel = parallel
         self.model_path = Path(model_path)
@@ -65,9 +67,16 @@ class PolicyTrainer:
             recompute=recompute,
             vision_parallel=vision_parallel,
         )
-        # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.
-        load_hf(chunks, self.model_path, parallel, allow_narrowing=dtype == "bfloat16")
         self.frozen = freeze_parameters(chunks, tuple(freeze))
+        # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.
+        narrow = dtype == "bfloat16"
+        self.reference: ReferenceWeights | None = None
+        if reference is not None:
+            same = Path(reference).resolve() == self.model_path.resolve()
+            self.reference = ReferenceWeights(
+                chunks, Path(reference), parallel, allow_narrowing=narrow, same_checkpoint=same
+            )
+        load_hf(chunks, self.model_path, parallel, allow_narrowing=narrow)
         merge = self.hf_config.vision_config.spatial_merge_size
         # None on stages without a tower and when the tower learns.
         self.frozen_tower = frozen_tower(chunks, parallel, max_tokens_per_micro_batch * merge**2)
@@ -115,20 +124,35 @@ class PolicyTrainer:
     # --- training ---
 
     def train(
-        self, batch: Batch, loss: str, options: dict[str, Any], compat: str | None = None, passes: int = 1
+        self,
+        batch: Batch,
+        loss: str,
+        options: dict[str, Any],
+        compat: str | None = None,
+        passes: int = 1,
+        shaping: Shaping | None = None,
     ) -> list[dict[str, float]]:
         """All optimizer steps of one rollout step. → the metrics of each, complete on ranks of the last stage.
 
         Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
-        samples bring them.
+        samples bring them; those of the reference likewise, when the trainer has one.
         """
         features = self._frozen_features(batch)
         updates = [
             self._micro_batches(batch.samples, indices, features=features)[self.parallel.data.rank]
             for indices in batch.updates
         ]
-        # What the engine and the trainer disagree about, before anything is updated; the metric of the whole system's health.
-        updates, gap = self._with_old_logprobs(updates, batch.samples)
+        flat = [one for micro_batches in updates for one in micro_batches]
+        flat = prepare.with_logprobs(flat, batch.samples, self._forward_only, "old")
+        if self.reference is not None:
+            with self.reference.swapped_in():
+                flat = prepare.with_logprobs(flat, batch.samples, self._forward_only, "ref")
+        gap = prepare.engine_gap(flat, batch.samples, self.parallel.device)
+        gap = reduce_metrics([step.reduce_over_data([{"logprob_abs_diff_max": gap}], self.parallel)])
+        if shaping is not None:
+            flat = prepare.with_shaped_advantages(flat, shaping, self.parallel)
+        places = iter(flat)
+        updates = [[next(places) for _ in micro_batches] for micro_batches in updates]
         results = []
         for _ in range(passes):
             for micro_batches, indices in zip(updates, batch.updates, strict=True):
@@ -159,29 +183,6 @@ class PolicyTrainer:
         tokens, _ = _global_counts(samples)
         loss = partial(step.supervised_loss, parallel=self.parallel, global_tokens=tokens)
         return self._gradients(self._micro_batches(samples, range(len(samples)))[self.parallel.data.rank], loss)
-
-    def _with_old_logprobs(
-        self, updates: list[list[MicroBatch]], samples: Sequence[Sample]
-    ) -> tuple[list[list[MicroBatch]], dict[str, float]]:
-        """The micro-batches with old log-probabilities, and how far those are from the engine's on fresh rollouts."""
-        flat = [one for micro_batches in updates for one in micro_batches]
-        # Asked of the whole batch, not of this rank's share: all ranks must take the same path.
-        given = all(sample.old_logprobs_S is not None for sample in samples)
-        parts = [] if given else self._forward_only(flat)
-        gap = torch.zeros((), dtype=torch.float64)
-        if parts:
-            flat = [replace(one, old_logprobs_T=part["logprobs_T"]) for one, part in zip(flat, parts, strict=True)]
-        if parts or given:
-            for one in flat:
-                if one.rollout_logprobs_T is not None:
-                    # Rollouts kept from an earlier step were sampled from other weights: they differ, and should.
-                    fresh = torch.tensor([*(samples[i].weight_lag == 0 for i in one.sample_indices), False])
-                    counted = one.mask_T.bool() & fresh[one.sequence_ids_T]
-                    difference = (one.old_logprobs_T.cpu() - one.rollout_logprobs_T).abs()
-                    gap = torch.maximum(gap, torch.where(counted, difference, 0.0).max().double())
-        metrics = step.reduce_over_data([{"logprob_abs_diff_max": gap.to(self.parallel.device)}], self.parallel)
-        places = iter(flat)
-        return [[next(places) for _ in micro_batches] for micro_batches in updates], reduce_metrics([metrics])
 
     def _frozen_features(self, batch: Batch) -> packing.Features | None:
         """Of this data-parallel rank's pictures, for all updates and passes of the step; None when the tower learns."""

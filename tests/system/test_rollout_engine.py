@@ -157,10 +157,10 @@ def test_the_processors_prompts_give_transformers_logprobs(pool: Any, data: Any,
 
 def test_groups_are_collected_with_rewards_from_judge_processes(pool: Any, data: Any, tiny_dir: Path) -> None:
     from eureka_megatron.data.dataset import PromptStream
-    from eureka_megatron.rewards.judge import JudgePool
+    from eureka_megatron.rewards import Rewarder, RewardRules
     from eureka_megatron.rollout.collector import Collector
 
-    with JudgePool(workers=1) as judges:
+    with Rewarder(RewardRules(workers=1)) as judges:
         config = run_config(tiny_dir, {"algorithm": {"filter": {"freezing_steps": 0}}}, max_response_tokens=24)
         collector = Collector(pool, judges.judge, PromptStream(data), config)
         groups = collector.collect(0)  # the filter does not act yet

@@ -53,10 +53,9 @@ class Pool(SimpleNamespace):
         )
 
 
-def judge(pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
-    return [
-        {"accuracy": float(text == "right"), "format": 1.0, "total": float(text == "right") + 0.5} for text, _ in pairs
-    ]
+def judge(samples: list[dict[str, Any]]) -> list[dict[str, float]]:
+    rights = [float(sample["response"] == "right") for sample in samples]
+    return [{"accuracy": right, "format": 1.0, "total": right + 0.5} for right in rights]
 
 
 def make(right: list[int], prompts_per_step: int = 4, **rule: Any) -> tuple[Collector, Pool, Numbers]:

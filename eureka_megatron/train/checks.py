@@ -1,0 +1,51 @@
+"""What can be refused before any process starts, is refused here."""
+
+import torch
+
+from eureka_megatron.checkpoint.qwen2_5_vl import expand, frozen_rows, rows
+from eureka_megatron.config import RunConfig
+from eureka_megatron.data.batch import shaping_of
+from eureka_megatron.errors import ConfigError
+from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+from eureka_megatron.rl import advantages
+from eureka_megatron.rl.losses import resolve_options
+
+# Set by keys of their own, because the reference policy depends on them, too.
+_KL_KEYS = ("kl_coefficient", "kl_estimator")
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse a layout, a reference or a `model.freeze` that does not fit the checkpoint. Raises ConfigError."""
+    hf_config, sizes = read_hf_config(config.model.path), config.parallel
+    check_layout(
+        hf_config,
+        sizes.tensor,
+        sizes.pipeline,
+        virtual_pipeline=sizes.virtual_pipeline,
+        layers_first_stage=sizes.layers_first_stage,
+        layers_last_stage=sizes.layers_last_stage,
+        vision_parallel=config.model.vision_parallel,
+    )
+    frozen_rows(expand(rows(hf_config)), config.model.freeze)
+    reference = config.algorithm.reference
+    if reference is not None and read_hf_config(reference) != hf_config:
+        raise ConfigError(
+            f"algorithm.reference={reference} has another architecture than model.path={config.model.path}"
+        )
+
+
+def check_algorithm(config: RunConfig) -> None:
+    """Refuse names and options that `rl` does not know. Raises ConfigError."""
+    algorithm = config.algorithm
+    for key in _KL_KEYS:
+        if key in algorithm.loss_options:
+            raise ConfigError(f"algorithm.loss_options.{key}: set algorithm.{key} instead (and algorithm.kl_in)")
+    if algorithm.reference is not None and algorithm.kl_coefficient == 0:
+        raise ConfigError("algorithm.reference is set but algorithm.kl_coefficient is 0: no reference would be built")
+    options = {**algorithm.advantage_options, "compat": algorithm.compat}
+    try:
+        resolve_options(algorithm.loss, algorithm.compat, **algorithm.all_loss_options())
+        advantages.compute(algorithm.advantage, torch.zeros(1, 2), lengths_GN=torch.ones(1, 2), **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"algorithm: {error}") from error
+    shaping_of(algorithm)
