@@ -189,6 +189,7 @@ class TrainingSection(_Section):
     passes: int = Field(1, ge=1)  # over the responses of one rollout step
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     evaluate_every: int = Field(0, ge=0)  # rollout steps; 0: never
+    evaluate_before: bool = False  # also before the first step, as eval_before/*
     export_every: int = Field(0, ge=0)  # rollout steps between HF exports; 0: only at the end
 
 

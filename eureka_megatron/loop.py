@@ -31,6 +31,7 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
     config, history = run.config, []
     updates_per_step = -(-run.responses_per_step // config.training.responses_per_update) * config.training.passes
     run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step)
+    before = run.evaluate() if config.training.evaluate_before and run.test else {}
     for step in range(config.training.steps):
         with tracker.phase("rollout"):
             groups = run.collector.collect(step)
@@ -44,6 +45,8 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
         if _due(config.training.evaluate_every, step) and run.test:
             with tracker.phase("evaluate"):
                 metrics |= {f"eval/{name}": value for name, value in run.evaluate().items()}
+        if step == 0:
+            metrics |= {f"eval_before/{name}": value for name, value in before.items()}
         tracker.log(step, metrics)
         history.append(metrics)
         if _due(config.training.export_every, step):

@@ -88,4 +88,4 @@ def test_one_update_at_every_layout(
     found = run_ranks(updates, world, directory, batch, layout, max_tokens, timeout_seconds=400)[0]
     worst = {name: compare(found[name], expected[name]) for name in expected}
     print(layout, f"largest {max(worst.values()):.1e} at {max(worst, key=worst.get)}")
-    assert max(worst.values()) <= 1e-5  # measured, see the output of -s:
+    assert max(worst.values()) <= 1e-5  # measured: 4.5e-6 (context parallel), 2.6e-6 elsewhere
