@@ -13,7 +13,7 @@ from typing import Any
 
 from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics
+from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics, updates_per_step
 from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset, read_mixture
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.errors import UserError
@@ -29,8 +29,7 @@ from eureka_megatron.train.checks import check_algorithm, check_run
 def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
     """Collect, learn, hand the weights over, `training.steps` times. → the logged metrics of every step."""
     config, history = run.config, []
-    updates_per_step = -(-run.responses_per_step // config.training.responses_per_update) * config.training.passes
-    run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step)
+    run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
     before = run.evaluate() if config.training.evaluate_before and run.test else {}
     for step in range(config.training.steps):
         with tracker.phase("rollout"):
@@ -113,10 +112,6 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    @property
-    def responses_per_step(self) -> int:
-        return self.config.training.prompts_per_step * self.config.rollout.samples_per_prompt
 
     def learn(self, batch: Any) -> dict[str, float]:
         """All optimizer steps on this batch. → means of their metrics; maxima, or the last value, where the name says so."""

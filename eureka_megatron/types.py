@@ -137,6 +137,9 @@ class Batch:
 
     samples: tuple[Sample, ...]
     updates: tuple[tuple[int, ...], ...]
+    # Optimizer steps that the learning rate's schedule has behind it; None: as many as were made. Steps that the online filter left
+    # short make fewer than planned, and a schedule that counted only those would never reach its end.
+    scheduled: int | None = None
 
 
 @dataclass(frozen=True)

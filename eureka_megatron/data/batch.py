@@ -38,7 +38,14 @@ def make_batch(groups: Sequence[Group], config: RunConfig, step: int, weight_ver
     order = np.random.default_rng((config.run.seed, step)).permutation(len(samples))
     size = config.training.responses_per_update
     updates = [tuple(order[start : start + size].tolist()) for start in range(0, len(order), size)]
-    return Batch(samples=tuple(samples), updates=tuple(updates))
+    return Batch(samples=tuple(samples), updates=tuple(updates), scheduled=step * updates_per_step(config))
+
+
+def updates_per_step(config: RunConfig) -> int:
+    """Optimizer steps of a full rollout step, all passes."""
+    training = config.training
+    responses = training.prompts_per_step * config.rollout.samples_per_prompt
+    return -(-responses // training.responses_per_update) * training.passes
 
 
 def group_advantages(groups: Sequence[Group], config: RunConfig) -> torch.Tensor:

@@ -102,7 +102,8 @@ class Collector:
         enough = min(rule.min_groups, wanted) if filtering else 1
         ready = self._buffer[:wanted] if len(self._buffer) >= enough else []
         if ready:
-            self._buffer = self._buffer[wanted:]
+            # The original clears its buffer after each training step, surplus and all.
+            self._buffer = [] if self._config.algorithm.compat == "mm_eureka" else self._buffer[wanted:]
         else:
             self._warn(step, tally)
         self.metrics = self._figures(tally, reused=reused, dropped=dropped, ready=len(ready))

@@ -151,6 +151,8 @@ class PolicyTrainer:
         gap = reduce_metrics([step.reduce_over_data([{"logprob_abs_diff_max": gap}], self.parallel)])
         if shaping is not None:
             flat = prepare.with_shaped_advantages(flat, shaping, self.parallel)
+        if batch.scheduled is not None:
+            self.scheduler.num_steps = batch.scheduled
         places = iter(flat)
         updates = [[next(places) for _ in micro_batches] for micro_batches in updates]
         results = []

@@ -4,12 +4,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from eureka_megatron.config import make_config
 from eureka_megatron.rl import advantages, losses
 from eureka_megatron.rl.filters import keep_groups
+from eureka_megatron.rollout.collector import Collector
+from eureka_megatron.types import Group, Prompt, Rollout
 
 DATA = Path(__file__).parents[1] / "golden_data"
 LOSSES = [json.loads(line) for line in (DATA / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -130,7 +134,78 @@ def test_kept_groups_are_the_originals(row: dict):
     assert kept(row["accuracy"], row, row["global_step"], None) == right["kept_prompts"]
 
 
+class Prompts:
+    """A stream of numbered prompts, and a pool whose responses' "text" is the recorded accuracy."""
+
+    version = 0
+
+    def __init__(self, accuracy_by_step: list) -> None:
+        self.groups = [group for step in accuracy_by_step for group in step]
+        self.place = 0
+
+    def next(self, n: int) -> list[Prompt]:
+        self.place += n
+        return [Prompt(str(i), "", "", np.arange(1), np.zeros((3, 1), int)) for i in range(self.place - n, self.place)]
+
+    def generate(self, prompts: list[Prompt], **_: object) -> list[Group]:
+        def rollout(accuracy: float) -> Rollout:
+            return Rollout(np.arange(1), np.zeros(1, np.float32), str(accuracy), "stop", 0)
+
+        return [Group(prompt, tuple(map(rollout, self.groups[int(prompt.id)]))) for prompt in prompts]
+
+
+def trained_steps(row: dict, compat: str | None) -> tuple[list[list[int]], list[int]]:
+    """What the collector trains on in each step (numbers of responses), and how many responses wait afterwards."""
+    size, n = row["rollout_batch_size"], row["n_samples_per_prompt"]
+    rule = {
+        "enabled": row["enable_accuracy_filter"],
+        "lower": row["accuracy_lower_bound"],
+        "upper": row["accuracy_upper_bound"],
+        "freezing_steps": row["freezing_filter_steps"],
+        "max_generation_batches": 1,  # the original trains or goes on after every batch
+        "min_groups": size,
+    }
+    config = make_config(
+        {
+            "model": {"path": "m"},
+            "data": {"train": "d"},
+            "rollout": {"samples_per_prompt": n},
+            "training": {"prompts_per_step": size, "responses_per_update": n},
+            "algorithm": {"filter": rule, "compat": compat},
+        }
+    )
+    source = Prompts(row["accuracy_by_step"])
+
+    def judge(samples: list[dict]) -> list[dict[str, float]]:
+        return [{"accuracy": float(sample["response"]), "total": 0.0} for sample in samples]
+
+    collector = Collector(source, judge, source, config)
+    trained, waiting = [], []
+    for step in row["expected"]["steps"]:
+        groups = collector.collect(step["global_step"])
+        trained.append([int(group.prompt.id) * n + k for group in groups for k in range(n)])
+        waiting.append(int(collector.metrics["filter/in_buffer"]) * n)
+    return trained, waiting
+
+
 @pytest.mark.parametrize("row", [row for row in FILTERS if row["kind"] == "accumulate"], ids=lambda row: row["id"])
-def test_kept_groups_of_every_step_are_the_originals(row: dict):
-    for accuracy, step in zip(row["accuracy_by_step"], row["expected"]["steps"], strict=True):
+def test_what_piles_up_and_is_trained_on_is_the_originals(row: dict):
+    steps = row["expected"]["steps"]
+    for accuracy, step in zip(row["accuracy_by_step"], steps, strict=True):
         assert kept(accuracy, row, step["global_step"], "mm_eureka") == step["kept_prompts"]
+    trained, waiting = trained_steps(row, "mm_eureka")
+    assert trained == [step.get("trained_responses", []) for step in steps]
+    assert waiting == [step["buffered_after"] for step in steps]
+    if row["contested"]:  # surplus_thrown_away
+        assert row["should"] == {"no_kept_response_lost": True}
+        n, size = row["n_samples_per_prompt"], row["rollout_batch_size"]
+        trained, waiting = trained_steps(row, None)
+        keep = [
+            number * size * n + prompt * n + k
+            for number, (accuracy, step) in enumerate(zip(row["accuracy_by_step"], steps, strict=True))
+            for prompt in kept(accuracy, row, step["global_step"], None)
+            for k in range(n)
+        ]
+        done = [response for responses in trained for response in responses]
+        assert done == keep[: len(done)], "in their order, none left out"
+        assert len(done) + waiting[-1] == len(keep)
