@@ -1,18 +1,21 @@
 """Log-probabilities and entropies of taken tokens, from hidden states and the (vocabulary-parallel) output weight.
 
-Works through the rows in chunks, forward and backward: [tokens, vocabulary] never exists, only [chunk, vocabulary / tp]. The backward
-recomputes each chunk's logits, as in Cut Cross-Entropy (arXiv:2411.09009, section 3), without its sparsification: gradients are exact.
+Works through the vocabulary in blocks, forward and backward: [tokens, vocabulary] never exists, only [tokens, block]. The backward
+computes each block's logits again, as in Cut Cross-Entropy (arXiv:2411.09009, section 3), without its sparsification: gradients are
+exact. Blocks of words rather than of tokens: a block's gradient of the weight is then finished at once, with no sum over blocks to hold.
+Measured by tools/benchmark/logprobs.py.
 
-Shapes: T rows, C rows of a chunk, H hidden, V' = vocabulary / tensor-parallel size (this rank's rows of the weight).
+Shapes: T rows, H hidden, V' = vocabulary / tensor-parallel size (this rank's rows of the weight), B words of a block.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ROWS = 1024
+# T · B: 128 MiB in fp32, of which two are held at a time.
+LOGITS_AT_ONCE = 1 << 25
 
 
 def token_logprobs(
@@ -21,7 +24,7 @@ def token_logprobs(
     labels_T: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
-    chunk_rows: int = CHUNK_ROWS,
+    logits_at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden · weightᵀ)[label] and the entropy of each row, both fp32 [T], in nats.
 
@@ -31,65 +34,104 @@ def token_logprobs(
         weight_VH: this rank's rows of the output weight; rank r holds words r·V' … (r+1)·V'.
         labels_T: int64, the taken tokens.
         group: tensor-parallel group; None: the weight is whole.
+        logits_at_once: bounds the memory: how many logits exist at a time. Results do not depend on it.
     """
-    return _TokenLogprobs.apply(hidden_TH, weight_VH, labels_T, group, chunk_rows)
+    return _TokenLogprobs.apply(hidden_TH, weight_VH, labels_T, group, logits_at_once)
+
+
+class _Sums(NamedTuple):
+    """Of the words seen so far, for each row: the largest logit m, Σ exp(x − m) and Σ exp(x − m) · (x − m)."""
+
+    largest_T: Tensor
+    total_T: Tensor
+    weighted_T: Tensor
+
+    def above(self, largest_T: Tensor) -> "_Sums":
+        """The same sums with another m."""
+        shift = self.largest_T - largest_T
+        scale = shift.exp()
+        return _Sums(largest_T, self.total_T * scale, (self.weighted_T + self.total_T * shift) * scale)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: Any, chunk_rows: int) -> Any:
-        offset = dist.get_rank(group) * len(weight) if group is not None else 0
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropies, log_sums = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        for rows in _chunks(len(hidden), chunk_rows):
-            logits = (hidden[rows] @ weight.T).float()
-            largest = _reduce(logits.amax(-1), group, dist.ReduceOp.MAX)
-            shifted = logits - largest[:, None]
-            weights = shifted.exp()
-            own, place = _own(labels[rows], offset, len(weight))
-            # Three sums travel as one: of exp, of exp · shifted logit, and the label's shifted logit (zero where it is not ours).
-            taken = torch.where(own, shifted.gather(-1, place[:, None])[:, 0], 0.0)
-            sums = _reduce(torch.stack((weights.sum(-1), (weights * shifted).sum(-1), taken)), group, dist.ReduceOp.SUM)
-            log_sum = sums[0].log()
-            logprobs[rows] = sums[2] - log_sum
-            entropies[rows] = log_sum - sums[1] / sums[0]
-            log_sums[rows] = log_sum + largest
-        ctx.save_for_backward(hidden, weight, labels, log_sums, entropies)
-        ctx.offset, ctx.chunk_rows = offset, chunk_rows
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: Any, logits_at_once: int) -> Any:
+        labels = labels - (dist.get_rank(group) * len(weight) if group is not None else 0)
+        taken = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        sums = None
+        blocks = _blocks(len(weight), len(hidden), logits_at_once)
+        for words in blocks:
+            logits = _logits(hidden, weight, words)
+            rows, places = _labels_in(labels, words)
+            taken[rows] = logits[rows, places]
+            sums = _add(sums, logits)
+        logprobs, entropies, log_total = _finish(sums, taken, group)
+        ctx.save_for_backward(hidden, weight, labels, log_total, entropies)
+        ctx.blocks = blocks
         ctx.set_materialize_grads(False)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> Any:
-        hidden, weight, labels, log_sums, entropies = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(len(hidden), ctx.chunk_rows):
-            log_p = (hidden[rows] @ weight.T).float() - log_sums[rows, None]
+        hidden, weight, labels, log_total, entropies = ctx.saved_tensors
+        learns_hidden, learns_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if learns_hidden else None
+        grad_weight = torch.empty_like(weight) if learns_weight else None
+        for words in ctx.blocks:
+            log_p = _logits(hidden, weight, words).sub_(log_total[:, None])
             p = log_p.exp()
-            grad = torch.zeros_like(p)
-            if grad_logprobs is not None:  # d logp[label] / d logits = onehot − p
-                own, place = _own(labels[rows], ctx.offset, len(weight))
-                grad.scatter_(-1, place[:, None], own[:, None].float()).sub_(p).mul_(grad_logprobs[rows, None])
-            if grad_entropies is not None:  # d entropy / d logits = −p (log p + entropy)
-                grad -= grad_entropies[rows, None] * p * (log_p + entropies[rows, None])
+            # d entropy / d logits = −p (log p + entropy); d logp[label] / d logits = onehot − p
+            grad = log_p.add_(entropies[:, None]).mul_(grad_entropies[:, None]) if grad_entropies is not None else 0.0
+            grad = p.mul_(grad + grad_logprobs[:, None] if grad_logprobs is not None else grad).neg_()
+            if grad_logprobs is not None:
+                rows, places = _labels_in(labels, words)
+                grad[rows, places] += grad_logprobs[rows]
             grad = grad.to(weight.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            if learns_hidden:
+                grad_hidden += grad @ weight[words]
+            if learns_weight:
+                torch.mm(grad.T, hidden, out=grad_weight[words])
+        return grad_hidden.to(hidden.dtype) if learns_hidden else None, grad_weight, None, None, None
 
 
-def _chunks(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _blocks(words: int, rows: int, logits_at_once: int) -> list[slice]:
+    size = max(1, min(words, logits_at_once // max(rows, 1)))
+    return [slice(start, min(start + size, words)) for start in range(0, words, size)]
 
 
-def _own(labels: Tensor, offset: int, size: int) -> tuple[Tensor, Tensor]:
-    """Which labels lie in this rank's part, and their place there (0 for the others)."""
-    place = labels - offset
-    own = (place >= 0) & (place < size)
-    return own, torch.where(own, place, 0)
+def _logits(hidden: Tensor, weight: Tensor, words: slice) -> Tensor:
+    """fp32 [T, B]"""
+    return (hidden @ weight[words].T).float()
 
 
-def _reduce(values: Tensor, group: Any, op: Any) -> Tensor:
+def _labels_in(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose label is one of these words, and which of them it is."""
+    rows = ((labels >= words.start) & (labels < words.stop)).nonzero()[:, 0]
+    return rows, labels[rows] - words.start
+
+
+def _add(sums: _Sums | None, logits: Tensor) -> _Sums:
+    """The sums with these words too; overwrites the logits."""
+    largest = logits.amax(-1) if sums is None else torch.maximum(sums.largest_T, logits.amax(-1))
+    shifted = logits.sub_(largest[:, None])
+    weights = shifted.exp()
+    total, weighted = weights.sum(-1), weights.mul_(shifted).sum(-1)
+    if sums is not None:
+        before = sums.above(largest)
+        total, weighted = total + before.total_T, weighted + before.weighted_T
+    return _Sums(largest, total, weighted)
+
+
+def _finish(sums: _Sums, taken: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """→ log-probability of the label, entropy and log Σ exp of all logits, over the words of all ranks."""
     if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(values, op=op, group=group)
-    return values
+        largest = sums.largest_T.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        sums = sums.above(largest)
+        # Three sums travel as one; the label's logit is zero on ranks that do not hold it.
+        parts = torch.stack((sums.total_T, sums.weighted_T, taken))
+        dist.all_reduce(parts, group=group)
+        sums, taken = _Sums(largest, parts[0], parts[1]), parts[2]
+    log_total = sums.total_T.log()
+    logprobs = taken - sums.largest_T - log_total
+    return logprobs, log_total - sums.weighted_T / sums.total_T, log_total + sums.largest_T
