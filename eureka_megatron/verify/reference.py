@@ -18,18 +18,14 @@ def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, 
 
     quiet.disable_progress_bar()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
-    image_token = model.config.image_token_id
+    image_token: int = model.config.image_token_id
     tokens_learned = sum(float(sample.mask_S[1:].sum()) for sample in samples)
     tensors: dict[str, torch.Tensor] = {}
     total = 0.0
     for index, sample in enumerate(samples):
         tokens = torch.from_numpy(sample.tokens_S)[None]
-        inputs: dict[str, Any] = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_token).int()}
-        if sample.pictures:
-            inputs["pixel_values"] = torch.cat([reading_order(picture) for picture in sample.pictures])
-            inputs["image_grid_thw"] = torch.tensor([picture.grid_thw for picture in sample.pictures])
         with torch.set_grad_enabled(grads):
-            logits = model(**inputs, attention_mask=torch.ones_like(tokens)).logits[0]
+            logits = model(**model_inputs(sample, image_token), attention_mask=torch.ones_like(tokens)).logits[0]
             logprobs = logits[:-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
             loss = -(logprobs * torch.from_numpy(sample.mask_S[1:])).sum() / tokens_learned
         if grads:
@@ -44,3 +40,23 @@ def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, 
             for name, weight in model.named_parameters()
         }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
+
+
+def model_inputs(sample: Sample, image_token: int) -> dict[str, Any]:
+    """What transformers' model takes of a sample, as a batch of one.
+
+    It works out the positions itself unless there is a video: there its rule is another than vLLM's, and it is given those of the sample.
+    """
+    tokens = torch.from_numpy(sample.tokens_S)[None]
+    inputs: dict[str, Any] = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_token).int()}
+    for video, patches, grids in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        shown = [picture for picture in sample.pictures if picture.is_video == video]
+        if shown:
+            inputs[patches] = torch.cat([reading_order(picture) for picture in shown])
+            inputs[grids] = torch.tensor([picture.grid_thw for picture in shown])
+        if shown and video:
+            inputs["position_ids"] = torch.from_numpy(sample.positions_3S)[:, None]
+    return inputs

@@ -1,21 +1,22 @@
 """Videos through a real vLLM engine and the native trainer: the same tokens, positions and log-probabilities. One engine for the module."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from eureka_megatron.data.processor import Processor
+from eureka_megatron.config import OptimizerSection
+from eureka_megatron.data.batch import make_batch
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.sync.source import module_source
-from eureka_megatron.types import Prompt, Sample
-from eureka_megatron.verify.samples import reading_order
+from eureka_megatron.types import Batch, Prompt, Sample
 from tests.helpers.engines import load_reference, private_ray, run_config
 from tests.helpers.ranks import run_ranks
+from tests.helpers.videos import video_prompts
 
 pytestmark = pytest.mark.system
 
@@ -47,37 +48,7 @@ def pool(tiny_dir: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def prompts(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
-    """A picture, videos of several lengths, rates and sizes, all mixed; frames as pictures and from a file."""
-    import cv2
-
-    folder = tmp_path_factory.mktemp("clips")
-    random = np.random.default_rng(0)
-    for number in range(61):
-        Image.fromarray(random.integers(0, 256, (56, 84, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 6.0, (130, 96))
-    for _ in range(20):
-        writer.write(cv2.resize(random.integers(0, 256, (6, 8, 3), dtype=np.uint8), (130, 96)))
-    writer.release()
-    processor = Processor(tiny_dir, min_pixels=28 * 28, max_prompt_tokens=400)
-    names = [f"{number}.png" for number in range(61)]
-    image = {"type": "image", "image": "7.png"}
-    contents = {
-        "long, fractional, then image": [{"type": "video", "video": names, "fps": 1.7}, image, "How many circles?"],
-        "other rate": [{"type": "video", "video": names, "fps": 0.9}, image, "How many circles?"],
-        "file": ["How many", {"type": "video", "video": "clip.mp4", "fps": 3}, "squares?"],
-        "two videos": [
-            image,
-            {"type": "video", "video": names[3:6], "max_pixels": 2 * 28 * 28},
-            image,
-            {"type": "video", "video": names[:8], "fps": 23.976},
-        ],
-        "image only": [image, "How many?"],
-        "text only": ["How many?"],
-    }
-    return [
-        processor.prompt([{"role": "user", "content": content}], id=name, folders=[folder])
-        for name, content in contents.items()
-    ]
+    return video_prompts(tiny_dir, tmp_path_factory.mktemp("clips"))
 
 
 def trainer_logprobs(rank: int, directory: str, samples: list[Sample], layout: dict, max_tokens: int) -> Any:
@@ -100,6 +71,19 @@ def by_trainer(
     found = run_ranks(trainer_logprobs, ranks, str(directory), samples, options, max_tokens)
     values = next(one for one in found[::-1] if one is not None)
     return [one[len(prompt.tokens_S) :] for one, (prompt, _) in zip(values, pairs, strict=True)]
+
+
+def learn(rank: int, directory: str, batch: Batch) -> dict[str, float]:
+    """One update of the policy, as `eureka train` does it, at TP 2 with sequence parallelism. → its metrics."""
+    from eureka_megatron.parallel.runtime import init_parallel
+    from eureka_megatron.train.trainer import PolicyTrainer
+
+    section = OptimizerSection(lr=1e-4)
+    trainer = PolicyTrainer(
+        directory, init_parallel(2, sequence_parallel=True, rank=rank, world_size=2), optimizer=section
+    )
+    trainer.start_phase(section, 10)
+    return trainer.train(batch, "ppo_clip", {})[0]
 
 
 def worst(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
@@ -153,32 +137,19 @@ def test_layout_and_packing_change_nothing(
         assert difference <= 1e-5  # measured 9.5e-7
 
 
-def test_transformers_agrees_when_it_is_given_the_positions(
-    pairs: list[tuple[Prompt, Any]], ours: list[np.ndarray], tiny_dir: Path
+def test_reinforcement_learning_uses_the_rollouts_it_was_given(
+    pool: Any, prompts: list[Prompt], tiny_dir: Path
 ) -> None:
-    """Its own positions of videos are others (FACTS, section 4); its tower and text model are the reference."""
-    model = load_reference(tiny_dir)
-    found = []
-    for prompt, rollout in pairs:
-        sample = training_sample(prompt, rollout.tokens_R)
-        tokens = torch.from_numpy(sample.tokens_S)[None]
-        inputs: dict[str, Any] = {}
-        for kind, patches, grids in (
-            (False, "pixel_values", "image_grid_thw"),
-            (True, "pixel_values_videos", "video_grid_thw"),
-        ):
-            shown = [picture for picture in prompt.pictures if picture.is_video == kind]
-            if shown:
-                inputs[patches] = torch.cat([reading_order(picture) for picture in shown])
-                inputs[grids] = torch.tensor([picture.grid_thw for picture in shown])
-        positions = torch.from_numpy(sample.positions_3S)[:, None]
-        with torch.no_grad():
-            logits = model(input_ids=tokens, position_ids=positions, **inputs).logits[0]
-        logprobs = logits[:-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
-        found.append(logprobs[len(prompt.tokens_S) - 1 :].numpy())
-    difference = worst(ours, found)
-    print(f"trainer against transformers: {difference:.1e}")
-    assert difference <= 1e-5  # measured 9.5e-7
+    groups = pool.generate(prompts, **OPTIONS, seed=4)
+    judged = [
+        replace(group, rollouts=tuple(replace(r, rewards={"total": float(n)}) for n, r in enumerate(group.rollouts)))
+        for group in groups
+    ]
+    config = run_config(tiny_dir)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"responses_per_update": 12})})
+    metrics = run_ranks(learn, 2, str(tiny_dir), make_batch(judged, config, 0, 0))[0]
+    assert metrics["logprob_abs_diff_max"] <= 1e-5  # measured 9.5e-7
+    assert metrics["grad_norm"] > 0
 
 
 def test_after_a_changed_vision_tower_the_same_videos_agree_again(
