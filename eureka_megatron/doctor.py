@@ -168,7 +168,7 @@ def _packages() -> list[Finding]:
             "transformer-engine",
             ("transformer-engine", "transformer_engine"),
             False,
-            "Megatron's fused optimizer kernels on GPUs (apex has them too); `model.backend: local` needs none of it",
+            "`model.backend: te` with FP8, and Megatron's fused optimizer kernels (apex has those too)",
             gpu,
         ),
         package(

@@ -112,10 +112,14 @@ class RowLayout:
         return length + -length % self.each
 
 
-def row_layout(parallel: Parallel, vision_parallel: str = "replicated") -> RowLayout:
-    """The layout for this rank's rows: under sequence parallelism each context share divides by the tensor-parallel size."""
+def row_layout(parallel: Parallel, vision_parallel: str = "replicated", multiple: int = 1) -> RowLayout:
+    """The layout for this rank's rows: under sequence parallelism each context share divides by the tensor-parallel size.
+
+    Args:
+        multiple: what the rows of one rank's share must divide by (FP8 kernels).
+    """
     tensor, context = parallel.tensor, parallel.context
-    share = tensor.size if parallel.sequence_parallel else 1
+    share = multiple * (tensor.size if parallel.sequence_parallel else 1)
     shared = vision_parallel == "data"
     return RowLayout(
         align=share if context.size == 1 else math.lcm(share, 2) * context.size,

@@ -60,6 +60,8 @@ class TrainerRank:
             backend=model.backend,
             freeze=model.freeze,
             recompute=model.recompute,
+            fp8=model.fp8,
+            fp8_recipe=model.fp8_recipe,
             vision_parallel=model.vision_parallel,
             max_tokens_per_micro_batch=self.config.training.max_tokens_per_micro_batch,
             optimizer=self.config.optimizer,

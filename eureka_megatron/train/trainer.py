@@ -20,6 +20,7 @@ from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
+from eureka_megatron.models.qwen2_5_vl.transformer_config import fp8_rows
 from eureka_megatron.parallel import packing
 from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel
@@ -50,6 +51,8 @@ class PolicyTrainer:
         freeze: Iterable[str] = (),
         recompute: str = "none",
         vision_parallel: str = "replicated",
+        fp8: str = "none",
+        fp8_recipe: str = "delayed",
         max_tokens_per_micro_batch: int = 16384,
         optimizer: OptimizerSection | None = None,
         reference: Path | str | None = None,
@@ -58,7 +61,8 @@ class PolicyTrainer:
         self.model_path = Path(model_path)
         self.max_tokens = max_tokens_per_micro_batch
         self.hf_config = read_hf_config(model_path)
-        self.row_layout = packing.row_layout(parallel, vision_parallel)
+        multiple = fp8_rows(fp8, fp8_recipe, sequence_parallel=parallel.sequence_parallel)
+        self.row_layout = packing.row_layout(parallel, vision_parallel, multiple)
         chunks = build_model(
             self.hf_config,
             parallel,
@@ -66,6 +70,8 @@ class PolicyTrainer:
             backend=backend,
             recompute=recompute,
             vision_parallel=vision_parallel,
+            fp8=fp8,
+            fp8_recipe=fp8_recipe,
         )
         self.frozen = freeze_parameters(chunks, tuple(freeze))
         # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.

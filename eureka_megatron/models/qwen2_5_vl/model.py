@@ -20,11 +20,10 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, check_layout
 from eureka_megatron.models.qwen2_5_vl.rope import Rotation, text_angles
-from eureka_megatron.models.qwen2_5_vl.specs import layer_spec
+from eureka_megatron.models.qwen2_5_vl.specs import check_backend, layer_spec
 from eureka_megatron.models.qwen2_5_vl.transformer_config import (
     Execution,
     text_transformer_config,
@@ -51,6 +50,7 @@ class QwenVLModel(LanguageModule):
         config: TransformerConfig,
         vision_config: TransformerConfig,
         *,
+        backend: str = "local",
         chunk: int = 0,
         vision_parallel: str = "replicated",
     ) -> None:
@@ -58,6 +58,7 @@ class QwenVLModel(LanguageModule):
         super().__init__(config=config, pg_collection=groups)
         self.hf_config = hf_config
         self.parallel = parallel
+        self.backend = backend
         self.vision_parallel = vision_parallel
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = parallel.first_stage and chunk == 0
@@ -68,7 +69,7 @@ class QwenVLModel(LanguageModule):
         text = hf_config.text_config
         if self.pre_process:
             tower_groups = groups if vision_parallel == "tensor" else _alone(groups)
-            self.vision = VisionTower(vision_config, hf_config.vision_config, tower_groups)
+            self.vision = VisionTower(vision_config, hf_config.vision_config, tower_groups, backend)
             self.embedding = LanguageModelEmbedding(
                 config=config,
                 vocab_size=text.vocab_size,
@@ -80,7 +81,7 @@ class QwenVLModel(LanguageModule):
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(AttnMaskType.causal)]
+                layer_specs=[layer_spec(AttnMaskType.causal, backend)]
                 * get_num_layers_to_build(config, self.vp_stage, parallel.pipeline.rank),
                 layer_norm=RMSNorm,
             ),
@@ -210,18 +211,22 @@ def build_model(
     backend: str = "local",
     recompute: str = "none",
     vision_parallel: str = "replicated",
+    fp8: str = "none",
+    fp8_recipe: str = "delayed",
 ) -> list[QwenVLModel]:
     """The pipeline chunks of this rank (`parallel.virtual_pipeline` of them), weights not initialised; load them next.
 
     Args:
+        backend: "local" (torch) or "te" (Transformer Engine, on a GPU).
         recompute: a key of `transformer_config.RECOMPUTE`: activations that training computes again instead of keeping them.
         vision_parallel: "replicated", "data" (tensor-parallel ranks share the pictures; see packing.RowLayout) or "tensor".
+        fp8, fp8_recipe: of the text decoder's matrix products; rows must then align to `transformer_config.fp8_rows`.
 
     Raises:
-        ConfigError: the layout does not fit the model.
+        ConfigError: the layout does not fit the model, or the backend cannot run here.
     """
-    if backend != "local":
-        raise ConfigError(f"model.backend={backend!r} is not available yet; use 'local'")
+    execution = Execution(dtype, backend, recompute, vision_parallel, fp8, fp8_recipe)
+    check_backend(execution, parallel)
     check_layout(
         hf_config,
         parallel.tensor.size,
@@ -231,12 +236,11 @@ def build_model(
         layers_last_stage=parallel.layers_last_stage,
         vision_parallel=vision_parallel,
     )
-    execution = Execution(dtype, recompute, vision_parallel)
     configs = (
         text_transformer_config(hf_config, parallel, execution),
         vision_transformer_config(hf_config, parallel, execution),
     )
     return [
-        QwenVLModel(hf_config, parallel, *configs, chunk=chunk, vision_parallel=vision_parallel)
+        QwenVLModel(hf_config, parallel, *configs, backend=backend, chunk=chunk, vision_parallel=vision_parallel)
         for chunk in range(parallel.virtual_pipeline)
     ]

@@ -1,8 +1,12 @@
-"""Megatron layer specifications for both towers.
+"""Megatron layer specifications for both towers and both backends.
 
-`local` is torch only and runs on CPU and GPU. The `te` backend (Transformer Engine) is not built yet and is refused.
+`local` is torch only and runs on CPU and GPU; `te` is Transformer Engine, for GPUs. They differ in four classes of a layer; the names of
+their parameters differ in the norms alone (`checkpoint.qwen2_5_vl.NORMS`).
 """
 
+from typing import Any
+
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -12,31 +16,65 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, SegmentAttention
+from eureka_megatron.models.qwen2_5_vl.transformer_config import Execution
+from eureka_megatron.parallel.runtime import Parallel
 
 
-def layer_spec(mask: AttnMaskType) -> ModuleSpec:
+def layer_spec(mask: AttnMaskType, backend: str = "local") -> ModuleSpec:
     """One pre-norm layer: RMSNorm, fused-QKV self-attention, RMSNorm, gated MLP."""
+    norm, column, row, attention = _parts(backend)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=SegmentAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=column,
+                    core_attention=attention,
+                    linear_proj=row,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _parts(backend: str) -> tuple[Any, Any, Any, Any]:
+    """Norm, column-parallel linear behind it, row-parallel linear, core attention."""
+    if backend == "te":
+        from eureka_megatron.models.qwen2_5_vl import te  # imports Transformer Engine
+
+        return te.PARTS
+    return RMSNorm, ColumnParallelLinear, RowParallelLinear, SegmentAttention
+
+
+def check_backend(execution: Execution, parallel: Parallel) -> None:
+    """Refuse Transformer Engine where it cannot run. Raises ConfigError."""
+    if execution.backend not in ("local", "te"):
+        raise ConfigError(f"model.backend={execution.backend!r} is unknown; valid: local, te")
+    if execution.backend == "local":
+        return
+    if execution.dtype != torch.bfloat16:
+        raise ConfigError(
+            "model.backend='te' computes in bfloat16; set model.dtype to bfloat16, or model.backend to 'local'"
+        )
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    # A package that does not fit this torch, CUDA or machine fails in any of these ways.
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.backend='te' needs Transformer Engine, which cannot be imported ({reason}); "
+            "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9', or set model.backend to 'local'"
+        ) from error
+    if parallel.device.type != "cuda":
+        raise ConfigError("model.backend='te' needs a GPU; set model.backend to 'local'")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
 from eureka_megatron.parallel.runtime import Parallel
 
@@ -22,13 +23,28 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
+# Megatron's names of our backends.
+IMPLEMENTATIONS = {"local": "local", "te": "transformer_engine"}
+
+
 @dataclass(frozen=True)
 class Execution:
     """How the layers are computed. What they compute depends on it by rounding only."""
 
     dtype: torch.dtype = torch.float32
+    backend: str = "local"  # a key of IMPLEMENTATIONS
     recompute: str = "none"  # a key of RECOMPUTE: what the forward pass of training does not keep
     vision_parallel: str = "replicated"  # how tensor-parallel ranks divide the tower's work: replicated, data or tensor
+    fp8: str = "none"  # number format of the text decoder's matrix products: none, hybrid or e4m3
+    fp8_recipe: str = "delayed"  # where its scales come from: delayed, tensorwise or blockwise
+
+
+def fp8_rows(fp8: str, recipe: str, *, sequence_parallel: bool) -> int:
+    """The rows that one rank's matrix products see must be a multiple of this."""
+    if fp8 == "none":
+        return 1
+    # Blocks of 128 rows share a scale, and a block must not be gathered from two ranks.
+    return 128 if recipe == "blockwise" and sequence_parallel else 16
 
 
 def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
@@ -51,8 +67,33 @@ def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "calculate_per_token_loss": True,  # the loss carries its own global denominator: gradients are summed, never averaged
-        "transformer_impl": "local",
+        "transformer_impl": IMPLEMENTATIONS[execution.backend],
         **RECOMPUTE[execution.recompute],
+    }
+
+
+def _fp8(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> dict[str, Any]:
+    if execution.fp8 == "none":
+        return {}
+    if execution.backend != "te":
+        raise ConfigError("model.fp8 needs model.backend='te': FP8 matrix products are Transformer Engine's")
+    text, size = config.text_config, parallel.tensor.size
+    heads = text.num_attention_heads * text.head_dim
+    widths = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size / parallel.tensor": text.intermediate_size // size,
+        "query heads' width / parallel.tensor": heads // size,
+        "qkv width / parallel.tensor": (heads + 2 * text.num_key_value_heads * text.head_dim) // size,
+    }
+    wrong = [f"{name}={width}" for name, width in widths.items() if width % 16]
+    if wrong:
+        raise ConfigError(f"model.fp8 needs widths that are multiples of 16, found {', '.join(wrong)}")
+    # Scales from a longer history than Megatron's default of one step, as in its own FP8 recipes.
+    history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return {
+        "fp8": execution.fp8,
+        "fp8_recipe": execution.fp8_recipe,
+        **(history if execution.fp8_recipe == "delayed" else {}),
     }
 
 
@@ -83,6 +124,7 @@ def text_transformer_config(config: QwenVLConfig, parallel: Parallel, execution:
         # Rows differ in length. Megatron allows that on dense models only under this dispatcher's name, which is otherwise unused.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_fp8(config, parallel, execution),
         **_common(parallel, execution),
     )
 

@@ -27,9 +27,9 @@ from eureka_megatron.types import VisionBatch
 class VisionBlocks(torch.nn.Module):
     """The list of layers; Megatron's TransformerBlock gives all layers the same segments, this tower needs two kinds."""
 
-    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, backend: str) -> None:
         super().__init__()
-        spec = layer_spec(AttnMaskType.no_mask)
+        spec = layer_spec(AttnMaskType.no_mask, backend)
         self.layers = torch.nn.ModuleList(
             build_module(spec, config=config, layer_number=number + 1, pg_collection=groups)
             for number in range(config.num_layers)
@@ -58,14 +58,16 @@ class Merger(MegatronModule):
 class VisionTower(MegatronModule):
     """See the module's docstring. `groups` has the tensor-parallel group of the tower (this rank alone when replicated)."""
 
-    def __init__(self, config: TransformerConfig, vision: VisionConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, config: TransformerConfig, vision: VisionConfig, groups: ProcessGroupCollection, backend: str
+    ) -> None:
         super().__init__(config=config)
         self.vision = vision
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.patch_embed = torch.nn.Linear(
             vision.patch_values, vision.hidden_size, bias=False, dtype=config.params_dtype, device=device
         )
-        self.decoder = VisionBlocks(config, groups)
+        self.decoder = VisionBlocks(config, groups, backend)
         self.merger = Merger(config, vision, groups)
 
     def forward(self, batch: VisionBatch) -> Tensor:
