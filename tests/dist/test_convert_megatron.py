@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,40 @@ from eureka_megatron.checkpoint.offline import hf_to_megatron, megatron_to_hf
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
-from eureka_megatron.parallel.runtime import init_parallel
+from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from tests.helpers.ranks import run_ranks
 
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]  # tensor, pipeline; kv heads are 2
+Layout = dict[str, Any]
+LAYOUTS: list[Layout] = [  # kv heads are 2
+    {},
+    {"tensor": 2},
+    {"tensor": 4},
+    {"pipeline": 4},
+    {"tensor": 2, "pipeline": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"pipeline": 2, "layers_first_stage": 1},
+    {"tensor": 2, "context": 2, "vision_parallel": "data"},
+    {"tensor": 4, "vision_parallel": "tensor"},
+]
 
 
-def load_both_ways(rank: int, hf: str, converted: str, layout: tuple[int, int]) -> list[str]:
+def ranks_of(layout: Layout) -> int:
+    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
+
+
+def model_at(rank: int, hf: str, layout: Layout) -> tuple[list[Any], Parallel]:
+    sizes = {name: size for name, size in layout.items() if name != "vision_parallel"}
+    parallel = init_parallel(**sizes, rank=rank, world_size=ranks_of(layout))
+    how = layout.get("vision_parallel", "replicated")
+    return build_model(read_hf_config(hf), parallel, vision_parallel=how), parallel
+
+
+def load_both_ways(rank: int, hf: str, converted: str, layout: Layout) -> list[str]:
     """HF names that differ after `load_hf`, and after Megatron's loader; keys that Megatron's loader misses."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    parallel = init_parallel(*layout, rank=rank, world_size=layout[0] * layout[1])
+    chunks, parallel = model_at(rank, hf, layout)
     source = Reader(hf)
     wrong = []
 
@@ -35,10 +58,9 @@ def load_both_ways(rank: int, hf: str, converted: str, layout: tuple[int, int]) 
         wrong.extend(f"{how}: {name}" for name, weight in weights if not torch.equal(weight, source[name]))
 
     def forget() -> None:
-        for parameter in chunks[0].parameters():
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
             parameter.data.fill_(torch.nan)
 
-    chunks = build_model(read_hf_config(hf), parallel)
     forget()
     load_hf(chunks, converted, parallel)
     compare("load_hf")
@@ -46,24 +68,24 @@ def load_both_ways(rank: int, hf: str, converted: str, layout: tuple[int, int]) 
     wanted = sharded_state(chunks, parallel)
     state, missing, _ = dist_checkpointing.load(wanted, converted, strict=StrictHandling.RETURN_ALL)
     wrong.extend(f"missing: {key}" for key in missing if "_extra_state" not in key)
-    chunks[0].load_state_dict(state, strict=False)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state if len(chunks) == 1 else state[f"model{number}"], strict=False)
     compare("megatron")
     return wrong
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_converted_checkpoint_loads_at_any_layout(tmp_path, layout):
-    source = build_tiny(tmp_path / "hf", tied=layout[1] == 2, randomize_all=True)
+    source = build_tiny(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
     hf_to_megatron(source, tmp_path / "megatron")
-    world = layout[0] * layout[1]
+    world = ranks_of(layout)
     assert run_ranks(load_both_ways, world, str(source), str(tmp_path / "megatron"), layout) == [[]] * world
 
 
-def save_by_megatron(rank: int, hf: str, output: str, layout: tuple[int, int]) -> None:
+def save_by_megatron(rank: int, hf: str, output: str, layout: Layout) -> None:
     from megatron.core import dist_checkpointing
 
-    parallel = init_parallel(*layout, rank=rank, world_size=layout[0] * layout[1])
-    chunks = build_model(read_hf_config(hf), parallel)
+    chunks, parallel = model_at(rank, hf, layout)
     load_hf(chunks, hf, parallel)
     if rank == 0:
         Path(output).mkdir()
@@ -71,10 +93,10 @@ def save_by_megatron(rank: int, hf: str, output: str, layout: tuple[int, int]) -
     dist_checkpointing.save(sharded_state(chunks, parallel), output)
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[4], LAYOUTS[5], *LAYOUTS[-2:]], ids=str)
 def test_what_megatron_saves_at_any_layout_converts_back_bitwise(tmp_path, layout):
-    source = build_tiny(tmp_path / "hf", tied=layout[1] == 2, randomize_all=True)
-    run_ranks(save_by_megatron, layout[0] * layout[1], str(source), str(tmp_path / "saved"), layout)
+    source = build_tiny(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
+    run_ranks(save_by_megatron, ranks_of(layout), str(source), str(tmp_path / "saved"), layout)
     shutil.copyfile(source / "config.json", tmp_path / "saved" / "config.json")
     megatron_to_hf(tmp_path / "saved", tmp_path / "back", verify=True)
     assert differences(describe(source), describe(tmp_path / "back")) == []

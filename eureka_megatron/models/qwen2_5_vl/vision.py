@@ -35,6 +35,13 @@ class VisionBlocks(torch.nn.Module):
             for number in range(config.num_layers)
         )
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Each layer's own: Megatron's default takes what stands in a plain list for whole on every rank."""
+        states: dict = {}
+        for number, layer in enumerate(self.layers):
+            states |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
+        return states
+
 
 class Merger(MegatronModule):
     """RMSNorm, then merge² neighbouring patches side by side through two linears with exact GELU: [P, 1, H] → [U, O]."""
