@@ -186,6 +186,13 @@ def _packages() -> list[Finding]:
             gpu,
         ),
         package(
+            "opencv",
+            ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"),
+            False,
+            "videos given as files (MP4 …); those given as lists of frames need none of it",
+            "pip install 'eureka-megatron[video]'",
+        ),
+        package(
             "modelopt",
             ("nvidia-modelopt",),
             False,

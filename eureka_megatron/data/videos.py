@@ -90,7 +90,7 @@ def _decoder() -> Any:
         import cv2
     except ImportError:
         raise UserError(
-            "video files are decoded by OpenCV, which is not installed: pip install opencv-python-headless "
+            "video files are decoded by OpenCV, which is not installed: pip install 'eureka-megatron[video]' "
             "(a video given as a list of pictures needs no decoder)"
         ) from None
     return cv2

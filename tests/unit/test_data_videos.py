@@ -236,7 +236,7 @@ def test_without_a_decoder_files_are_refused_and_lists_are_read(processor, tmp_p
     write_mp4(tmp_path / "a.mp4", 4, 2.0)
     names = save(noise(2, 28, 28), tmp_path)
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UserError, match="pip install opencv-python-headless"):
+    with pytest.raises(UserError, match=r"pip install 'eureka-megatron\[video\]'"):
         processor.prompt(chat(video("a.mp4")), folders=[tmp_path])
     assert processor.prompt(chat(video(names)), folders=[tmp_path]).pictures
 

@@ -13,7 +13,17 @@ import pytest
 from eureka_megatron import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = ("transformer-engine", "apex", "flash-attn", "modelopt", "NCCL", "Slurm", "wandb login", "CUDA devices")
+OPTIONAL = (
+    "transformer-engine",
+    "apex",
+    "flash-attn",
+    "opencv",
+    "modelopt",
+    "NCCL",
+    "Slurm",
+    "wandb login",
+    "CUDA devices",
+)
 REQUIRED = ("python", "torch", "torchvision import", "megatron-core", "vllm", "ray", "other requirements")
 
 
