@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eureka_megatron.config import OptimizerSection
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Sample
 from eureka_megatron.verify import made_up_samples
@@ -53,9 +54,14 @@ def gradients(rank: int, directory: str, samples: list[Sample], layout: dict, fr
 
     parallel = init_parallel(rank=rank, world_size=torch.distributed.get_world_size(), **layout)
     found = {}
+    section = OptimizerSection(
+        name="sgd"
+    )  # Adam's distributed optimizer would reduce only a share of the gradients on each rank
     for recompute in ("none", "selective", "full"):
-        trainer = PolicyTrainer(directory, parallel, freeze=freeze, recompute=recompute)
-        parameters = dict(trainer.chunks[0].named_parameters())
+        trainer = PolicyTrainer(directory, parallel, freeze=freeze, recompute=recompute, optimizer=section)
+        parameters = {
+            f"{i}.{name}": p for i, chunk in enumerate(trainer.chunks) for name, p in chunk.named_parameters()
+        }
         kept = Kept(list(parameters.values()))
         with kept.hooks:
             trainer.accumulate(samples)
@@ -76,6 +82,8 @@ def gradients(rank: int, directory: str, samples: list[Sample], layout: dict, fr
         ({"tensor": 2, "sequence_parallel": True}, ()),
         ({"pipeline": 2}, ()),
         ({"pipeline": 2}, ("vision", "merger")),
+        ({"pipeline": 2, "virtual_pipeline": 2}, ()),
+        ({"context": 2}, ()),
     ],
     ids=[
         "one",
@@ -87,10 +95,12 @@ def gradients(rank: int, directory: str, samples: list[Sample], layout: dict, fr
         "tp2-sp",
         "pp2",
         "pp2-frozen",
+        "pp2-vpp2",
+        "cp2",
     ],
 )
 def test_recomputation_changes_no_gradient_and_keeps_less(tiny_dir: Path, layout: dict, freeze: tuple) -> None:
-    world = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
     samples = made_up_samples(tiny_dir, pictures=[((4, 8),), ((6, 6), (3, 5)), ((4, 6),)])
     for found in run_ranks(gradients, world, str(tiny_dir), samples, layout, freeze):
         plain, _ = found["none"]
