@@ -133,6 +133,12 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
     verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")
     verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Qwen2.5-VL checkpoint directory")
     _add_layout(verify)
+    verify.add_argument(
+        "--against",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="vllm: log-probabilities of a rollout engine (transformers)",
+    )
     verify.add_argument("--grads", action="store_true", help="compare the gradient of every parameter too")
     verify.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
@@ -280,7 +286,7 @@ def _verify(args: argparse.Namespace) -> int:
     from eureka_megatron.verify.layout import Layout
 
     layout = Layout(**{field.name: getattr(args, field.name) for field in fields(Layout)})
-    return run_verify(args.hf, layout, grads=args.grads, as_json=args.json)
+    return run_verify(args.hf, layout, against=args.against, grads=args.grads, as_json=args.json)
 
 
 def _convert(args: argparse.Namespace) -> int:

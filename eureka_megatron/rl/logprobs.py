@@ -65,6 +65,7 @@ class _TokenLogprobs(torch.autograd.Function):
             rows, places = _labels_in(labels, words)
             taken[rows] = logits[rows, places]
             sums = _add(sums, logits)
+            del logits
         logprobs, entropies, log_total = _finish(sums, taken, group)
         ctx.save_for_backward(hidden, weight, labels, log_total, entropies)
         ctx.blocks = blocks
@@ -79,10 +80,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if learns_weight else None
         for words in ctx.blocks:
             log_p = _logits(hidden, weight, words).sub_(log_total[:, None])
-            p = log_p.exp()
-            # d entropy / d logits = −p (log p + entropy); d logp[label] / d logits = onehot − p
-            grad = log_p.add_(entropies[:, None]).mul_(grad_entropies[:, None]) if grad_entropies is not None else 0.0
-            grad = p.mul_(grad + grad_logprobs[:, None] if grad_logprobs is not None else grad).neg_()
+            grad = _logit_gradients(log_p, entropies, grad_logprobs, grad_entropies)
             if grad_logprobs is not None:
                 rows, places = _labels_in(labels, words)
                 grad[rows, places] += grad_logprobs[rows]
@@ -91,6 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden += grad @ weight[words]
             if learns_weight:
                 torch.mm(grad.T, hidden, out=grad_weight[words])
+            del log_p, grad  # before the next block's are made
         return grad_hidden.to(hidden.dtype) if learns_hidden else None, grad_weight, None, None, None
 
 
@@ -108,6 +107,20 @@ def _labels_in(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """Rows whose label is one of these words, and which of them it is."""
     rows = ((labels >= words.start) & (labels < words.stop)).nonzero()[:, 0]
     return rows, labels[rows] - words.start
+
+
+def _logit_gradients(
+    log_p: Tensor, entropies: Tensor, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
+) -> Tensor:
+    """What reaches the logits, but for the labels' own part: −p · (g + h (log p + entropy)) of the gradients g, h of a row's log-probability
+    and entropy. Overwrites log p."""
+    if grad_entropies is None:
+        return log_p.exp_().mul_(grad_logprobs[:, None]).neg_()
+    p = log_p.exp()
+    factor = log_p.add_(entropies[:, None]).mul_(grad_entropies[:, None])
+    if grad_logprobs is not None:
+        factor += grad_logprobs[:, None]
+    return p.mul_(factor).neg_()
 
 
 def _add(sums: _Sums | None, logits: Tensor) -> _Sums:

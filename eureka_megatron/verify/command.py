@@ -5,70 +5,121 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eureka_megatron.errors import UserError
+from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+from eureka_megatron.verify.engine import engine_report, native_logprobs
 from eureka_megatron.verify.layout import Job, Layout
 from eureka_megatron.verify.measure import BARS, measure
 from eureka_megatron.verify.reference import write_reference
 from eureka_megatron.verify.samples import made_up_samples
 
+# Arguments of `check_layout` besides tensor and pipeline.
+LAYOUT_CHECKED = ("virtual_pipeline", "layers_first_stage", "layers_last_stage", "vision_parallel")
 
-def run_verify(hf_dir: Path, layout: Layout, *, grads: bool = False, as_json: bool = False) -> int:
+
+def run_verify(
+    hf_dir: Path, layout: Layout, *, against: str = "transformers", grads: bool = False, as_json: bool = False
+) -> int:
     """Print the figures. → exit code 0 when all are within their bars, else 1.
 
+    Args:
+        against: "transformers", or "vllm" for log-probabilities alone, see `engine`.
+        grads: compare gradients too.
+
     Raises:
-        UserError: no such checkpoint, or a layout that it cannot have.
+        UserError: no such checkpoint, a layout that it cannot have, or gradients of an engine.
     """
-    check_layout(read_hf_config(hf_dir), layout.tensor, layout.pipeline)
+    if against == "vllm" and grads:
+        raise ConfigError("eureka verify: --grads needs --against transformers; an engine has no gradients")
+    options = {name: value for name, value in layout.chosen.items() if name in LAYOUT_CHECKED}
+    check_layout(read_hf_config(hf_dir), layout.tensor, layout.pipeline, **options)
     with tempfile.TemporaryDirectory(prefix="eureka-verify-") as folder:
         reference = Path(folder) / "reference.safetensors"
         samples = made_up_samples(hf_dir)
-        write_reference(hf_dir, reference, samples, grads=grads)
         job = Job(str(hf_dir), str(reference), tuple(samples), grads=grads, **asdict(layout))
-        report = _on_ranks(job, Path(folder))
+        if against == "transformers":
+            write_reference(hf_dir, reference, samples, grads=grads)
+            report = _on_ranks(measure, job, Path(folder))
+        else:
+            report = engine_report(job, _on_ranks(native_logprobs, job, Path(folder)))
+    report = {"against": against, "layout": asdict(layout)} | report
     print(json.dumps(report, indent=2) if as_json else describe(report))
     return 0 if report["passed"] else 1
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report as a few lines of text."""
-    lines = [f"{report['hf']} at {Layout(**report['layout'])}"]
+    lines = [f"{report['hf']} at {Layout(**report['layout'])}, against {report['against']}"]
+    lines += (_engine_lines if report["against"] == "vllm" else _figure_lines)(report)
+    return "\n".join([*lines, "passed" if report["passed"] else "FAILED"])
+
+
+def _engine_lines(report: dict[str, Any]) -> list[str]:
+    lines = ["  log-probabilities, absolute differences in nats:"]
+    for kind, one in report["figures"].items():
+        verdict = "ok" if one["max"] <= report["bar"] else "TOO LARGE"
+        numbers = f"max {one['max']:.2e}  mean {one['mean']:.2e}  (bar {report['bar']:.0e})"
+        lines.append(f"    {kind:<14} {numbers}  {verdict}  {one['tokens']} tokens")
+    return lines
+
+
+def _figure_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
     for name, value in report["figures"].items():
         where = f"  worst: {report['worst'][name]}" if name in report["worst"] else ""
         verdict = "ok" if value <= BARS[name] else "TOO LARGE"
         lines.append(f"  {name:<11} {value:.2e}  (bar {BARS[name]:.0e})  {verdict}{where}")
-    return "\n".join([*lines, "passed" if report["passed"] else "FAILED"])
+    lines += ["  largest relative difference of what leaves each module:", *_depth_lines(report["depths"])]
+    if report["begins"] is not None:
+        lines.append(f"  the difference begins at {report['begins']}")
+    return lines
 
 
-def _on_ranks(job: Job, folder: Path) -> dict[str, Any]:
-    """`measure` in one process a rank; what a rank says to the user, it says to the user of this process."""
+def _depth_lines(depths: dict[str, float]) -> list[str]:
+    """Modules of a list side by side, eight a line."""
+    lines: list[str] = []
+    for kind, group in groupby(depths.items(), key=lambda item: item[0].rstrip("0123456789")):
+        values = [f"{value:.1e}" for _, value in group]
+        for start in range(0, len(values), 8):
+            label = f"{kind}{start}" if kind.endswith(".") else kind
+            lines.append(f"    {label:<19}" + " ".join(values[start : start + 8]))
+    return lines
+
+
+def _on_ranks(body: Callable[[int, Job, str], Any], job: Job, folder: Path) -> Any:
+    """`body(rank, job, address)` in one process a rank. → what the one rank returns that does not return None.
+
+    What a rank says to the user, it says to the user of this process.
+    """
     try:
         torch.multiprocessing.spawn(
-            _spawned, args=(job, f"tcp://127.0.0.1:{_free_port()}", folder), nprocs=job.world_size
+            _spawned, args=(body, job, f"tcp://127.0.0.1:{_free_port()}", folder), nprocs=job.world_size
         )
     except torch.multiprocessing.ProcessExitedException:
         if complaint := next(folder.glob("error-*"), None):
             raise UserError(complaint.read_text()) from None
         raise
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "result.json").read_text())
 
 
-def _spawned(rank: int, job: Job, address: str, folder: Path) -> None:
+def _spawned(rank: int, body: Callable[[int, Job, str], Any], job: Job, address: str, folder: Path) -> None:
     os.environ.setdefault("LOCAL_RANK", str(rank))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.world_size))
     try:
-        report = measure(rank, job, address)
+        result = body(rank, job, address)
     except UserError as error:
         (folder / f"error-{rank}").write_text(str(error))
         sys.exit(error.exit_code)
-    if report is not None:
-        (folder / "report.json").write_text(json.dumps(report))
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
 
 
 def _free_port() -> int:

@@ -3,12 +3,11 @@
 Made-up samples (text only, one and several pictures of odd sizes, mixed) go through transformers one by one and through the native model
 packed, on real ranks of the layout. Compared are the logits of every position, the loss, and with `grads` the gradient of every parameter,
 the unclipped gradient norm and the weights after one SGD step. SGD and unclipped norms, because Adam and clipping hide errors of scale.
-The weights must also come back bitwise through the table.
+The weights must also come back bitwise through the table. Along the depth of the model, `depths` says where a difference begins.
 
 Every figure is max |a − b| / max |b| over one tensor; `BARS` says how large it may be.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from eureka_megatron.config import OptimizerSection
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.sync.source import hub_name
 from eureka_megatron.types import Sample
-from eureka_megatron.verify.layout import Job, Layout
+from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, first_above, relative
+from eureka_megatron.verify.layout import Job
+from eureka_megatron.verify.reference import Reference
 
 BARS = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "grad_norm": 1e-5, "sgd_step": 1e-5, "round_trip": 0.0}
 
@@ -29,7 +30,7 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     from eureka_megatron.train.trainer import PolicyTrainer
 
     parallel = init_parallel(rank=rank, world_size=job.world_size, init_method=address, **job.parallel_options)
-    reference, samples = load_file(job.reference), list(job.samples)
+    reference, samples = Reference(job.reference), list(job.samples)
     section = OptimizerSection(name="sgd", lr=1.0, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
     trainer = PolicyTrainer(
         job.hf_dir,
@@ -39,18 +40,19 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         max_tokens_per_micro_batch=job.max_tokens,
         **job.model_options,
     )
-    figures: dict[str, float] = {}
     worst: dict[str, str] = {}
     before = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
-    logits = trainer.logits(samples)
+    with NativeDepths([chunk.module for chunk in trainer.chunks], parallel) as native:
+        logits = trainer.logits(samples)
+    depths = depth_errors(native, reference, depth_names(trainer.hf_config))
     shared: dict[str, float] = {}
     if logits is not None:
-        errors = [_relative(value.cpu(), reference[f"logits.{i}"]) for i, value in enumerate(logits)]
+        errors = [relative(value.cpu(), reference[f"logits.{i}"]) for i, value in enumerate(logits)]
         shared["logits"] = max(errors)
     loss = trainer.accumulate(samples).get("loss")
     if loss is not None:
         shared["loss"] = abs(loss - reference["loss"].item()) / reference["loss"].item()
-    figures |= _largest_over_ranks(shared, ("logits", "loss"))
+    figures = _largest_over_ranks(shared, ("logits", "loss"))
     if job.grads:
         errors_by_name = _gradient_errors(trainer, reference)
         if errors_by_name:
@@ -61,21 +63,16 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     if rank:
         return None
     figures["round_trip"] = _round_trip(job.hf_dir, before)
+    depths["lm_head"] = figures["logits"]
     return {
         "hf": job.hf_dir,
-        "layout": {field.name: getattr(job, field.name) for field in fields(Layout)},
         "figures": figures,
         "worst": worst,
         "bars": {name: BARS[name] for name in figures},
+        "depths": depths,
+        "begins": first_above(depths, BARS["logits"]),
         "passed": all(figures[name] <= BARS[name] for name in figures),
     }
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None = None) -> float:
-    """max |a − b| / max |scale|, which is b unless given; NaN counts as infinite."""
-    largest = (b if scale is None else scale).abs().max().clamp(min=1e-30)
-    error = ((a - b).abs().max() / largest).item()
-    return error if error == error else float("inf")
 
 
 def _largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
@@ -87,24 +84,26 @@ def _largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dic
     return dict(zip(names, table.tolist(), strict=True))
 
 
-def _gradient_errors(trainer: Any, reference: dict[str, torch.Tensor]) -> dict[str, float]:
+def _gradient_errors(trainer: Any, reference: Reference) -> dict[str, float]:
     errors = {}
     for name, gradient in trainer.hf_weights(select=lambda parameter: parameter.main_grad):
         if gradient is not None:
-            errors[name] = _relative(gradient.cpu(), reference[f"grad.{name}"])
-    missing = {name.removeprefix("grad.") for name in reference if name.startswith("grad.")} - errors.keys()
+            errors[name] = relative(gradient.cpu(), reference[f"grad.{name}"])
+    missing = set(reference.gradient_names) - errors.keys()
     return errors | dict.fromkeys(missing if errors else (), float("inf"))
 
 
 def _sgd_step(
-    trainer: Any, samples: list[Sample], section: OptimizerSection, reference: dict[str, torch.Tensor], before: dict
+    trainer: Any, samples: list[Sample], section: OptimizerSection, reference: Reference, before: dict
 ) -> tuple[float, dict[str, float]]:
     """One step at a rate that moves every tensor much further than it is large, so that rounding of the weights does not show."""
-    gradients = {name.removeprefix("grad."): t for name, t in reference.items() if name.startswith("grad.")}
-    norm = float(sum(gradient.double().square().sum() for gradient in gradients.values()) ** 0.5)
-    weights = _file_tensors(trainer.model_path)
-    sizes = [(weights[name].abs().max().item(), g.abs().max().item()) for name, g in gradients.items()]
-    rate = 1000 * max(weight / gradient for weight, gradient in sizes if gradient)
+    weights, square, rate = _file_tensors(trainer.model_path), 0.0, 0.0
+    for name in reference.gradient_names:
+        gradient = reference[f"grad.{name}"]
+        square += gradient.double().square().sum().item()
+        if largest := gradient.abs().max().item():
+            rate = max(rate, 1000 * weights[name].abs().max().item() / largest)
+    norm = square**0.5
     trainer.start_phase(section.model_copy(update={"lr": rate}), 1)
     metrics = trainer.sft(samples)
     errors = {}
@@ -112,7 +111,7 @@ def _sgd_step(
         if after is not None:
             step = -rate * reference[f"grad.{name}"].to(after.device)
             # The weight that was expected, not the difference of weights: rounding of the start must not show.
-            errors[name] = _relative(after, before[name] + step, scale=step)
+            errors[name] = relative(after, before[name] + step, scale=step)
     return abs(metrics["grad_norm"] - norm) / norm, errors
 
 

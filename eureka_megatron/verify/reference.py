@@ -1,18 +1,48 @@
 """What transformers computes on the samples, as a file for all ranks."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from eureka_megatron.sync.source import hub_name
 from eureka_megatron.types import Sample
+from eureka_megatron.verify.depths import reference_depths, watch_reference
 from eureka_megatron.verify.samples import reading_order
 
 
+class Reference(Mapping[str, torch.Tensor]):
+    """The file's tensors, each read when it is asked for: gradients of a real model are as large as the model.
+
+    Names: "loss"; "logits.<sample>"; "depth.<sample>.<depth>" (see `depths`); "grad.<hub name>" when gradients were asked for.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._file = safe_open(str(path), "pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def gradient_names(self) -> list[str]:
+        """Hub names of the parameters whose gradients are here."""
+        return [name.removeprefix("grad.") for name in self._names if name.startswith("grad.")]
+
+
 def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, grads: bool) -> None:
-    """transformers' logits, loss and gradients of the samples, one at a time, as safetensors."""
+    """transformers' outputs on the samples, one at a time, as a file for `Reference`."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging as quiet
 
@@ -24,7 +54,7 @@ def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, 
     total = 0.0
     for index, sample in enumerate(samples):
         tokens = torch.from_numpy(sample.tokens_S)[None]
-        with torch.set_grad_enabled(grads):
+        with torch.set_grad_enabled(grads), watch_reference(model) as seen:
             logits = model(**model_inputs(sample, image_token), attention_mask=torch.ones_like(tokens)).logits[0]
             logprobs = logits[:-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
             loss = -(logprobs * torch.from_numpy(sample.mask_S[1:])).sum() / tokens_learned
@@ -32,6 +62,7 @@ def write_reference(hf_dir: Path | str, output: Path, samples: list[Sample], *, 
             loss.backward()
         total += loss.item()
         tensors[f"logits.{index}"] = logits.detach()
+        tensors |= {f"depth.{index}.{name}": value for name, value in reference_depths(seen, sample).items()}
     tensors["loss"] = torch.tensor(total, dtype=torch.float64)
     if grads:
         # A tower that saw no picture has no gradient at all: zeros, which the native model must have too.

@@ -1,4 +1,4 @@
-"""The native model against transformers at every layout: logits, loss, every gradient, unclipped norm, one SGD step, weights back.
+"""The native model against transformers at every layout: what leaves every module, logits, loss, gradients, norm, SGD step, weights back.
 
 The grid is every way to use up to four ranks: TP 1/2/4 × PP 1/2/4 × CP × DP, each with and without sequence parallelism, a virtual pipeline and
 the ways to share the vision tower; then uneven stages, tied embeddings, several micro-batches. Pictures of odd sizes, several a sample, and
@@ -106,12 +106,14 @@ class Cells:
     def worst(self) -> dict[str, float]:
         """Measured maxima over all layouts so far."""
         names = {name for report in self.reports.values() for name in report["figures"]}
-        return {n: max(report["figures"].get(n, 0.0) for report in self.reports.values()) for n in sorted(names)}
+        found = {n: max(report["figures"].get(n, 0.0) for report in self.reports.values()) for n in sorted(names)}
+        return found | {"depths": max(max(report["depths"].values()) for report in self.reports.values())}
 
     def check(self, layout: Layout) -> None:
         report = self[layout]
         print(layout, {name: f"{value:.1e}" for name, value in report["figures"].items()}, report["worst"])
         assert report["passed"], report
+        assert report["begins"] is None, report["depths"]
 
 
 def measure_all(rank: int, jobs: list[Job], folder: str) -> list[dict[str, Any] | None]:

@@ -48,3 +48,4 @@ def test_native_equals_transformers(reference: dict, layout: dict) -> None:
     report = run_ranks(rank_body, job.world_size, job)[0]
     print({name: f"{value:.1e}" for name, value in report["figures"].items()}, report["worst"])
     assert report["passed"], report
+    assert report["begins"] is None, report["depths"]

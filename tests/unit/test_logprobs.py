@@ -64,6 +64,28 @@ def test_a_vocabulary_split_over_ranks_gives_the_same(size: int) -> None:
     assert relative(torch.cat([found[3] for found in ranks]), expected[3]) <= 1e-6  # measured 4e-7
 
 
+@pytest.mark.parametrize("upstream_of", [0, 1])
+def test_either_result_may_be_used_alone(upstream_of: int) -> None:
+    hidden, weight, labels, upstream = data()
+    upstream = upstream * torch.tensor([[1.0], [0.0]]).roll(upstream_of, 0)
+    expected = gradients(lambda h, w: naive(h, w, labels), hidden, weight, upstream)
+    hidden.requires_grad_(), weight.requires_grad_()
+    (token_logprobs(hidden, weight, labels)[upstream_of] * upstream[upstream_of]).sum().backward()
+    assert relative(hidden.grad, expected[2]) <= 1e-6  # measured 4e-7
+    assert relative(weight.grad, expected[3]) <= 1e-6  # measured 4e-7
+
+
+def test_a_frozen_head_or_body_gets_no_gradient() -> None:
+    hidden, weight, labels, upstream = data()
+    expected = gradients(lambda h, w: (naive(h, w, labels)[0], torch.zeros(37)), hidden, weight, upstream)
+    for place, value in enumerate(expected[2:]):
+        inputs = [hidden.clone(), weight.clone()]
+        inputs[place].requires_grad_()
+        (token_logprobs(*inputs, labels)[0] * upstream[0]).sum().backward()
+        assert relative(inputs[place].grad, value) <= 1e-6  # measured 4e-7
+        assert inputs[1 - place].grad is None
+
+
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight = torch.full((2, 4), 100.0), torch.eye(8, 4) * 100
     logprobs, entropies = token_logprobs(hidden, weight, torch.tensor([0, 7]))

@@ -1,0 +1,220 @@
+"""What leaves every module along the depth of both models, so that a mismatch shows where it begins.
+
+Depths carry the names of transformers' modules in hub naming, in the order in which data pass them:
+
+    visual.patch_embed, visual.blocks.N, visual.merger          per merge unit, in reading order: [U, patches of a unit, …]
+    model.embed_tokens                                           with the pictures placed: [S, H]
+    model.layers.N, model.norm                                   [S, H]
+
+Each model has its hooks; both sides are brought to these shapes, one tensor a sample, before they are compared. Native activations come in
+packed rows, in window order, split over tensor-, sequence- and context-parallel ranks and pipeline stages; every rank undoes that for the
+modules it has.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
+from eureka_megatron.parallel import packing
+from eureka_megatron.parallel.collectives import gather_rows, gather_units
+from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.types import MicroBatch, Sample
+
+
+def depth_names(config: QwenVLConfig) -> list[str]:
+    """All depths, in order."""
+    blocks = (f"visual.blocks.{number}" for number in range(config.vision_config.depth))
+    layers = (f"model.layers.{number}" for number in range(config.text_config.num_hidden_layers))
+    return ["visual.patch_embed", *blocks, "visual.merger", "model.embed_tokens", *layers, "model.norm"]
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watch_reference(model: Any) -> Iterator[dict[str, Tensor]]:
+    """While active, a forward of transformers' model on one sample fills the dictionary: {depth: tensor} as it left the module.
+
+    The tower runs twice where a sample shows pictures and videos; its tensors stand end to end.
+    """
+    seen: dict[str, Tensor] = {}
+    text, visual = model.model.language_model, model.model.visual
+    modules = {
+        "visual.patch_embed": visual.patch_embed,
+        **{f"visual.blocks.{number}": block for number, block in enumerate(visual.blocks)},
+        "visual.merger": visual.merger,
+        **{f"model.layers.{number}": layer for number, layer in enumerate(text.layers)},
+        "model.norm": text.norm,
+    }
+
+    def keep(name: str, output: Tensor) -> None:
+        seen[name] = torch.cat([seen[name], output.detach()]) if name in seen else output.detach()
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            _hook(stack, module, partial(keep, name))
+        _hook_input(stack, text.layers[0], partial(keep, "model.embed_tokens"))
+        yield seen
+
+
+def reference_depths(seen: Mapping[str, Tensor], sample: Sample) -> dict[str, Tensor]:
+    """What `watch_reference` saw of one sample, in the shapes of this module."""
+    found = {name: value[0] for name, value in seen.items() if not name.startswith("visual.")}
+    pictures = sample.pictures
+    if not pictures:
+        return found
+    # transformers encodes all pictures, then all videos; here they stand in the order of their placeholders.
+    order = sorted(range(len(pictures)), key=lambda index: pictures[index].is_video)
+    for name in seen.keys() - found.keys():
+        units = seen[name].unflatten(0, (sum(picture.units for picture in pictures), -1))
+        parts = dict(zip(order, units.split([pictures[index].units for index in order]), strict=True))
+        if name != "visual.patch_embed":  # behind it patches stand in window order
+            parts = {index: part[np.argsort(pictures[index].unit_order_U)] for index, part in parts.items()}
+        found[name] = torch.cat([parts[index] for index in range(len(pictures))])
+    return found
+
+
+# ---- native ----------------------------------------------------------------------------------------------------------
+
+
+class NativeDepths:
+    """Hooks on the chunks of this rank for as long as it is entered; forwards meanwhile are recorded.
+
+    Args:
+        chunks: the rank's pipeline chunks (models.qwen2_5_vl.model.QwenVLModel).
+    """
+
+    def __init__(self, chunks: Sequence[Any], parallel: Parallel) -> None:
+        self.chunks, self.parallel = chunks, parallel
+        self._stack = ExitStack()
+        self._widths: list[dict[str, int]] = []  # of each chunk's modules: values a row or a merge unit
+        self._batches: list[list[MicroBatch]] = []
+        self._seen: list[list[dict[str, Tensor]]] = []  # [chunk][forward]
+
+    def __enter__(self) -> "NativeDepths":
+        for chunk in self.chunks:
+            batches: list[MicroBatch] = []
+            seen: list[dict[str, Tensor]] = []
+            self._batches.append(batches)
+            self._seen.append(seen)
+            self._hook_chunk(chunk, batches, seen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _hook_chunk(self, chunk: Any, batches: list[MicroBatch], seen: list[dict[str, Tensor]]) -> None:
+        text, vision = chunk.hf_config.text_config, chunk.hf_config.vision_config
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        widths: dict[str, int] = {}
+        self._widths.append(widths)
+
+        def begin(batch: MicroBatch) -> None:
+            batches.append(batch)
+            seen.append({})
+
+        def keep(name: str, width: int) -> Callable[[Tensor], None]:
+            widths[name] = width
+            return lambda output: seen[-1].__setitem__(name, output.detach())
+
+        _hook_input(self._stack, chunk, begin)
+        if chunk.pre_process:
+            tower = chunk.vision
+            _hook(self._stack, tower.patch_embed, keep("visual.patch_embed", merged))
+            for number, layer in enumerate(tower.decoder.layers):
+                _hook(self._stack, layer, keep(f"visual.blocks.{number}", merged))
+            _hook(self._stack, tower.merger, keep("visual.merger", vision.out_hidden_size))
+            _hook_input(self._stack, chunk.decoder, keep("model.embed_tokens", text.hidden_size))
+        for layer in chunk.decoder.layers:  # Megatron counts them over all stages, from 1
+            _hook(self._stack, layer, keep(f"model.layers.{layer.layer_number - 1}", text.hidden_size))
+        if chunk.post_process:
+            _hook(self._stack, chunk.decoder.final_layernorm, keep("model.norm", text.hidden_size))
+
+    def whole(self) -> Iterator[tuple[str, int, Tensor]]:
+        """(depth, sample, tensor) of this rank's modules; collective over the tensor- and context-parallel ranks of a stage."""
+        for widths, batches, seen in zip(self._widths, self._batches, self._seen, strict=True):
+            for batch, values in zip(batches, seen, strict=True):
+                for name, width in widths.items():
+                    pieces = (
+                        self._units(values.get(name), width, batch)
+                        if name.startswith("visual.")
+                        else packing.split(self._rows(values[name], batch), batch)
+                    )
+                    for index, piece in zip(batch.sample_indices, pieces, strict=True):
+                        if len(piece):
+                            yield name, index, piece
+
+    def _rows(self, value: Tensor, batch: MicroBatch) -> Tensor:
+        """[T, H] of the whole packed row."""
+        value = value[:, 0]
+        if self.parallel.sequence_parallel:
+            parts = [torch.empty_like(value) for _ in range(self.parallel.tensor.size)]
+            dist.all_gather(parts, value.contiguous(), group=self.parallel.tensor.group)
+            value = torch.cat(parts)
+        return value if batch.context is None else gather_rows(value, batch.context.order_T, self.parallel.context)
+
+    def _units(self, value: Tensor | None, width: int, batch: MicroBatch) -> list[Tensor]:
+        """[U, patches of a unit, …] for each sample: its pictures' units in reading order, the order of their placeholders."""
+        vision = batch.vision
+        if vision is None:
+            return [torch.zeros(0)] * len(batch.sample_indices)
+        # A rank that has no picture did not run the tower; it still enters the gathering.
+        own = torch.zeros(0, width, device=self.parallel.device) if value is None else value.reshape(-1, width)
+        units = own if vision.units_R is None else gather_units(own, vision.units_R, self.parallel.tensor)
+        unit_of_row = torch.full((batch.tokens,), -1, device=units.device)
+        unit_of_row[vision.placement_E] = vision.source_E
+        return [units[places[places >= 0]] for places in packing.split(unit_of_row, batch)]
+
+
+def _hook(stack: ExitStack, module: torch.nn.Module, keep: Callable[[Tensor], None]) -> None:
+    """Layers return their output alone or first of a tuple."""
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        keep(output[0] if isinstance(output, tuple) else output)
+
+    stack.callback(module.register_forward_hook(hook).remove)
+
+
+def _hook_input(stack: ExitStack, module: torch.nn.Module, keep: Callable[[Any], None]) -> None:
+    def hook(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        keep(args[0] if args else options["hidden_states"])
+
+    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+# ---- comparison ------------------------------------------------------------------------------------------------------
+
+
+def relative(a: Tensor, b: Tensor, scale: Tensor | None = None) -> float:
+    """max |a − b| / max |scale|, which is b unless given; NaN counts as infinite."""
+    largest = (b if scale is None else scale).abs().max().clamp(min=1e-30)
+    error = ((a - b).abs().max() / largest).item()
+    return error if error == error else float("inf")
+
+
+def depth_errors(native: NativeDepths, reference: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
+    """{depth: largest relative difference over the samples}, in order, on every rank; infinite where a module was never seen.
+
+    Args:
+        reference: "depth.<sample>.<depth>", see `reference_depths`.
+    """
+    own: dict[str, float] = {}
+    for name, index, value in native.whole():
+        expected = reference[f"depth.{index}.{name}"]
+        own[name] = max(own.get(name, 0.0), relative(value.float().cpu().view_as(expected), expected))
+    parts: list[dict[str, float] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    known = [{} if part is None else part for part in parts]
+    return {name: max([part[name] for part in known if name in part], default=float("inf")) for name in names}
+
+
+def first_above(errors: Mapping[str, float], bar: float) -> str | None:
+    """The depth at which the difference begins."""
+    return next((name for name, error in errors.items() if error > bar), None)

@@ -1,0 +1,111 @@
+"""`eureka verify --against vllm`: log-probabilities of the native model at a layout against a rollout engine on the same checkpoint, in fp32.
+
+Three kinds of tokens are kept apart, because each points at another cause:
+
+- `text`: of samples without a picture. Off here: the text model, its weights, the tokenizer.
+- `near_picture`: the first `NEAR_TOKENS` behind a sample's last picture. Off here and not above: the vision tower, where its embeddings are
+  placed, or the positions that pick up behind a picture.
+- `after_picture`: the rest of such samples. Off here alone: what grows with length, such as positions or rounding.
+
+The engine scores what follows the last picture of a sample (all but the first token where there is none). Differences are absolute, in nats.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eureka_megatron.parallel.runtime import init_parallel
+from eureka_megatron.types import Prompt, Sample
+from eureka_megatron.verify.layout import Job
+
+KINDS = ("text", "near_picture", "after_picture")
+NEAR_TOKENS = 8
+BAR = 1e-5
+
+
+def native_logprobs(rank: int, job: Job, address: str) -> list[list[float]] | None:
+    """Of every token of the samples given those before it (the first: 0); on the rank that has them, None on the others."""
+    from eureka_megatron.train.trainer import PolicyTrainer
+
+    parallel = init_parallel(rank=rank, world_size=job.world_size, init_method=address, **job.parallel_options)
+    trainer = PolicyTrainer(
+        job.hf_dir, parallel, dtype="float32", max_tokens_per_micro_batch=job.max_tokens, **job.model_options
+    )
+    logprobs = trainer.logprobs(list(job.samples))
+    if logprobs is None or parallel.tensor.rank or parallel.context.rank:
+        return None
+    return [row.tolist() for row in logprobs]
+
+
+def engine_logprobs(hf_dir: Path | str, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """float32, one array a sample: of its tokens from `first_scored` on, from a vLLM engine in this process."""
+    from eureka_megatron.data.processor import Processor
+    from eureka_megatron.rollout.engine import Engine, EngineOptions
+
+    # The pictures have passed this processor: within its bounds the engine leaves them as they are.
+    bounds = Processor(hf_dir, min_pixels=None, max_pixels=None)
+    engine = Engine(
+        EngineOptions(
+            model=hf_dir,
+            dtype="float32",
+            max_model_tokens=max(map(len, samples)) + 1,
+            max_concurrent=len(samples),
+            min_pixels=bounds.min_pixels,
+            max_pixels=bounds.max_pixels,
+        )
+    )
+    starts = [first_scored(sample) for sample in samples]
+    prompts = [
+        Prompt(
+            id=f"made-up-{number}",
+            text="",  # the engine takes token ids
+            answer="",
+            tokens_S=sample.tokens_S[:start],
+            positions_3S=sample.positions_3S[:, :start],
+            pictures=sample.pictures,
+            picture_offsets=sample.picture_offsets,
+        )
+        for number, (sample, start) in enumerate(zip(samples, starts, strict=True))
+    ]
+    return engine.score(prompts, [sample.tokens_S[start:] for sample, start in zip(samples, starts, strict=True)])
+
+
+def first_scored(sample: Sample) -> int:
+    """The token behind the end mark of the last picture; where there is none, the second token."""
+    ends = [offset + p.units for offset, p in zip(sample.picture_offsets, sample.pictures, strict=True)]
+    return max(ends, default=0) + 1
+
+
+def differences(
+    samples: Sequence[Sample], native: Sequence[Sequence[float]], engine: Sequence[np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """{kind: {"max", "mean", "tokens"}}; kinds without a token are left out."""
+    found: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    for sample, ours, theirs in zip(samples, native, engine, strict=True):
+        gap = np.abs(np.asarray(ours)[first_scored(sample) :] - theirs)
+        gap[np.isnan(gap)] = np.inf
+        if sample.pictures:
+            found["near_picture"].append(gap[:NEAR_TOKENS])
+            found["after_picture"].append(gap[NEAR_TOKENS:])
+        else:
+            found["text"].append(gap)
+    together = {kind: np.concatenate(gaps) for kind, gaps in found.items() if gaps}
+    return {
+        kind: {"max": float(gap.max()), "mean": float(gap.mean()), "tokens": len(gap)}
+        for kind, gap in together.items()
+        if len(gap)
+    }
+
+
+def engine_report(job: Job, native: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Start the engine and compare."""
+    figures = differences(job.samples, native, engine_logprobs(job.hf_dir, job.samples))
+    return {
+        "hf": job.hf_dir,
+        "against": "vllm",
+        "figures": figures,
+        "bar": BAR,
+        "passed": all(one["max"] <= BAR for one in figures.values()),
+    }
