@@ -128,7 +128,11 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
     demo.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. training.steps=10")
 
     _add_run(add(children, "sft", _sft, "supervised cold start on Megatron ranks"))
-    _add_run(add(children, "train", _train, "reinforcement learning: vLLM rollouts, rewards, Megatron updates"))
+    training = add(children, "train", _train, "reinforcement learning: vLLM rollouts, rewards, Megatron updates")
+    _add_run(training)
+    training.add_argument(
+        "--resume", metavar="auto|DIR", help="go on from run.output's newest whole checkpoint, or from this one"
+    )
 
     verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")
     verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Qwen2.5-VL checkpoint directory")
@@ -276,7 +280,7 @@ def _train(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     from eureka_megatron.loop import train
 
-    train(config)
+    train(config, args.resume)
 
 
 def _verify(args: argparse.Namespace) -> int:

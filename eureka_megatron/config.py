@@ -207,6 +207,14 @@ class TrainingSection(_Section):
     export_every: int = Field(0, ge=0)  # rollout steps between HF exports; 0: only at the end
 
 
+class CheckpointSection(_Section):
+    """Training checkpoints, in `run.output`/checkpoints; `eureka train --resume auto` goes on from the newest whole one."""
+
+    every: int = Field(50, ge=0)  # rollout steps between two, and one after the last step; 0: none
+    keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)  # besides the last ones, those whose step is a multiple of this stay; 0: none does
+
+
 class SFTSection(_Section):
     steps: int = Field(600, ge=1)
     samples_per_step: int = Field(32, ge=1)
@@ -237,6 +245,7 @@ class RunConfig(_Section):
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     sft: SFTSection = SFTSection()
     sync: SyncSection = SyncSection()
     tracking: TrackingSection = TrackingSection()

@@ -24,7 +24,8 @@ from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.loop import Run, open_dataset, reinforce, reward_rules
+from eureka_megatron.inputs import open_dataset, reward_rules
+from eureka_megatron.loop import Run, reinforce
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector

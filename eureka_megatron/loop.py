@@ -12,26 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
+from eureka_megatron.checkpoint.store import read_state
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics, updates_per_step
-from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset, read_mixture
-from eureka_megatron.data.processor import Processor, make_processor
+from eureka_megatron.data.dataset import PromptStream
+from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.rewards import Rewarder, RewardRules, parseable_gold
+from eureka_megatron.inputs import open_dataset, reward_rules
+from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
+from eureka_megatron.run_state import Saves, choose_checkpoint, restore
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
 from eureka_megatron.train.checks import check_algorithm, check_run
 
 
-def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
-    """Collect, learn, hand the weights over, `training.steps` times. → the logged metrics of every step."""
+def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> list[dict[str, float]]:
+    """Collect, learn, hand the weights over, `training.steps` times. → the logged metrics of every step.
+
+    With a checkpoint it goes on after that one's step, as if it had never stopped.
+    """
     config, history = run.config, []
     run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
-    before = run.evaluate() if config.training.evaluate_before and run.test else {}
-    for step in range(config.training.steps):
+    first = restore(run, checkpoint, tracker) if checkpoint else 0
+    before = run.evaluate() if config.training.evaluate_before and run.test and first == 0 else {}
+    saves = Saves(run, tracker)
+    for step in range(first, config.training.steps):
         with tracker.phase("rollout"):
             groups = run.collector.collect(step)
         metrics = rollout_metrics(groups) | run.collector.metrics | {"rewards/timeouts": float(run.rewarder.timeouts)}
@@ -50,15 +58,23 @@ def reinforce(run: Run, tracker: Tracker) -> list[dict[str, float]]:
         history.append(metrics)
         if _due(config.training.export_every, step):
             run.export(config.run.output / f"hf_step_{step + 1:06d}")
+        saves.after(step)
+    saves.finish()
     return history
 
 
-def train(config: RunConfig) -> None:
-    """`eureka train`: reinforcement learning from `model.path`, then a Hugging Face export in `run.output`/hf."""
+def train(config: RunConfig, resume: str | None = None) -> None:
+    """`eureka train`: reinforcement learning from `model.path`, then a Hugging Face export in `run.output`/hf.
+
+    `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
+    """
     refuse_to_overwrite(config.run.output / "hf")  # now, not after the last step
-    with Run(config) as run, Tracker(config, config.run.output) as tracker:
-        run.sync_weights(check=True)
-        reinforce(run, tracker)
+    checkpoint = choose_checkpoint(config, resume)
+    first = read_state(checkpoint)["step"] if checkpoint else 0
+    with Run(config) as run, Tracker(config, config.run.output, start_step=first) as tracker:
+        if checkpoint is None:
+            run.sync_weights(check=True)
+        reinforce(run, tracker, checkpoint)
         run.export(config.run.output / "hf")
     tracker.say(f"done: weights in {config.run.output / 'hf'}, metrics in {config.run.output / 'metrics.jsonl'}")
 
@@ -74,6 +90,8 @@ class Run:
         self.config = config
         self.weight_version = 0  # what the engines load from model.path
         self.global_step = 0  # optimizer steps of reinforcement learning
+        self.scores: dict[str, float] = {}  # of the last evaluation, which was of the weights with `scored_version`
+        self.scored_version = -1
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -142,51 +160,10 @@ class Run:
         if self.test is None:
             raise UserError("data.test is not set: nothing to evaluate")
         prompts = [self.test.get(index) for index in range(len(self.test))]
-        return self.collector.evaluate([prompt for prompt in prompts if prompt], temperature=temperature)
+        self.scores = self.collector.evaluate([prompt for prompt in prompts if prompt], temperature=temperature)
+        self.scored_version = self.weight_version
+        return self.scores
 
     def export(self, output: Path, scores: dict[str, float] | None = None) -> None:
         """Write the trainer's present weights as a Hugging Face directory with a model card."""
         self.trainer.export(output, model_card(self.config, scores))
-
-
-def open_dataset(config: RunConfig, data: Path | str, processor: Processor, response_key: str | None = None) -> Rows:
-    """Data read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl."""
-    name = "+".join(path.stem for path, _ in read_mixture(data))
-    return load_dataset(
-        data,
-        processor,
-        media=config.data.media,
-        on_bad_row=config.data.on_bad_row,
-        rejected=config.run.output / f"rejected_{name}.jsonl" if config.data.on_bad_row == "skip" else None,
-        # Only the rules need an answer they can read.
-        check_answer=None if config.rewards.function or config.rewards.urls else unjudgeable,
-        response_key=response_key,
-    )
-
-
-def reward_rules(config: RunConfig) -> RewardRules:
-    """How this run judges responses."""
-    rewards = config.rewards
-    return RewardRules(
-        options={
-            "compat": config.algorithm.compat,
-            "think": rewards.think,
-            "strict_ends": rewards.strict_ends,
-            "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
-        },
-        workers=rewards.workers,
-        time_limit_seconds=rewards.time_limit_seconds,
-        function=rewards.function,
-        urls=rewards.urls,
-        remote_attempts=rewards.remote_attempts,
-        remote_timeout_seconds=rewards.remote_timeout_seconds,
-        repetition=rewards.repetition_penalty,
-        repetition_ngram=rewards.repetition_ngram,
-        overlong_buffer_tokens=rewards.overlong_buffer_tokens,
-        max_response_tokens=config.rollout.max_response_tokens,
-    )
-
-
-def unjudgeable(answer: Any) -> str | None:
-    """Why no response could ever be right for this answer, or None."""
-    return None if parseable_gold(answer) else f"answer {answer!r} cannot be parsed"

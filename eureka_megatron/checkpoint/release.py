@@ -156,6 +156,23 @@ def model_card(card: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run_card(config: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What a run's release says of it (keys of CARD_KEYS), from its configuration as plain values."""
+    algorithm = config["algorithm"]
+    return {
+        "base_model": config["model"]["path"],
+        "data": config["data"]["train"],
+        "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
+        "run_id": config["run"]["name"],
+        "hyperparameters": {
+            f"{section}.{key}": value
+            for section in ("optimizer", "rollout", "training", "algorithm")
+            for key, value in config[section].items()
+        },
+        "scores": dict(scores or {}),
+    }
+
+
 def _card_table(title: str, columns: tuple[str, str], values: Mapping[str, Any] | None) -> list[str]:
     if not values:
         return []

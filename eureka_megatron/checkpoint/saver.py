@@ -85,17 +85,19 @@ class Saver:
         dist.barrier(self._group)
 
     def start(self, contents: Contents) -> None:
-        """Begins to write. The previous save must have been fetched by `poll`."""
+        """Begins to write. The report of the save before must have been fetched."""
         assert self._thread is None, "the last save has not been waited for"
         self._thread = threading.Thread(target=self._run, args=(contents,), name="saver", daemon=True)
         self._thread.start()
 
-    def poll(self, wait: bool = False) -> Report | None:
-        """The report of a save that has ended since the last call, once. None: nothing under way, or not yet.
+    @property
+    def ended(self) -> bool:
+        """Whether there is a report to fetch without waiting."""
+        return self._thread is not None and not self._thread.is_alive()
 
-        Raises whatever is no fault of the disk: that is a defect.
-        """
-        if self._thread is None or (self._thread.is_alive() and not wait):
+    def wait(self) -> Report | None:
+        """The report of the last save, once; None when there is none to wait for. Raises what is no fault of the disk: a defect."""
+        if self._thread is None:
             return None
         self._thread.join()
         self._thread, report, defect = None, self._report, self._defect

@@ -27,6 +27,7 @@ from typing import Any
 
 from eureka_megatron.errors import UserError
 
+CHECKPOINTS = "checkpoints"  # the folder, within that of the run
 CHECKSUMS_FILE = "checksums.b2"
 STATE_FILE = "state.json"
 RANDOM_FILE = "random.json"

@@ -221,6 +221,11 @@ class Mixture:
         part, own = self._find(index)
         return part.sample(own, prompt)
 
+    def origin(self, index: int) -> str:
+        """See Dataset.origin."""
+        part, own = self._find(index)
+        return part.origin(own)
+
     def fingerprint(self) -> str:
         """Of all parts and their weights."""
         parts = [(part.fingerprint(), share.weight) for part, share in zip(self.parts, self.shares, strict=True)]

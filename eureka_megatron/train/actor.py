@@ -19,6 +19,9 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
+from eureka_megatron.checkpoint.release import run_card
+from eureka_megatron.checkpoint.saver import Report
+from eureka_megatron.checkpoint.store import CHECKPOINTS
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError
@@ -43,6 +46,7 @@ class TrainerRank:
     def start(self, address: str) -> dict[str, int]:
         """Join the others and load the weights. → the layout."""
         from eureka_megatron.parallel.runtime import init_parallel
+        from eureka_megatron.train.checkpointing import Checkpointer
         from eureka_megatron.train.trainer import PolicyTrainer
 
         sizes, model, algorithm = self.config.parallel, self.config.model, self.config.algorithm
@@ -66,6 +70,13 @@ class TrainerRank:
             max_tokens_per_micro_batch=self.config.training.max_tokens_per_micro_batch,
             optimizer=self.config.optimizer,
             reference=(algorithm.reference or model.path) if algorithm.kl_coefficient > 0 else None,
+        )
+        limits = self.config.checkpoint
+        self.checkpoints = Checkpointer(
+            self.trainer,
+            self.config.run.output / CHECKPOINTS,
+            keep_last=limits.keep_last,
+            keep_every=limits.keep_every,
         )
         return {
             "tp": parallel.tensor.size,
@@ -133,6 +144,22 @@ class TrainerRank:
         """Write a Hugging Face directory; collective, rank 0 writes."""
         self.trainer.export(output, card)
 
+    def save(self, step: int, texts: dict[str, str], state: dict[str, Any]) -> None:
+        """See Checkpointer.save."""
+        self.checkpoints.save(step, texts, **state)
+
+    def save_ended(self) -> bool:
+        """See Checkpointer.ended."""
+        return self.checkpoints.ended
+
+    def wait_for_save(self) -> Report | None:
+        """See Checkpointer.wait."""
+        return self.checkpoints.wait()
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """See Checkpointer.load."""
+        return self.checkpoints.load(directory)
+
 
 class TrainerGroup:
     """All trainer ranks. Needs `ray.init` to have happened.
@@ -183,6 +210,22 @@ class TrainerGroup:
         """Write the present weights as a Hugging Face directory."""
         self._all("export", output, card)
 
+    def save(self, step: int, texts: dict[str, str], state: dict[str, Any]) -> None:
+        """Begin to write a training checkpoint; returns when a copy of everything is in host memory. See Checkpointer.save."""
+        self._all("save", step, ray.put(texts), ray.put(state))
+
+    def save_ended(self) -> bool:
+        """Whether `wait_for_save` has something to tell and need not wait."""
+        return ray.get(self.ranks[0].save_ended.remote())
+
+    def wait_for_save(self) -> Report | None:
+        """How the last save ended, once; None when there is none to wait for."""
+        return self._all("wait_for_save")[0]
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Fill weights, optimizer and schedule from a training checkpoint; after `start_phase`. → its state.json"""
+        return self._all("load", directory)[0]
+
     def close(self) -> None:
         """End the rank processes."""
         for rank in self.ranks:
@@ -208,21 +251,8 @@ class TrainerGroup:
 
 
 def model_card(config: RunConfig, scores: dict[str, float] | None = None) -> dict[str, Any]:
-    """What a release says of the run it comes from (keys of checkpoint.release.CARD_KEYS)."""
-    algorithm = config.algorithm
-    flat = {
-        f"{section}.{key}": value
-        for section in ("optimizer", "rollout", "training", "algorithm")
-        for key, value in config.model_dump(mode="json")[section].items()
-    }
-    return {
-        "base_model": str(config.model.path),
-        "data": str(config.data.train),
-        "algorithm": f"{algorithm.advantage} advantages, {algorithm.loss} loss",
-        "run_id": config.run.name,
-        "hyperparameters": flat,
-        "scores": scores or {},
-    }
+    """What a release says of the run it comes from."""
+    return run_card(config.model_dump(mode="json"), scores)
 
 
 def start_ray(stack: ExitStack) -> None:

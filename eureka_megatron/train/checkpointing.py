@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
@@ -83,7 +84,8 @@ class Checkpointer:
         ours = {
             "format": store.STATE_FORMAT,
             "step": step,
-            "updates": trainer.scheduler.num_steps,
+            "updates": _count_updates(trainer),
+            "scheduled": trainer.scheduler.num_steps,
             "optimizer": _optimizer_name(trainer),
             "dtype": str(dtype).removeprefix("torch."),
             "layout": layout_of(trainer.parallel),
@@ -98,9 +100,14 @@ class Checkpointer:
         )
         self.saver.start(contents)
 
-    def poll(self, wait: bool = False) -> Report | None:
-        """See Saver.poll."""
-        return self.saver.poll(wait)
+    @property
+    def ended(self) -> bool:
+        """See Saver.ended."""
+        return self.saver.ended
+
+    def wait(self) -> Report | None:
+        """See Saver.wait."""
+        return self.saver.wait()
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Fills weights, optimizer, schedule and (at the same layout) random states. `start_phase` must have run. → state.json
@@ -122,7 +129,7 @@ class Checkpointer:
             if piece.kind in readers:
                 _fill(piece, table[piece.name], readers[piece.kind], tensor.rank, tensor.size)
         trainer.scheduler.num_steps = 0
-        trainer.scheduler.step(state["updates"])
+        trainer.scheduler.step(state["scheduled"])
         _set_updates(trainer, state["updates"])
         if state["layout"] == layout_of(trainer.parallel):
             restore_random(store.read_json(directory / store.RANDOM_FILE)[trainer.parallel.world.rank])
@@ -271,6 +278,17 @@ def _fill(piece: Piece, row: Row, reader: DistReader, r: int, n: int) -> None:
     block = torch.empty((last - first, *shape[1:]), dtype=piece.values.dtype)
     row.layout.fill_rows(block, [reader[name] for name in row.hf], first, r, n)
     piece.values.copy_(block.view(-1)[piece.start - first * width : stop - first * width])
+
+
+def _count_updates(trainer: PolicyTrainer) -> int:
+    """Steps the optimizer has made; the schedule counts planned ones. Collective: a rank may hold nothing that learns."""
+    found = 0
+    for optimizer in _optimizers(trainer):
+        entries = (*optimizer.optimizer.state.values(), *optimizer.optimizer.param_groups)
+        found = max([found, *(int(entry["step"]) for entry in entries if "step" in entry)])
+    count = torch.tensor(found, device=trainer.parallel.device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    return int(count)
 
 
 def _set_updates(trainer: PolicyTrainer, updates: int) -> None:

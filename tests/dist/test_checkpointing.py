@@ -60,7 +60,7 @@ def pieces_of(rank: int, course: Course, source: str | None) -> tuple[list[float
         for step in range(2):
             one_step(trainer, course, step)
     checkpoints.save(2)
-    report = checkpoints.poll(wait=True)
+    report = checkpoints.wait()
     assert report.error is None, report.error
     return one_step(trainer, course, 2), weights_digest(trainer)
 
@@ -217,7 +217,7 @@ def saves_that_fail(rank: int, course: Course, where: str) -> dict[str, Any]:
     def save(step: int) -> None:
         one_step(trainer, course, step)
         checkpoints.save(step)
-        errors.append(checkpoints.poll(wait=True).error)
+        errors.append(checkpoints.wait().error)
         entries.append(sorted(path.name for path in Path("checkpoints").iterdir()))
 
     save(1)

@@ -1,12 +1,13 @@
 """A short course of training on real trainer ranks, without engines: supervised and policy updates in turn, checkpoints, resuming."""
 
 import hashlib
-from collections.abc import Callable
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from eureka_megatron.checkpoint.store import newest_whole
 from eureka_megatron.config import OptimizerSection
@@ -74,12 +75,10 @@ def one_step(trainer: Any, course: Course, step: int) -> list[float]:
     return [value for metrics in (supervised, *policy) for _, value in sorted(metrics.items())]
 
 
-def run_course(
-    rank: int, course: Course, resume: str | None = None, before_step: Callable[[int], None] | None = None
-) -> dict[str, Any]:
-    """→ {"losses": step → figures, "weights": digest, "reports": errors of the saves, "first": step}; complete on the last rank.
+def run_course(rank: int, course: Course, resume: str | None = None, notes: Path | None = None) -> dict[str, Any]:
+    """→ {"losses": step → figures, "weights": digest, "errors": of the saves, "first": step}; complete on the last rank.
 
-    `resume`: "auto", or the directory of a checkpoint.
+    `resume`: "auto", or the directory of a checkpoint. `notes`: a file that gets [step, figures] after each step.
     """
     from eureka_megatron.train.checkpointing import Checkpointer
 
@@ -90,13 +89,14 @@ def run_course(
     first = checkpoints.load(directory)["step"] if directory else 0
     losses, reports = {}, []
     for step in range(first, course.steps):
-        if before_step:
-            before_step(step)
         losses[step] = one_step(trainer, course, step)
+        if notes:
+            with notes.open("a") as file:
+                file.write(json.dumps([step, losses[step]]) + "\n")
         if (step + 1) % course.every == 0:
-            reports.append(checkpoints.poll(wait=True))
+            reports.append(checkpoints.wait())
             checkpoints.save(step + 1, {"note.txt": f"step {step}"}, note="from rank 0")
-    reports.append(checkpoints.poll(wait=True))
+    reports.append(checkpoints.wait())
     return {
         "losses": losses,
         "weights": weights_digest(trainer),
@@ -109,5 +109,5 @@ def weights_digest(trainer: Any) -> str:
     """Of all weights, on every rank."""
     digest = hashlib.blake2b()
     for name, tensor in trainer.hf_weights(to="all"):
-        digest.update(name.encode() + tensor.contiguous().flatten().view(__import__("torch").uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -95,7 +95,7 @@ def test_world_size_is_the_product_of_the_axes():
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
         ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("algorithm.filter.lowr=0.2", "unknown key 'algorithm.filter.lowr'; did you mean 'lower'?"),
-        ("zzz=1", "unknown key 'zzz'; valid: algorithm, data, model, optimizer"),
+        ("zzz=1", "unknown key 'zzz'; valid: algorithm, checkpoint, data, model"),
         ("training.steps=1.5", "training.steps: Input should be a valid integer"),
         ("training.steps=abc", "found 'abc'"),
         ("training.steps=", "training.steps: Input should be a valid integer, found None"),

