@@ -28,7 +28,7 @@ def plain(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Course:
 
 CASES = {
     "tensor": (2, {"tensor": 2, "sequence_parallel": True}, {}),
-    "pipeline, frozen tower": (2, {"pipeline": 2}, {"freeze": ("vision", "merger")}),
+    "virtual pipeline, frozen tower": (2, {"pipeline": 2, "virtual_pipeline": 2}, {"freeze": ("vision", "merger")}),
     "data, bf16": (2, {}, {"dtype": "bfloat16"}),
     "sgd, bf16": (2, {"tensor": 2}, {"dtype": "bfloat16", "optimizer": "sgd"}),
 }
@@ -66,8 +66,17 @@ def pieces_of(rank: int, course: Course, source: str | None) -> tuple[list[float
 
 
 LAYOUTS = {
-    "float32": [(1, {}), (4, {"tensor": 4}), (4, {"pipeline": 2})],
-    "bfloat16": [(4, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2}), (3, {})],
+    "float32": [
+        (1, {}, "replicated"),
+        (4, {"tensor": 4}, "tensor"),
+        (4, {"pipeline": 2, "virtual_pipeline": 2}, "replicated"),
+    ],
+    "bfloat16": [
+        (4, {"tensor": 2, "sequence_parallel": True}, "data"),
+        (2, {"pipeline": 2, "layers_first_stage": 1}, "replicated"),
+        (4, {"context": 2}, "replicated"),
+        (3, {}, "replicated"),
+    ],
 }
 
 
@@ -86,8 +95,8 @@ def test_a_checkpoint_means_the_same_at_every_layout(plain: Course, tied_tiny_di
     kinds = ("exp_avg", "exp_avg_sq") + (("fp32_param",) if dtype == "bfloat16" else ())
     course = replace(plain, dtype=dtype, model=str(tied_tiny_dir))  # tied: the last stage holds a copy of the embedding
     source = expected = figures = None
-    for number, (world, layout) in enumerate(LAYOUTS[dtype]):
-        course = replace(course.at(world, **layout), folder=str(tmp_path / str(number)))
+    for number, (world, layout, vision) in enumerate(LAYOUTS[dtype]):
+        course = replace(course.at(world, **layout), folder=str(tmp_path / str(number)), vision_parallel=vision)
         step, _ = run_ranks(pieces_of, world, course, source)[-1]
         source = str(Path(course.folder) / "step_000002")
         found = everything(Path(source), course.model, kinds)
@@ -97,7 +106,7 @@ def test_a_checkpoint_means_the_same_at_every_layout(plain: Course, tied_tiny_di
         assert different == []
         worst = max(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(step, figures, strict=True))
         print(f"{dtype}, {world} ranks {layout}: figures of the next step differ by {worst:.1e}")
-        assert worst <= (1e-5 if dtype == "float32" else 2e-2)
+        assert worst <= (1e-5 if dtype == "float32" else 1e-2)  # measured 1.0e-6 and 1.2e-3
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ class Course:
     dtype: str = "float32"
     optimizer: str = "adam"
     freeze: tuple[str, ...] = ()
+    vision_parallel: str = "replicated"
     layout: dict[str, Any] = field(default_factory=dict)  # arguments of init_parallel
     world: int = 1
 
@@ -50,8 +51,7 @@ def make_trainer(rank: int, course: Course) -> Any:
     from eureka_megatron.parallel.runtime import init_parallel
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    layout = {"tensor": 1, "pipeline": 1, **course.layout}
-    parallel = init_parallel(layout.pop("tensor"), layout.pop("pipeline"), **layout, rank=rank, world_size=course.world)
+    parallel = init_parallel(**course.layout, rank=rank, world_size=course.world)
     section = OptimizerSection(
         name=course.optimizer, lr=1e-3 if course.optimizer == "adam" else 0.1, weight_decay=0.01, warmup_ratio=0.2
     )
@@ -61,6 +61,7 @@ def make_trainer(rank: int, course: Course) -> Any:
         dtype=course.dtype,
         optimizer=section,
         freeze=course.freeze,
+        vision_parallel=course.vision_parallel,
         max_tokens_per_micro_batch=64,
     )
     trainer.start_phase(section, 2 * course.steps)
