@@ -68,8 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _quieten() -> None:
     """Megatron-Core warns nine times, in every rank, that optional parts are absent; `eureka doctor` says so once."""
-    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:Transformer Engine and Apex are not installed:UserWarning")
+    absent = ("Transformer Engine and Apex are not installed", "Apex is not installed")
+    for text in absent:
+        warnings.filterwarnings("ignore", text)
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(f"ignore:{text}:UserWarning" for text in absent))
 
 
 def _complain(message: object, exit_code: int, debug: bool) -> int:
@@ -158,6 +160,9 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
             add_conversion_arguments(add(kinds, kind, _convert, text))
         add_inspection_arguments(add(kinds, "inspect", _inspect, "list the tensors of one checkpoint, or compare two"))
 
+    _add_export(
+        add(children, "export", _export, "a release: Hugging Face directory with a model card, or FP8 for vLLM")
+    )
     _add_data(add, children)
 
     doctor = add(children, "doctor", _doctor, "what this machine has and lacks, what is lost, and the fix")
@@ -186,6 +191,19 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
         ("--backend", ("local", "te"), "torch only, or Transformer Engine"),
     ):
         parser.add_argument(option, choices=choices, default=choices[0], help=f"{text} ({choices[0]})")
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="training, converted or HF directory")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="must not exist")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
+    export.add_argument("--quantize", choices=("fp8",), help="text linears in FP8, calibrated, for vLLM")
+    export.add_argument("--calibrate", type=Path, metavar="FILE", help="MM-EUREKA rows (the run's training data)")
+    export.add_argument("--calibration-prompts", type=_positive, default=128, metavar="N", help="(128)")
+    export.add_argument("--base-model", metavar="NAME", help="for the model card, e.g. Qwen/Qwen2.5-VL-7B-Instruct")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload to this hub repository, private unless --public")
+    export.add_argument("--public", action="store_true", help="make the repository public when it is new")
+    export.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_data(add: Callable[..., Any], children: Any) -> None:
@@ -303,6 +321,24 @@ def _inspect(args: argparse.Namespace) -> int:
     from eureka_megatron.checkpoint.commands import run_inspection
 
     return run_inspection(args)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from eureka_megatron.checkpoint.commands import DTYPES, progress_bar
+    from eureka_megatron.export import ExportOptions, export
+
+    options = ExportOptions(
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        quantize=args.quantize,
+        calibrate=args.calibrate,
+        calibration_prompts=args.calibration_prompts,
+        base_model=args.base_model,
+        push=args.push,
+        public=args.public,
+    )
+    with progress_bar("export", args.quiet) as progress:
+        lines = export(args.checkpoint, args.output, options, progress)
+    print("\n".join([*lines, f"{args.output} written"]))
 
 
 def _mmk12(args: argparse.Namespace) -> None:

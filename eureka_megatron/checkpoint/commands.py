@@ -41,7 +41,7 @@ def run_conversion(kind: str, options: argparse.Namespace) -> int:
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: need at least 1")
-    with _progress_bar(kind, options.quiet) as progress:
+    with progress_bar(kind, options.quiet) as progress:
         CONVERSIONS[kind](
             options.input,
             options.output,
@@ -81,7 +81,8 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _progress_bar(title: str, quiet: bool) -> Iterator[Progress | None]:
+def progress_bar(title: str, quiet: bool) -> Iterator[Progress | None]:
+    """A bar of bytes and time left on a terminal; None when there shall be none."""
     if quiet:
         yield None
         return
@@ -89,5 +90,5 @@ def _progress_bar(title: str, quiet: bool) -> Iterator[Progress | None]:
 
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(title, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

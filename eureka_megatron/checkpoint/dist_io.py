@@ -198,6 +198,13 @@ def read_metadata(directory: Path, prefix: str = "") -> dict[str, StoredTensor]:
     return tensors
 
 
+def state_prefixes(directory: Path) -> list[str]:
+    """What an optimizer keeps of the weights. Example: ["optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."]."""
+    before, _, after = STATE_PREFIX.partition("{kind}")
+    kinds = {name.partition(after)[0] for name in read_metadata(directory, before)}
+    return [STATE_PREFIX.format(kind=kind) for kind in sorted(kinds)]
+
+
 def _check_files(directory: Path, ends: dict[str, int]) -> None:
     strange = sorted(file for file in ends if Path(file).name != file)
     absent = sorted(file for file in ends if not (directory / file).is_file())

@@ -328,13 +328,31 @@ def atomic_directory(output: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         temporary.chmod(0o755)  # mkdtemp's is for the owner only
         yield temporary
+        sync_files(temporary)
         os.rename(temporary, output)
+        sync_file(output.parent)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the disk has a file's content, or a directory's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_files(directory: Path) -> None:
+    """Waits until the disk has everything in a flat directory: it may take its final name then."""
+    for path in sorted(directory.iterdir()):
+        sync_file(path)
+    sync_file(directory)
 
 
 def refuse_to_overwrite(output: str | Path) -> None:

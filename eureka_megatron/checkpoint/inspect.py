@@ -1,4 +1,7 @@
-"""What a checkpoint holds, HF or Megatron's, and how two differ. Values are compared bitwise, under HF names where known."""
+"""What a checkpoint holds, HF or Megatron's, and how two differ. Values are compared bitwise, under HF names where known.
+
+Of training checkpoints the optimizer's part is listed and compared too: `optimizer.state.exp_avg.<HF name>`.
+"""
 
 from __future__ import annotations
 
@@ -11,52 +14,77 @@ from typing import Any
 import torch
 
 from eureka_megatron.checkpoint.convert import open_checkpoint
-from eureka_megatron.checkpoint.dist_io import DistReader
+from eureka_megatron.checkpoint.dist_io import DistReader, state_prefixes
 from eureka_megatron.checkpoint.hf_io import Reader
+from eureka_megatron.checkpoint.store import STATE_FILE, read_state
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 
 COMPARED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A described checkpoint. `step` is None where the checkpoint does not come from training."""
+    """A described checkpoint. `readers` holds the weights under "", and what the optimizer keeps under its prefixes.
+
+    `state` is state.json of a training checkpoint, else empty.
+    """
 
     directory: Path
     format: str  # "HF safetensors" | "torch_dist"
-    reader: Reader | DistReader
+    readers: dict[str, Reader | DistReader]
     files: int
     file_bytes: int
-    step: int | None
+    state: dict[str, Any]
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype)."""
-        return {name: (info.shape, info.dtype) for name, info in sorted(self.reader.tensors.items())}
+        return {
+            prefix + name: (info.shape, info.dtype)
+            for prefix, reader in self.readers.items()
+            for name, info in sorted(reader.tensors.items())
+        }
 
     @property
     def parameters(self) -> int:
-        return sum(prod(shape) for shape, _ in self.tensors.values())
+        return sum(prod(info.shape) for info in self.readers[""].tensors.values())
+
+    @property
+    def layout(self) -> str | None:
+        """Of the ranks that wrote it. Example: "tensor 2 × pipeline 1 × context 1 × data 4"."""
+        sizes = self.state.get("layout")
+        return " × ".join(f"{name} {size}" for name, size in sizes.items()) if sizes else None
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Values of a tensor."""
+        prefix = next(prefix for prefix in sorted(self.readers, key=len, reverse=True) if name.startswith(prefix))
+        return self.readers[prefix][name.removeprefix(prefix)][rows]
 
 
 def describe(directory: str | Path) -> Contents:
     """Opens a checkpoint. UserError when it is none, or damaged."""
-    reader = open_checkpoint(directory)
-    files = [path for path in Path(directory).iterdir() if path.is_file()]
-    state = Path(directory) / "state.json"  # of a training checkpoint
-    step = json.loads(state.read_text()).get("step") if state.exists() else None
-    kind = "torch_dist" if isinstance(reader, DistReader) else "HF safetensors"
-    return Contents(Path(directory), kind, reader, len(files), sum(path.stat().st_size for path in files), step)
+    directory = Path(directory)
+    readers: dict[str, Reader | DistReader] = {"": open_checkpoint(directory)}
+    kind = "HF safetensors"
+    if isinstance(readers[""], DistReader):
+        kind = "torch_dist"
+        for prefix in state_prefixes(directory):
+            readers[prefix] = DistReader(directory, read_hf_config(directory), prefix)
+    files = [path for path in directory.iterdir() if path.is_file()]
+    state = read_state(directory) if (directory / STATE_FILE).exists() else {}
+    return Contents(directory, kind, readers, len(files), sum(path.stat().st_size for path in files), state)
 
 
 def _summary(contents: Contents) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
-    for shape, dtype in contents.tensors.values():
-        name = str(dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + prod(shape)
+    for info in contents.readers[""].tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + prod(info.shape)
     return {
         "directory": str(contents.directory),
         "format": contents.format,
-        "step": contents.step,
+        "step": contents.state.get("step"),
+        "layout": contents.layout,
         "files": contents.files,
         "bytes": contents.file_bytes,
         "tensors": len(contents.tensors),
@@ -83,7 +111,9 @@ def to_text(contents: Contents) -> str:
     ]
     summary = _summary(contents)
     dtypes = ", ".join(f"{count:,} {name}" for name, count in summary.pop("parameters_by_dtype").items())
-    lines += ["", f"{summary['directory']}: {summary['format']}" + (f", step {contents.step}" if contents.step else "")]
+    step = f", step {summary['step']}" if contents.state else ""
+    layout = f", written by {contents.layout}" if contents.layout else ""
+    lines += ["", f"{summary['directory']}: {summary['format']}{step}{layout}"]
     lines += [
         f"{summary['tensors']} tensors, {dtypes} parameters, {contents.file_bytes / 1e9:.2f} GB in {contents.files} files"
     ]
@@ -111,7 +141,7 @@ def _different_values(first: Contents, second: Contents, name: str) -> int:
     step = max(1, COMPARED_BYTES // max(1, prod(shape[1:]) * dtype.itemsize))
     count = 0
     for start in range(0, shape[0], step) if shape else ():
-        a, b = (side.reader[name][start : start + step].reshape(-1) for side in (first, second))
+        a, b = (side.rows(name, slice(start, start + step)).reshape(-1) for side in (first, second))
         bits_a, bits_b = (part.view(torch.uint8).view(-1, dtype.itemsize) for part in (a, b))
         count += int((bits_a != bits_b).any(dim=1).sum())
     return count

@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -41,6 +41,8 @@ from eureka_megatron.checkpoint.hf_io import (
     encode_header,
     plan_shards,
     refuse_to_overwrite,
+    sync_file,
+    sync_files,
     write_index,
 )
 from eureka_megatron.checkpoint.layouts import Shape
@@ -78,6 +80,7 @@ class Job:
     dtype: torch.dtype
     units: tuple[tuple[Block, ...], ...]
     shards: dict[str, list[tuple[str, Shape, torch.dtype]]] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)  # further files: name → content
 
     @property
     def total_bytes(self) -> int:
@@ -118,9 +121,13 @@ def megatron_to_hf(
     workers: int = 1,
     verify: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    texts: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes an HF directory in the hub naming from a torch_dist checkpoint. Arguments and errors as above."""
+    """Writes an HF directory in the hub naming from a torch_dist checkpoint, and `texts` (file name → content) beside the weights.
+
+    The other arguments and the errors are as above.
+    """
     reader, kind = _open(Path(source), dtype, DistReader)
     metadata = hf_metadata(read_hf_config(source))
     shards = plan_shards([(name, shape, kind) for name, shape in metadata], max_shard_bytes)
@@ -132,7 +139,7 @@ def megatron_to_hf(
             for start, stop, nbytes in _cut(flat, kind):
                 blocks.append(Block(name, start, stop, nbytes, file, at))
                 at += nbytes
-    job = Job("megatron-to-hf", reader.directory, Path(output), kind, _units(blocks), shards)
+    job = Job("megatron-to-hf", reader.directory, Path(output), kind, _units(blocks), shards, texts or {})
     _convert(job, workers, verify, progress)
 
 
@@ -192,7 +199,9 @@ def _convert(job: Job, workers: int, verify: bool, progress: Progress | None) ->
                 raise UserError(f"another conversion to {output} is running") from None
             try:
                 _convert_in(work, replace(job, target=work / "data"), workers, verify, progress)
+                sync_files(work / "data")
                 os.rename(work / "data", output)
+                sync_file(output.parent)
             except Exception:  # a kill or Ctrl-C leaves what is done, to go on from there
                 shutil.rmtree(work, ignore_errors=True)
                 raise
@@ -327,6 +336,8 @@ def _write_safetensors(blocks: Sequence[Block]) -> list[Chunk]:
 def _finish(job: Job) -> None:
     """Indices and companions, once all units are there."""
     copy_companions(job.source, job.target, job.dtype)
+    for name, text in job.texts.items():
+        (job.target / name).write_text(text, encoding="utf-8")
     if job.kind == "megatron-to-hf":
         write_index(job.target, job.shards)
         return

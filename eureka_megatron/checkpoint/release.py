@@ -41,7 +41,18 @@ COPIED_FILES = (
     "chat_template.jinja",
 )
 
-CARD_KEYS = ("title", "base_model", "data", "algorithm", "hyperparameters", "scores", "license", "run_id", "git_commit")
+CARD_KEYS = (
+    "title",
+    "base_model",
+    "data",
+    "algorithm",
+    "hyperparameters",
+    "scores",
+    "license",
+    "run_id",
+    "git_commit",
+    "quantization",
+)
 
 
 def export_hf(
@@ -146,22 +157,33 @@ def model_card(card: Mapping[str, Any]) -> str:
         "Algorithm": card.get("algorithm"),
         "Run": card.get("run_id"),
         "Code": card.get("git_commit") or git_commit(),
+        "Quantisation": card.get("quantization"),
     }
     lines += [f"- **{key}**: {value}" for key, value in facts.items() if value is not None]
     lines += _card_table("Hyper-parameters", ("name", "value"), card.get("hyperparameters"))
     lines += _card_table("Scores", ("benchmark", "score"), card.get("scores"))
-    lines += ["", "## Use", "", "```python", "from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
-    lines += ['model = AutoModelForImageTextToText.from_pretrained("<this directory>")']
-    lines += ['processor = AutoProcessor.from_pretrained("<this directory>")', "```", ""]
+    lines += ["", "## Use", "", "```python"]
+    if card.get("quantization"):
+        lines += ["from vllm import LLM", "", 'model = LLM("<this directory>", quantization="modelopt")']
+    else:
+        lines += ["from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
+        lines += ['model = AutoModelForImageTextToText.from_pretrained("<this directory>")']
+        lines += ['processor = AutoProcessor.from_pretrained("<this directory>")']
+    lines += ["```", ""]
     return "\n".join(lines)
 
 
 def run_card(config: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> dict[str, Any]:
     """What a run's release says of it (keys of CARD_KEYS), from its configuration as plain values."""
     algorithm = config["algorithm"]
+
+    def public(path: str) -> str:
+        """Where something lay on the machine that trained is nobody's business."""
+        return Path(path).name if Path(path).is_absolute() else path
+
     return {
-        "base_model": config["model"]["path"],
-        "data": config["data"]["train"],
+        "base_model": public(config["model"]["path"]),
+        "data": public(config["data"]["train"]),
         "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
         "run_id": config["run"]["name"],
         "hyperparameters": {

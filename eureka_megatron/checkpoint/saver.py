@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eureka_megatron.checkpoint import store
 from eureka_megatron.checkpoint.dist_io import Chunk, StoredTensor, append, write_metadata
+from eureka_megatron.checkpoint.hf_io import sync_file
 from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.checkpoint.release import copy_companions
 from eureka_megatron.parallel.runtime import Parallel
@@ -163,7 +164,7 @@ class Saver:
         checksums = {part.file: part.checksum for part in parts}
         for path in sorted(temporary.iterdir()):
             if path.name not in checksums:
-                store.sync_file(path)
+                sync_file(path)
                 checksums[path.name] = store.checksum(path)
         store.write_through(temporary / store.CHECKSUMS_FILE, store.checksum_lines(checksums))
         nbytes = sum(path.stat().st_size for path in temporary.iterdir())
@@ -209,7 +210,7 @@ def _write_part(path: Path, contents: Contents) -> _Part:
             chunk: Chunk = append(file, block.values, block.offsets, path.name)
             before = tensors[block.key].chunks if block.key in tensors else ()
             tensors[block.key] = StoredTensor(block.shape, block.values.dtype, (*before, chunk))
-    store.sync_file(path)
+    sync_file(path)
     return _Part(path.name, file.digest.hexdigest(), tensors, contents.random)
 
 

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from eureka_megatron.checkpoint.hf_io import sync_file
 from eureka_megatron.errors import UserError
 
 CHECKPOINTS = "checkpoints"  # the folder, within that of the run
@@ -169,15 +170,15 @@ def remove_unfinished(folder: Path) -> None:
 
 def commit(temporary: Path, directory: Path) -> None:
     """Gives a finished checkpoint its name, and lets `latest` say so. All files in it must be on the disk already."""
-    sync_directory(temporary)
+    sync_file(temporary)
     if directory.exists():  # of a course of the run that was given up
         delete(directory)
     temporary.rename(directory)
-    sync_directory(directory.parent)
+    sync_file(directory.parent)
     pointer = directory.with_name(LATEST_FILE + ".tmp")
     write_through(pointer, f"{directory.name}\n")
     pointer.rename(directory.with_name(LATEST_FILE))
-    sync_directory(directory.parent)
+    sync_file(directory.parent)
 
 
 def delete(directory: Path) -> None:
@@ -217,15 +218,3 @@ def write_through(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_file(path: Path) -> None:
-    """Waits until the disk has a file's content."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-sync_directory = sync_file  # a directory's content are its names

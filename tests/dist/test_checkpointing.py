@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForImageTextToText
 
+from eureka_megatron import cli
 from eureka_megatron.checkpoint.dist_io import STATE_PREFIX, DistReader
+from eureka_megatron.checkpoint.inspect import describe, differences
 from eureka_megatron.checkpoint.store import checksum, checksum_lines, list_checkpoints, newest_whole, problems_of
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
@@ -186,6 +189,31 @@ def load_by_megatron(rank: int, course: Course, source: str) -> bool:
 
 def test_megatrons_own_loader_reads_the_weights(saved: Course) -> None:
     assert run_ranks(load_by_megatron, 2, saved.at(2, pipeline=2), f"{saved.folder}/step_000004") == [True, True]
+
+
+def test_a_training_checkpoint_is_described_compared_and_exported(
+    saved: Course, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    older, newest = (directory for _, directory in list_checkpoints(Path(saved.folder)))
+    assert cli.main(["convert", "inspect", str(newest)]) == 0
+    text = capsys.readouterr().out
+    assert "torch_dist, step 4, written by tensor 2 × pipeline 1 × context 1 × data 1" in text
+    assert "optimizer.state.exp_avg_sq.lm_head.weight" in text
+    assert cli.main(["convert", "inspect", str(newest), str(newest)]) == 0
+    assert cli.main(["convert", "inspect", str(older), str(newest)]) == 1
+    lines = capsys.readouterr().out
+    assert "\nlm_head.weight: 49152 of 49152 values differ" in lines
+    assert "optimizer.state.exp_avg.lm_head.weight: 49152 of 49152 values differ" in lines
+    assert cli.main(["export", str(newest), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    left = differences(describe(newest), describe(tmp_path / "out"))
+    assert all(line.startswith(f"only in {newest}: optimizer.state.exp_avg") for line in left), left[:3]
+    assert len(left) == 2 * len(describe(tmp_path / "out").tensors)
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    shutil.copytree(newest, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{}")
+    assert cli.main(["export", str(tmp_path / "damaged"), "--output", str(tmp_path / "none")]) == 1
+    assert "damaged is damaged: tokenizer.json does not match checksums.b2" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 class Malicious:

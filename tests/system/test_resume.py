@@ -185,6 +185,10 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tm
     assert found == whole
     weights = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
+    exported = [sys.executable, "-m", "eureka_megatron", "export", folder / "step_000005", "--output", tmp_path / "out"]
+    subprocess.run([*exported, "--quiet"], check=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights[0], "what the run itself exports"
+    assert "- **Run**: killed, step 5" in (tmp_path / "out" / "README.md").read_text().splitlines()
     assert all(problems_of(directory) == [] for _, directory in list_checkpoints(folder))
     assert len(list((tmp_path / "killed" / "wandb").glob("offline-run-*"))) == 2
     assert len(list((tmp_path / "killed").glob("wandb-*.id"))) == 1, "both parts have one id"
