@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.sync.source import hub_name
-from eureka_megatron.types import Sample
 from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, first_above, relative
 from eureka_megatron.verify.layout import Job
 from eureka_megatron.verify.reference import Reference
@@ -49,17 +48,24 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     if logits is not None:
         errors = [relative(value.cpu(), reference[f"logits.{i}"]) for i, value in enumerate(logits)]
         shared["logits"] = max(errors)
-    loss = trainer.accumulate(samples).get("loss")
-    if loss is not None:
-        shared["loss"] = abs(loss - reference["loss"].item()) / reference["loss"].item()
-    figures = _largest_over_ranks(shared, ("logits", "loss"))
     if job.grads:
-        errors_by_name = _gradient_errors(trainer, reference)
+        rate, norm = _rate_and_norm(trainer.model_path, reference)
+        trainer.start_phase(section.model_copy(update={"lr": rate}), 1)
+        metrics = trainer.sft(samples)
+        compared = {
+            "gradients": _gradient_errors(trainer, reference),
+            "sgd_step": _step_errors(trainer, reference, before, rate),
+        }
+    else:
+        metrics, compared = trainer.accumulate(samples), {}
+    if "loss" in metrics:
+        shared["loss"] = abs(metrics["loss"] - reference["loss"].item()) / reference["loss"].item()
+    figures = _largest_over_ranks(shared, ("logits", "loss"))
+    for figure, errors_by_name in compared.items():
         if errors_by_name:
-            worst["gradients"], figures["gradients"] = max(errors_by_name.items(), key=lambda item: item[1])
-        figures["grad_norm"], step_errors = _sgd_step(trainer, samples, section, reference, before)
-        if step_errors:
-            worst["sgd_step"], figures["sgd_step"] = max(step_errors.items(), key=lambda item: item[1])
+            worst[figure], figures[figure] = max(errors_by_name.items(), key=lambda item: item[1])
+    if job.grads:
+        figures["grad_norm"] = abs(metrics["grad_norm"] - norm) / norm
     if rank:
         return None
     figures["round_trip"] = _round_trip(job.hf_dir, before)
@@ -84,7 +90,19 @@ def _largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dic
     return dict(zip(names, table.tolist(), strict=True))
 
 
+def _rate_and_norm(model_path: Path, reference: Reference) -> tuple[float, float]:
+    """→ a rate that moves every tensor much further than it is large, so that rounding of the weights does not show; the gradient's norm."""
+    weights, square, rate = _file_tensors(model_path), 0.0, 0.0
+    for name in reference.gradient_names:
+        gradient = reference[f"grad.{name}"]
+        square += gradient.double().square().sum().item()
+        if largest := gradient.abs().max().item():
+            rate = max(rate, 1000 * weights[name].abs().max().item() / largest)
+    return rate, square**0.5
+
+
 def _gradient_errors(trainer: Any, reference: Reference) -> dict[str, float]:
+    """Of the gradients that the last step was made with."""
     errors = {}
     for name, gradient in trainer.hf_weights(select=lambda parameter: parameter.main_grad):
         if gradient is not None:
@@ -93,26 +111,14 @@ def _gradient_errors(trainer: Any, reference: Reference) -> dict[str, float]:
     return errors | dict.fromkeys(missing if errors else (), float("inf"))
 
 
-def _sgd_step(
-    trainer: Any, samples: list[Sample], section: OptimizerSection, reference: Reference, before: dict
-) -> tuple[float, dict[str, float]]:
-    """One step at a rate that moves every tensor much further than it is large, so that rounding of the weights does not show."""
-    weights, square, rate = _file_tensors(trainer.model_path), 0.0, 0.0
-    for name in reference.gradient_names:
-        gradient = reference[f"grad.{name}"]
-        square += gradient.double().square().sum().item()
-        if largest := gradient.abs().max().item():
-            rate = max(rate, 1000 * weights[name].abs().max().item() / largest)
-    norm = square**0.5
-    trainer.start_phase(section.model_copy(update={"lr": rate}), 1)
-    metrics = trainer.sft(samples)
+def _step_errors(trainer: Any, reference: Reference, before: dict[str, torch.Tensor], rate: float) -> dict[str, float]:
     errors = {}
     for name, after in trainer.hf_weights():
         if after is not None:
             step = -rate * reference[f"grad.{name}"].to(after.device)
             # The weight that was expected, not the difference of weights: rounding of the start must not show.
             errors[name] = relative(after, before[name] + step, scale=step)
-    return abs(metrics["grad_norm"] - norm) / norm, errors
+    return errors
 
 
 def _file_tensors(hf_dir: Path | str) -> dict[str, torch.Tensor]:

@@ -118,6 +118,7 @@ class Cells:
 
 def measure_all(rank: int, jobs: list[Job], folder: str) -> list[dict[str, Any] | None]:
     reports = []
+    gc.freeze()  # what is there already stays: collecting after every layout need not look at it
     for number, job in enumerate(jobs):
         leave_groups()
         try:
