@@ -27,7 +27,8 @@ def test_the_short_story_leaves_everything_behind(tmp_path: Path) -> None:
     done = eureka("demo", "--out", str(tmp_path / "demo"), "--overrides", *SHORT)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert summary["trainer_layout"] == {"tp": 2, "pp": 1, "dp": 1, "sequence_parallel": 1}
+    layout = {"tp": 2, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "sequence_parallel": 1}
+    assert summary["trainer_layout"] == layout
     assert summary["rollout_engine"] == "vllm"
     assert summary["steps"] == 2
     assert summary["logprob_max_abs_diff"] <= 1e-4  # measured 4e-5 over the long demo
