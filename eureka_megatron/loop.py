@@ -54,7 +54,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
                 metrics |= {f"eval/{name}": value for name, value in run.evaluate().items()}
         if step == 0:
             metrics |= {f"eval_before/{name}": value for name, value in before.items()}
-        tracker.log(step, metrics)
+        tracker.log(step, metrics | saves.figures())
         history.append(metrics)
         if _due(config.training.export_every, step):
             run.export(config.run.output / f"hf_step_{step + 1:06d}")
@@ -68,15 +68,19 @@ def train(config: RunConfig, resume: str | None = None) -> None:
 
     `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
     """
-    refuse_to_overwrite(config.run.output / "hf")  # now, not after the last step
+    output = config.run.output / "hf"
     checkpoint = choose_checkpoint(config, resume)
     first = read_state(checkpoint)["step"] if checkpoint else 0
+    if first >= config.training.steps and output.exists():  # a job that was put into the queue once more
+        print(f"all {config.training.steps} steps are done, weights in {output}")
+        return
+    refuse_to_overwrite(output)  # now, not after the last step
     with Run(config) as run, Tracker(config, config.run.output, start_step=first) as tracker:
         if checkpoint is None:
             run.sync_weights(check=True)
         reinforce(run, tracker, checkpoint)
-        run.export(config.run.output / "hf")
-    tracker.say(f"done: weights in {config.run.output / 'hf'}, metrics in {config.run.output / 'metrics.jsonl'}")
+        run.export(output)
+    tracker.say(f"done: weights in {output}, metrics in {config.run.output / 'metrics.jsonl'}")
 
 
 def _due(every: int, step: int) -> bool:

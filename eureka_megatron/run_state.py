@@ -106,6 +106,7 @@ class Saves:
 
     def __init__(self, run: Run, tracker: Tracker) -> None:
         self.run, self.tracker = run, tracker
+        self._figures: dict[str, float] = {}
 
     def after(self, step: int) -> None:
         """Call after each step: begins a save when one is due, tells how the last one ended."""
@@ -125,7 +126,12 @@ class Saves:
         if report.error:
             self.tracker.say(f"warning: no checkpoint of step {report.step}: {report.error}; the last good one stays")
         figures = {"seconds": report.seconds, "gib": report.nbytes / 2**30, "failed": float(bool(report.error))}
-        self.tracker.log(report.step - 1, {f"checkpoint/{name}": value for name, value in figures.items()})
+        self._figures = {f"checkpoint/{name}": value for name, value in figures.items()}
+
+    def figures(self) -> dict[str, float]:
+        """Of a save that ended since the last call, for the metrics of the present step."""
+        found, self._figures = self._figures, {}
+        return found
 
 
 def driver_state(run: Run) -> tuple[dict[str, str], dict[str, Any]]:
