@@ -194,8 +194,13 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="training, converted or HF directory")
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="must not exist")
+    export.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="training checkpoint (or a run's folder), converted or HF directory",
+    )
+    export.add_argument("--output", type=Path, metavar="DIR", help="must not exist; not for what is only pushed")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
     export.add_argument("--quantize", choices=("fp8",), help="text linears in FP8, calibrated, for vLLM")
     export.add_argument("--calibrate", type=Path, metavar="FILE", help="MM-EUREKA rows (the run's training data)")
@@ -338,7 +343,7 @@ def _export(args: argparse.Namespace) -> None:
     )
     with progress_bar("export", args.quiet) as progress:
         lines = export(args.checkpoint, args.output, options, progress)
-    print("\n".join([*lines, f"{args.output} written"]))
+    print("\n".join(lines))
 
 
 def _mmk12(args: argparse.Namespace) -> None:

@@ -210,8 +210,9 @@ class TrainingSection(_Section):
 class CheckpointSection(_Section):
     """Training checkpoints, in `run.output`/checkpoints; `eureka train --resume auto` goes on from the newest whole one."""
 
-    every: int = Field(50, ge=0)  # rollout steps between two, and one after the last step; 0: none
-    keep_last: int = Field(2, ge=1)
+    # rollout steps between two, and one after the last step; 0: none. While one is written, a copy of it stands in host memory
+    every: int = Field(50, ge=0)
+    keep_last: int = Field(2, ge=1)  # of all finished ones
     keep_every: int = Field(0, ge=0)  # besides the last ones, those whose step is a multiple of this stay; 0: none does
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,28 +48,45 @@ class ExportOptions:
     public: bool = False
 
 
-def export(checkpoint: Path, output: Path, options: ExportOptions, progress: Progress | None = None) -> list[str]:
+def export(
+    checkpoint: Path, output: Path | None, options: ExportOptions, progress: Progress | None = None
+) -> list[str]:
     """Writes the release, pushes it where that is asked for. → lines for the user
+
+    A release that is only pushed needs no output.
 
     Raises:
         UserError: the checkpoint is damaged or none, the output exists or cannot be written; nothing is left there.
         ConfigError: options that do not go together.
     """
+    checkpoint = _newest(checkpoint)
     state, kind = _check(checkpoint, output, options)
     card = _card(state, checkpoint, options)
     lines = []
-    if options.quantize:
-        lines += _quantize(checkpoint, output, options, state, kind, card, progress)
-    elif kind == "torch_dist":
-        megatron_to_hf(
-            checkpoint, output, dtype=options.dtype, progress=progress, texts={"README.md": model_card(card)}
-        )
+    if output is not None:
+        if options.quantize:
+            lines += _quantize(checkpoint, output, options, state, kind, card, progress)
+        else:
+            texts = {"README.md": model_card(card)}
+            megatron_to_hf(checkpoint, output, dtype=options.dtype, progress=progress, texts=texts)
+        lines.append(f"{output} written")
     if options.push:
-        lines.append(_push(output if kind == "torch_dist" or options.quantize else checkpoint, options))
+        lines.append(_push(output or checkpoint, options))
     return lines
 
 
-def _check(checkpoint: Path, output: Path, options: ExportOptions) -> tuple[dict[str, Any], str]:
+def _newest(directory: Path) -> Path:
+    """Of a run's folder its newest whole checkpoint; any other directory as it is."""
+    for folder in (directory, directory / store.CHECKPOINTS):
+        if store.list_checkpoints(folder):
+            found, warnings = store.newest_whole(folder)
+            print("".join(f"warning: {warning}\n" for warning in warnings) + f"exporting {found}", flush=True)
+            assert found is not None
+            return found
+    return directory
+
+
+def _check(checkpoint: Path, output: Path | None, options: ExportOptions) -> tuple[dict[str, Any], str]:
     """(state.json where it is a training checkpoint, else {}; format), before anything is written."""
     if options.push and not REPOSITORY.fullmatch(options.push):
         raise ConfigError(f"--push {options.push!r}: need a repository as OWNER/NAME")
@@ -79,16 +96,15 @@ def _check(checkpoint: Path, output: Path, options: ExportOptions) -> tuple[dict
         raise ConfigError("--dtype and --quantize do not go together: what is not quantised keeps its dtype")
     read_hf_config(checkpoint)
     kind = "torch_dist" if (checkpoint / METADATA_FILE).is_file() else "HF"
-    if kind == "HF" and not options.quantize and not options.push:
-        raise UserError(f"{checkpoint} is a Hugging Face directory already; --quantize or --push do something with it")
-    if kind == "torch_dist" or options.quantize:
+    writes = kind == "torch_dist" or options.quantize is not None
+    if writes and output is None:
+        raise ConfigError("--output DIR is missing")
+    if not writes and (output is not None or not options.push):
+        raise UserError(f"{checkpoint} is a Hugging Face directory already; --quantize fp8, or --push without --output")
+    if output is not None:
         refuse_to_overwrite(output)
-    training = (checkpoint / store.STATE_FILE).exists() or (checkpoint / store.CHECKSUMS_FILE).exists()
-    if not training:
-        return {}, kind
-    if problems := store.problems_of(checkpoint):
-        raise UserError(f"{checkpoint} is damaged: {'; '.join(problems)}")
-    return store.read_state(checkpoint), kind
+    training = (checkpoint / store.STATE_FILE).exists()
+    return store.read_state(checkpoint) if training else {}, kind
 
 
 def _card(state: Mapping[str, Any], checkpoint: Path, options: ExportOptions) -> dict[str, Any]:
@@ -188,17 +204,15 @@ def _run_config(state: Mapping[str, Any], checkpoint: Path, options: ExportOptio
 def _push(directory: Path, options: ExportOptions) -> str:
     """Uploads the release to exactly the repository that was named. → a line with its address"""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    failures: Sequence[type[Exception]] = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, OSError)
     try:
         api = HfApi()
         api.create_repo(options.push, private=not options.public, exist_ok=True)
         commit = api.upload_folder(
             repo_id=options.push, folder_path=directory, commit_message="Release by eureka export"
         )
-    except tuple(failures) as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory} is written, but not pushed to {options.push}: {first}") from error
-    return f"pushed to {commit.repo_url if hasattr(commit, 'repo_url') else options.push}"
+        raise UserError(f"{directory} is not pushed to {options.push}: {first}; the directory stays") from error
+    return f"pushed to {commit.repo_url}"

@@ -48,6 +48,7 @@ from eureka_megatron.checkpoint.hf_io import (
 from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, hf_metadata, rows
 from eureka_megatron.checkpoint.release import copy_companions
+from eureka_megatron.checkpoint.store import CHECKSUMS_FILE, problems_of
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.parallel.runtime import Parallel
@@ -150,6 +151,8 @@ def _open(source: Path, dtype: torch.dtype | None, wanted: type) -> tuple[Reader
     if not isinstance(reader, wanted):
         found, other = ("torch_dist", "megatron-to-hf") if isinstance(reader, DistReader) else ("HF", "hf-to-megatron")
         raise UserError(f"{source} is a checkpoint in {found} format; {other} converts it")
+    if (source / CHECKSUMS_FILE).exists() and (damage := problems_of(source)):
+        raise UserError(f"{source} is damaged: {'; '.join(damage)}")
     problems = check_hf(reader, table) or check_spare_head(reader, table, Parallel())
     if problems:
         raise UserError("\n".join(problems))

@@ -7,11 +7,13 @@ forked under CUDA or gloo, and what they spend their time in (copying, hashing, 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -70,7 +72,7 @@ class Report:
 class Saver:
     """One rank's part of saving. `start` returns at once; one save is under way at a time. Constructing it is a collective.
 
-    What is half-written in the folder is removed: only one run at a time may write there.
+    One run at a time writes into a folder: rank 0 holds a lock from the first save on. What is half-written there is removed then.
     """
 
     def __init__(self, folder: Path, parallel: Parallel, *, keep_last: int, keep_every: int) -> None:
@@ -80,10 +82,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._report: Report | None = None
         self._defect: BaseException | None = None
+        self._lock: IO[bytes] | None = None
         torch.serialization.set_crc32_options(False)  # of the archives: the checksums cover them
-        if self.rank == 0:
-            store.remove_unfinished(folder)
-        dist.barrier(self._group)
 
     def start(self, contents: Contents) -> None:
         """Begins to write. The report of the save before must have been fetched."""
@@ -117,35 +117,58 @@ class Saver:
         started = time.perf_counter()
         directory = self.folder / store.directory_name(contents.step)
         temporary = directory.with_name(directory.name + ".tmp")
-        part, problem, defect = None, None, None
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            part = _write_part(temporary / f"__{self.rank}_0.distcp", contents)
-        except OSError as error:
-            problem = _describe(error, temporary)
-        except Exception as error:  # the others wait: they are told before it goes on
-            problem, defect = f"rank {self.rank}: {error!r}", error
+
+        def report(nbytes: int, error: str | None = None) -> Report:
+            return Report(contents.step, directory, nbytes, time.perf_counter() - started, error)
+
+        # Each step is done by whom it concerns, then everybody hears whether it went well.
+        _, problem = self._step(lambda: self._prepare(temporary), on=0)
+        if problem:
+            return report(0, problem)
+        part, problem = self._step(lambda: _write_part(temporary / f"__{self.rank}_0.distcp", contents))
         parts: list[Any] = [None] * self.world
-        dist.gather_object((part, problem), parts if self.rank == 0 else None, group=self._group)
-        outcome = [(0, "")]
-        if self.rank == 0:
-            problems = dict.fromkeys(problem for _, problem in parts if problem)
-            nbytes = 0
-            if not problems:
-                try:
-                    nbytes = self._complete(temporary, directory, contents, [part for part, _ in parts])
-                except OSError as error:
-                    problems[_describe(error, temporary)] = None
-                except Exception as error:
-                    problems[f"rank 0: {error!r}"], defect = None, error
-            if problems:
-                shutil.rmtree(temporary, ignore_errors=True)
-            outcome = [(nbytes, "; ".join(problems))]
-        dist.broadcast_object_list(outcome, group_src=0, group=self._group)
+        dist.gather_object(part, parts if self.rank == 0 else None, group=self._group, group_dst=0)
+        nbytes = None
+        if not problem:
+            nbytes, problem = self._step(lambda: self._complete(temporary, directory, contents, parts), on=0)
+        if problem:
+            self._step(lambda: shutil.rmtree(temporary, ignore_errors=True), on=0)
+        return report(nbytes or 0, problem)
+
+    def _step(self, action: Callable[[], Any], on: int | None = None) -> tuple[Any, str | None]:
+        """(result of an action here, what went wrong anywhere). `on`: the only rank that acts; None: all do.
+
+        A disk's errors are problems; any other error is a defect, raised here when everybody has heard of it.
+        """
+        result, problem, defect = None, None, None
+        if on in (None, self.rank):
+            try:
+                result = action()
+            except OSError as error:
+                problem = f"{error.filename or self.folder}: {error.strerror or error}"
+            except Exception as error:
+                problem, defect = f"rank {self.rank}: {error!r}", error
+        problems: list[str | None] = [None] * self.world
+        dist.all_gather_object(problems, problem, group=self._group)
         if defect is not None:
             raise defect
-        ((nbytes, message),) = outcome
-        return Report(contents.step, directory, nbytes, time.perf_counter() - started, message or None)
+        return result, "; ".join(dict.fromkeys(filter(None, problems))) or None
+
+    def _prepare(self, temporary: Path) -> None:
+        """Rank 0, before anybody writes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            lock = (self.folder / store.LOCK_FILE).open("wb")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(errno.EBUSY, "another run saves its checkpoints here", str(self.folder)) from None
+            except OSError as error:  # some network file systems know no locks
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+            store.remove_unfinished(self.folder)
+            self._lock = lock
+        temporary.mkdir()
 
     def _complete(self, temporary: Path, directory: Path, contents: Contents, parts: list[_Part]) -> int:
         """Rank 0, when every rank has written: index, state, checksums, the name; → bytes."""
@@ -162,6 +185,7 @@ class Saver:
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         checksums = {part.file: part.checksum for part in parts}
+        _await_files(temporary, checksums)
         for path in sorted(temporary.iterdir()):
             if path.name not in checksums:
                 sync_file(path)
@@ -204,15 +228,25 @@ class _Hashed:
 
 def _write_part(path: Path, contents: Contents) -> _Part:
     tensors: dict[str, StoredTensor] = {}
-    with path.open("wb") as raw:
-        file = _Hashed(raw)
-        for block in contents.blocks:
-            chunk: Chunk = append(file, block.values, block.offsets, path.name)
-            before = tensors[block.key].chunks if block.key in tensors else ()
-            tensors[block.key] = StoredTensor(block.shape, block.values.dtype, (*before, chunk))
-    sync_file(path)
+    try:
+        with path.open("wb") as raw:
+            file = _Hashed(raw)
+            for block in contents.blocks:
+                chunk: Chunk = append(file, block.values, block.offsets, path.name)
+                before = tensors[block.key].chunks if block.key in tensors else ()
+                tensors[block.key] = StoredTensor(block.shape, block.values.dtype, (*before, chunk))
+        sync_file(path)
+    except OSError as error:  # a full disk shows when writing, and then names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return _Part(path.name, file.digest.hexdigest(), tensors, contents.random)
 
 
-def _describe(error: OSError, temporary: Path) -> str:
-    return f"{error.filename or temporary}: {error.strerror or error}"
+def _await_files(directory: Path, names: Iterable[str], seconds: float = 60.0) -> None:
+    """Until the other ranks' files are seen here; a network file system may show them a little later."""
+    deadline = time.monotonic() + seconds
+    while absent := [name for name in names if not (directory / name).is_file()]:
+        if time.monotonic() > deadline:
+            raise OSError(
+                errno.ENOENT, f"{', '.join(absent)} cannot be seen: all nodes must share this folder", str(directory)
+            )
+        time.sleep(0.5)

@@ -1,6 +1,7 @@
 """The folder of a run's training checkpoints: which are there, which are whole, which may go.
 
     checkpoints/latest                 names the newest; for people and scripts, resuming does not rely on it
+    checkpoints/lock                   held by the run that saves here
     checkpoints/step_000050/           50 rollout steps are done
         __R_0.distcp  .metadata        weights and optimizer of rank R in Megatron's torch_dist format (dist_io)
         metadata.json  common.pt       so that Megatron's own loader reads it too; common.pt is empty, and never read here
@@ -33,6 +34,7 @@ CHECKSUMS_FILE = "checksums.b2"
 STATE_FILE = "state.json"
 RANDOM_FILE = "random.json"
 LATEST_FILE = "latest"
+LOCK_FILE = "lock"  # held by the run that saves here
 STATE_FORMAT = 1  # raised when a reader of today could not understand tomorrow's state.json
 READ_BYTES = 8 * 2**20
 UNFINISHED = (".tmp", ".deleting")  # what a killed run leaves; removed when the next one starts to save

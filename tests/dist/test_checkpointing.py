@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,12 +283,61 @@ def test_a_save_that_fails_leaves_the_last_good_one_and_says_why(plain: Course, 
     assert first == second, "all ranks hear of it"
     well, full, forbidden, again = first["errors"]
     assert (well, again) == (None, None)
-    assert "__1_0.distcp" in full or "step_000002.tmp" in full
-    assert "File too large" in full
-    assert "step_000003.tmp: Permission denied" in forbidden
-    assert first["entries"][1] == first["entries"][2] == ["latest", "step_000001"]
-    assert first["entries"][3] == ["latest", "step_000004"]  # keep_last is 1
+    assert full == "checkpoints/step_000002.tmp/__1_0.distcp: File too large"
+    assert forbidden == "checkpoints/step_000003.tmp: Permission denied"
+    assert first["entries"][1] == first["entries"][2] == ["latest", "lock", "step_000001"]
+    assert first["entries"][3] == ["latest", "lock", "step_000004"]  # keep_last is 1
     assert problems_of(tmp_path / "checkpoints" / "step_000004") == []
+
+
+def save_while_training(rank: int, course: Course) -> tuple[str, str, bool]:
+    """Trains on while the writing is held up. → digests of the weights when the save began, and of what it holds; whether it was held"""
+    from eureka_megatron.checkpoint import saver
+    from eureka_megatron.train.checkpointing import Checkpointer
+
+    trainer = make_trainer(rank, course)
+    one_step(trainer, course, 0)
+    checkpoints, go, write = Checkpointer(trainer, Path(course.folder)), threading.Event(), saver._write_part
+    saver._write_part = lambda path, contents: go.wait() and write(path, contents)
+    before = weights_digest(trainer)
+    checkpoints.save(1)
+    one_step(trainer, course, 1)
+    held = not checkpoints.ended and weights_digest(trainer) != before
+    go.set()
+    report = checkpoints.wait()
+    assert report.error is None
+    one_step(trainer, course, 2)
+    checkpoints.load(report.directory)
+    return before, weights_digest(trainer), held
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(plain: Course, tmp_path: Path) -> None:
+    for before, found, held in run_ranks(save_while_training, 2, replace(plain.at(2), folder=str(tmp_path / "c"))):
+        assert held
+        assert found == before
+
+
+def save_twice(rank: int, course: Course) -> list[str | None]:
+    """Two runs at once into one folder."""
+    from eureka_megatron.train.checkpointing import Checkpointer
+
+    trainer = make_trainer(rank, course)
+    errors = []
+    for _ in range(2):
+        checkpoints = Checkpointer(trainer, Path(course.folder))
+        checkpoints.save(len(errors))
+        errors.append(checkpoints.wait().error)
+        trainer.checkpoints = checkpoints  # stays alive, with its lock
+        course = replace(course, steps=course.steps + 1)
+    return errors
+
+
+def test_a_second_run_does_not_write_into_the_folder_of_the_first(plain: Course, tmp_path: Path) -> None:
+    course = replace(plain.at(1), folder=str(tmp_path / "checkpoints"))
+    ((first, second),) = run_ranks(save_twice, 1, course)
+    assert first is None
+    assert second == f"{course.folder}: another run saves its checkpoints here"
+    assert [step for step, _ in list_checkpoints(Path(course.folder))] == [0]
 
 
 def load_wrongly(rank: int, course: Course, source: str) -> str:

@@ -1,10 +1,14 @@
 """`eureka export`: releases that transformers loads, FP8 that vLLM's reader understands, nothing half-made."""
 
+import base64
 import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -143,6 +147,7 @@ def test_the_files_are_plain_safetensors_and_the_card_tells_the_error(quantized:
     assert 'quantization="modelopt"' in card
 
 
+@pytest.mark.slow
 def test_vllms_own_reader_finds_fp8_where_it_is_and_nowhere_else(quantized: Path) -> None:
     """vLLM's configuration class, with the model class's renaming, asked about every linear of vLLM's model."""
     program = """
@@ -172,6 +177,64 @@ def test_a_release_can_be_quantised_with_other_data(tiny_dir: Path, data: Path, 
     assert Reader(tmp_path / "out").tensors["model.layers.0.mlp.up_proj.weight"].dtype == FP8
 
 
+# --- the hub ---
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's interface that an upload of small files uses, as the real client speaks it."""
+
+    requests: ClassVar[list[tuple[str, str | None, bytes]]] = []
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        self._answer({"id": "someone/model", "sha": "0" * 40, "siblings": []})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.requests.append((self.path, self.headers.get("Authorization"), body))
+        here = f"http://127.0.0.1:{self.server.server_port}/someone/model"
+        if self.path.endswith("/create"):
+            self._answer({"url": here, "name": "someone/model"})
+        elif self.path.endswith("/validate-yaml"):
+            self._answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            plain = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self._answer({"files": [{"path": file["path"], **plain} for file in json.loads(body)["files"]]})
+        else:
+            self._answer({"commitUrl": f"{here}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True})
+
+    def _answer(self, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_push_uploads_every_file_to_the_named_repository(checkpoint: Path, tmp_path: Path) -> None:
+    """huggingface_hub's real client against a local server. Not covered: the hub's own storage for large files."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "eureka_megatron", "export", checkpoint, "--output", tmp_path / "out"]
+    done = subprocess.run(
+        [*command, "--push", "someone/model", "--quiet"], capture_output=True, text=True, env={**os.environ, **hub}
+    )
+    server.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"pushed to {hub['HF_ENDPOINT']}/someone/model" in done.stdout
+    assert "hf_secret" not in done.stdout + done.stderr
+    created = json.loads(next(body for path, _, body in Hub.requests if path.endswith("/create")))
+    assert (created["organization"], created["name"], created["visibility"]) == ("someone", "model", "private")
+    ((path, token, body),) = [request for request in Hub.requests if "/commit/" in request[0]]
+    assert (path, token) == ("/api/models/someone/model/commit/main", "Bearer hf_secret")
+    values = [json.loads(line)["value"] for line in body.splitlines()]
+    sent = {value["path"]: base64.b64decode(value["content"]) for value in values if "path" in value}
+    assert sent == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+
 # --- what is refused ---
 
 
@@ -182,7 +245,7 @@ def test_a_release_can_be_quantised_with_other_data(tiny_dir: Path, data: Path, 
         (["CHECKPOINT", "--public"], 2, "--public says how to --push"),
         (["CHECKPOINT", "--quantize", "int4"], 2, "unknown --quantize 'int4'"),
         (["CHECKPOINT", "--quantize", "fp8", "--dtype", "bfloat16"], 2, "do not go together"),
-        (["HF"], 1, "is a Hugging Face directory already"),
+        (["HF"], 1, "is a Hugging Face directory already; --quantize fp8, or --push without --output"),
         (["HF", "--quantize", "fp8"], 2, "name a data file with --calibrate"),
         (["NOTHING"], 1, "config.json"),
         (["CHECKPOINT", "--quantize", "fp8", "--calibrate", "absent.jsonl"], 1, "absent.jsonl does not exist"),
@@ -218,6 +281,7 @@ def test_offline_nothing_is_pushed_and_the_release_stays(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert run("export", checkpoint, "--output", tmp_path / "out", "--push", "someone/model") == 1
     error = capsys.readouterr().err
-    assert "is written, but not pushed to someone/model: " in error
+    assert "out is not pushed to someone/model: " in error
+    assert "the directory stays" in error
     assert len(error.splitlines()) == 1
     assert (tmp_path / "out" / "model.safetensors").exists()
