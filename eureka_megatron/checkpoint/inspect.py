@@ -56,9 +56,10 @@ class Contents:
         return " × ".join(f"{name} {size}" for name, size in sizes.items()) if sizes else None
 
     def rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Values of a tensor."""
+        """Values of a tensor; all of a scalar."""
         prefix = next(prefix for prefix in sorted(self.readers, key=len, reverse=True) if name.startswith(prefix))
-        return self.readers[prefix][name.removeprefix(prefix)][rows]
+        tensor = self.readers[prefix][name.removeprefix(prefix)]
+        return tensor[rows] if tensor.shape else tensor
 
 
 def describe(directory: str | Path) -> Contents:
@@ -140,7 +141,7 @@ def _different_values(first: Contents, second: Contents, name: str) -> int:
     shape, dtype = first.tensors[name]
     step = max(1, COMPARED_BYTES // max(1, prod(shape[1:]) * dtype.itemsize))
     count = 0
-    for start in range(0, shape[0], step) if shape else ():
+    for start in range(0, shape[0] if shape else 1, step):
         a, b = (side.rows(name, slice(start, start + step)).reshape(-1) for side in (first, second))
         bits_a, bits_b = (part.view(torch.uint8).view(-1, dtype.itemsize) for part in (a, b))
         count += int((bits_a != bits_b).any(dim=1).sum())

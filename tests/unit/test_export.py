@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from eureka_megatron import cli
@@ -145,6 +147,16 @@ def test_the_files_are_plain_safetensors_and_the_card_tells_the_error(quantized:
     card = (quantized / "README.md").read_text()
     assert "- **Quantisation**: FP8 (E4M3) linears of the text layers, calibrated on 12 prompts; relative error" in card
     assert 'quantization="modelopt"' in card
+
+
+def test_inspection_sees_a_changed_scale(quantized: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(quantized, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight_scale"] *= 2  # a scalar
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert differences(describe(quantized), describe(quantized)) == []
+    changed = ["model.layers.0.mlp.up_proj.weight_scale: 1 of 1 values differ"]
+    assert differences(describe(quantized), describe(other)) == changed
 
 
 @pytest.mark.slow
