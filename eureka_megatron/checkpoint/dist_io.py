@@ -24,7 +24,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint.hf_io import TensorInfo, will_need
+from eureka_megatron.checkpoint.hf_io import Extent, TensorInfo
 from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.checkpoint.qwen2_5_vl import Row, rows
 from eureka_megatron.errors import UserError
@@ -258,12 +258,6 @@ class DistReader:
     def __getitem__(self, name: str) -> Stored:
         return Stored(self, *self._found[name])
 
-    def prefetch(self, name: str) -> None:
-        """Asks the kernel to read a tensor ahead."""
-        _, place, _ = self._found[name]
-        for chunk in self._chunks(place):
-            will_need(self._map(chunk.file), chunk.offset, chunk.nbytes)
-
     def _chunks(self, place: Place) -> list[Chunk]:
         """Those that hold something of a parameter."""
         if place not in self._layers:
@@ -301,13 +295,46 @@ class DistReader:
                 target = out[begin - start : end - start, left - columns.start : right - columns.start]
                 target.copy_(block[:, left - first : right - first])
 
+    def extents(self, name: str, start: int, stop: int) -> list[Extent] | None:
+        """Where rows start … stop-1 of an HF tensor lie, in order; None when tensor ranks have cut its rows into columns."""
+        row, place, source = self._found[name]
+        found = []
+        for piece in sorted(row.layout.pieces(row.shapes, 0, 1), key=lambda piece: piece.at_source[0].start):
+            rows_, at = piece.at_source[0], piece.at_shard[0].start
+            begin, end = max(rows_.start, start), min(rows_.stop, stop)
+            if piece.source == source and begin < end:
+                found.append(self._row_extents(place, at + begin - rows_.start, at + end - rows_.start))
+        return None if None in found else [extent for extents in found for extent in extents or ()]
+
+    def _row_extents(self, place: Place, start: int, stop: int) -> list[Extent] | None:
+        """The same of rows of a Megatron parameter."""
+        stored, leading = self.stored[place.key], 0 if place.layer is None else 1
+        found = []
+        for chunk in sorted(self._chunks(place), key=lambda chunk: chunk.offsets):
+            row, height = chunk.offsets[leading], chunk.sizes[leading]
+            begin, end = max(start, row), min(stop, row + height)
+            if begin >= end:
+                continue
+            if chunk.sizes[leading + 1 :] != stored.shape[leading + 1 :]:
+                return None
+            before = 0 if place.layer is None else (place.layer - chunk.offsets[0]) * height
+            row_bytes = prod(chunk.sizes[leading + 1 :]) * stored.dtype.itemsize
+            offset = self._start(chunk, stored.dtype) + (before + begin - row) * row_bytes
+            found.append(Extent(self.directory / chunk.file, offset, (end - begin) * row_bytes))
+        return found
+
+    def _start(self, chunk: Chunk, dtype: torch.dtype) -> int:
+        """Where the values of a chunk begin in its file."""
+        if chunk not in self._starts:
+            expected = prod(chunk.sizes) * dtype.itemsize
+            self._starts[chunk] = _data_offset(self._map(chunk.file), chunk, expected, self.directory)
+        return self._starts[chunk]
+
     def _chunk(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         """The values of a chunk, mapped: the archive stores them as they are."""
-        data, expected = self._map(chunk.file), prod(chunk.sizes) * dtype.itemsize
-        if chunk not in self._starts:
-            self._starts[chunk] = _data_offset(data, chunk, expected, self.directory)
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=expected, offset=self._starts[chunk])
-        if self._starts[chunk] % dtype.itemsize:  # archives follow each other without alignment
+        data, expected, start = self._map(chunk.file), prod(chunk.sizes) * dtype.itemsize, self._start(chunk, dtype)
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=expected, offset=start)
+        if start % dtype.itemsize:  # archives follow each other without alignment
             flat = flat.clone()
         return flat.view(dtype).view(chunk.sizes)
 
@@ -396,6 +423,30 @@ def append(file: IO[bytes], values: Tensor, offsets: Shape, name: str) -> Chunk:
             cause = cause.__context__
         raise cause or error from None
     return Chunk(offsets, tuple(values.shape), name, start, file.tell() - start)
+
+
+def append_room(file: IO[bytes], shape: Shape, dtype: torch.dtype, offsets: Shape, name: str) -> tuple[Chunk, int]:
+    """Appends a chunk whose values are written later, in place; → it, and where in the file they belong."""
+    noted = _Noted(file)
+    with torch.serialization.skip_data():
+        chunk = append(
+            noted, torch.empty(shape, dtype=dtype), offsets, name
+        )  # memory that nothing touches is no memory
+    assert noted.skipped is not None
+    return chunk, noted.skipped
+
+
+class _Noted:
+    """A file that knows where `torch.save` left the room for the values."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.skipped = file, None
+        self.write, self.tell, self.flush = file.write, file.tell, file.flush
+
+    def seek(self, offset: int, whence: int) -> int:
+        assert self.skipped is None, "one tensor, one gap"
+        self.skipped = self.file.tell()
+        return self.file.seek(offset, whence)
 
 
 def write_metadata(directory: Path, tensors: dict[str, StoredTensor]) -> None:

@@ -2,7 +2,8 @@
 
 The work is cut into units of a few hundred MiB, each written by one process; a unit that is finished leaves a small record,
 so that a conversion that was killed goes on where it stopped. All of it happens in a hidden directory beside the output,
-which takes the output's name at the end. At most `CHUNK_BYTES` of values a process stand in memory of their own.
+which takes the output's name at the end. Where the dtype stays, values go from file to file within the kernel; otherwise at most
+`WRITTEN_BYTES` a process stand in memory of their own.
 
 A converted directory holds config.json, tokenizer and processor files too: it is complete, and `load_hf` loads it like an
 HF directory, at any layout.
@@ -18,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -29,15 +31,17 @@ from eureka_megatron.checkpoint.dist_io import (
     DistReader,
     Place,
     StoredTensor,
-    append,
+    append_room,
     stored_rows,
     stored_shape,
     write_metadata,
 )
 from eureka_megatron.checkpoint.hf_io import (
     MAX_SHARD_BYTES,
+    Extent,
     Reader,
     as_bytes,
+    copy_extent,
     encode_header,
     plan_shards,
     refuse_to_overwrite,
@@ -53,7 +57,10 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.parallel.runtime import Parallel
 
-CHUNK_BYTES = 16 * 2**20  # small enough for malloc to reuse: fresh pages cost more than the copy
+CHUNK_BYTES = 16 * 2**20  # of one archive
+WRITTEN_BYTES = (
+    2**20
+)  # of values that are made here, at a time: more leaves the processor's cache, and doubles the time
 UNIT_BYTES = 512 * 2**20
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -297,43 +304,91 @@ def _write_unit(unit: int) -> int:
 
 
 def _write_distcp(unit: int, blocks: Sequence[Block]) -> list[Chunk]:
-    chunks = []
+    """First the archives, with room for the values, then the values."""
     known = {row.megatron: (row, place) for row, place, _ in _stored_rows(_reader)}
     file_name = f"__{unit}_0.distcp"
+    chunks, rooms = [], []
     with (_job.target / file_name).open("wb") as file:
-        for number, block in enumerate(blocks):
-            for ahead in blocks[number : number + 2]:
-                if ahead.start == 0:
-                    for name in known[ahead.name][0].hf:
-                        _reader.prefetch(name)
+        for block in blocks:
             row, place = known[block.name]
-            values = _rows_of(row, block)
-            offsets: Shape = (block.start,) + (0,) * (values.ndim - 1)
+            shape = (block.stop - block.start, *row.layout.shard_shape(row.shapes, 1)[1:])
+            offsets: Shape = (block.start,) + (0,) * (len(shape) - 1)
             if place.layer is not None:
-                offsets, values = (place.layer, *offsets), values[None]
-            chunks.append(append(file, values, offsets, file_name))
+                offsets, shape = (place.layer, *offsets), (1, *shape)
+            chunk, room = append_room(file, shape, _job.dtype, offsets, file_name)
+            chunks.append(chunk)
+            rooms.append(room)
+        file.flush()
+        for block, room in zip(blocks, rooms, strict=True):
+            _fill(file.fileno(), room, block, _MegatronRows(known[block.name][0]))
+        os.fsync(file.fileno())  # before the record says so: a node may lose its power
     return chunks
 
 
-def _rows_of(row: Row, block: Block) -> torch.Tensor:
-    """The block of a Megatron parameter, from HF tensors, in the dtype of the job."""
-    shape = row.layout.shard_shape(row.shapes, 1)
-    values = torch.empty((block.stop - block.start, *shape[1:]), dtype=_job.dtype)
-    row.layout.fill_rows(values, [_reader[name] for name in row.hf], block.start)
-    return values
-
-
 def _write_safetensors(blocks: Sequence[Block]) -> list[Chunk]:
-    for number, block in enumerate(blocks):
-        for ahead in blocks[number : number + 2]:
-            if ahead.start == 0:
-                _reader.prefetch(ahead.name)
-        with (_job.target / block.file).open("r+b", buffering=0) as file:
-            file.seek(block.offset)
-            data = as_bytes(_reader[block.name][block.start : block.stop].to(_job.dtype))
-            while data:  # one call writes at most 2 GiB, and less on a full disk
-                data = data[file.write(data) :]
+    for file_name, group in groupby(blocks, key=lambda block: block.file):
+        with (_job.target / file_name).open("r+b", buffering=0) as file:
+            for block in group:
+                _fill(file.fileno(), block.offset, block, _HFRows(block.name))
+            os.fsync(file.fileno())
     return []
+
+
+@dataclass(frozen=True)
+class _HFRows:
+    """Rows of an HF tensor: where they lie, or their values."""
+
+    name: str
+
+    def extents(self, start: int, stop: int) -> list[Extent] | None:
+        return _reader.extents(self.name, start, stop) if _reader.tensors[self.name].dtype == _job.dtype else None
+
+    def values(self, start: int, stop: int) -> torch.Tensor:
+        return _reader[self.name][start:stop].to(_job.dtype)
+
+
+@dataclass(frozen=True)
+class _MegatronRows:
+    """The same of a Megatron parameter, as one rank alone would hold it, from an HF directory."""
+
+    row: Row
+
+    def extents(self, start: int, stop: int) -> list[Extent] | None:
+        names, found = list(self.row.hf), []
+        for piece in sorted(self.row.layout.pieces(self.row.shapes, 0, 1), key=lambda piece: piece.at_shard[0].start):
+            at, rows_ = piece.at_shard[0], piece.at_source[0]
+            begin, end = max(at.start, start), min(at.stop, stop)
+            if begin < end:
+                part = _HFRows(names[piece.source]).extents(
+                    rows_.start + begin - at.start, rows_.start + end - at.start
+                )
+                if part is None:
+                    return None
+                found += part
+        return found
+
+    def values(self, start: int, stop: int) -> torch.Tensor:
+        shape = self.row.layout.shard_shape(self.row.shapes, 1)
+        values = torch.empty((stop - start, *shape[1:]), dtype=_job.dtype)
+        self.row.layout.fill_rows(values, [_reader[name] for name in self.row.hf], start)
+        return values
+
+
+def _fill(target: int, at: int, block: Block, rows_: _HFRows | _MegatronRows) -> None:
+    """Writes the values of a block to place `at` of an open file: bytes from file to file, unless dtype or order differ."""
+    extents = rows_.extents(block.start, block.stop)
+    if extents is not None:
+        assert sum(extent.nbytes for extent in extents) == block.nbytes
+        for extent in extents:
+            copy_extent(extent, target, at)
+            at += extent.nbytes
+        return
+    step = max(1, WRITTEN_BYTES * (block.stop - block.start) // block.nbytes)
+    for start in range(block.start, block.stop, step):
+        data = as_bytes(rows_.values(start, min(block.stop, start + step)))
+        while data:  # one call writes less on a full disk
+            written = os.pwrite(target, data, at)
+            data, at = data[written:], at + written
 
 
 def _finish(job: Job) -> None:
