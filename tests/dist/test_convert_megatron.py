@@ -1,5 +1,6 @@
 """A converted checkpoint loads at any layout, by `load_hf` and by Megatron's own loader; Megatron's own saves convert back."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from eureka_megatron.checkpoint import iter_hf_weights, load_hf
+from eureka_megatron.checkpoint import export_hf, iter_hf_weights, load_hf
 from eureka_megatron.checkpoint.convert import sharded_state
 from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.checkpoint.inspect import describe, differences
 from eureka_megatron.checkpoint.offline import hf_to_megatron, megatron_to_hf
+from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
@@ -80,6 +83,72 @@ def test_a_converted_checkpoint_loads_at_any_layout(tmp_path, layout):
     hf_to_megatron(source, tmp_path / "megatron")
     world = ranks_of(layout)
     assert run_ranks(load_both_ways, world, str(source), str(tmp_path / "megatron"), layout) == [[]] * world
+
+
+# --- every kind of checkpoint, all the way round ---
+
+
+def both_namings(directory: Path) -> list[Path]:
+    """The directory, and a copy whose tensors go by transformers 5's names (sharded ones keep their index)."""
+    new = shutil.copytree(directory, directory.with_name(directory.name + "-new"))
+    names = {name: spelled_new(name) for name in Reader(directory).tensors}
+    for file in new.glob("*.safetensors"):
+        save_file({names[name]: tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    for index in new.glob("*.index.json"):
+        content = json.loads(index.read_text())
+        content["weight_map"] = {names[name]: file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content))
+    return [directory, new]
+
+
+def spelled_new(hub: str) -> str:
+    if hub.startswith("visual."):
+        return f"model.{hub}"
+    return hub.replace("model.", "model.language_model.", 1) if hub.startswith("model.") else hub
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
+    """(source, converted): tied and untied, one and two key heads, in one file and in shards, fp32 and bf16, both namings."""
+    folder, found = tmp_path_factory.mktemp("kinds"), []
+    for tied, kv_heads, shard, dtype in (
+        (True, 2, "5GB", torch.float32),
+        (True, 1, "500KB", torch.bfloat16),
+        (False, 2, "500KB", torch.float32),
+        (False, 1, "5GB", torch.bfloat16),
+    ):
+        sizes = {"tied": tied, "kv_heads": kv_heads, "dtype": dtype, "max_shard_size": shard, "randomize_all": True}
+        made = build_tiny(folder / f"{'tied' if tied else 'untied'}-{kv_heads}-{shard}", **sizes)
+        for source in both_namings(made):
+            hf_to_megatron(source, folder / f"{source.name}-megatron", verify=True)
+            found.append((source, folder / f"{source.name}-megatron"))
+    return found
+
+
+def go_round(rank: int, converted: list[str], layout: Layout, output: str) -> None:
+    """Loads each converted checkpoint at a layout and exports it from there."""
+    sizes = {name: size for name, size in layout.items() if name != "vision_parallel"}
+    parallel = init_parallel(**sizes, rank=rank, world_size=ranks_of(layout))
+    for directory in converted:
+        config = read_hf_config(directory)
+        dtype = describe(directory).tensors["visual.patch_embed.proj.weight"][1]
+        how = layout.get("vision_parallel", "replicated")
+        chunks = build_model(config, parallel, dtype=dtype, vision_parallel=how)
+        load_hf(chunks, directory, parallel)
+        export_hf(chunks, parallel, directory, f"{output}/{Path(directory).name}", card={})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_kind_of_checkpoint_comes_back_bitwise_through_every_layout(
+    kinds: list[tuple[Path, Path]], tmp_path: Path, layout: Layout
+) -> None:
+    run_ranks(go_round, ranks_of(layout), [str(converted) for _, converted in kinds], layout, str(tmp_path))
+    for source, converted in kinds:
+        expected, found = Reader(source, rename=hub_name), Reader(tmp_path / converted.name)
+        assert expected.tensors.keys() == found.tensors.keys()
+        for name in expected.tensors:
+            assert expected[name].dtype == found[name].dtype
+            assert torch.equal(expected[name], found[name]), (source.name, name)
 
 
 def save_by_megatron(rank: int, hf: str, output: str, layout: Layout) -> None:
