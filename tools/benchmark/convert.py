@@ -2,8 +2,9 @@
 
     python tools/benchmark/convert.py --size 3b [--directory DIR] [--workers N] [--json FILE]
 
-Writes random bfloat16 weights (7.5 GB for 3b, 16.6 GB for 7b; twice to three times that much free disk is needed), runs cp and both
-conversions in turns, prints seconds, ratio to cp and the peak of anonymous memory over all processes, and deletes everything again.
+Writes random bfloat16 weights (7.5 GB for 3b, 16.6 GB for 7b; three times that much free disk is needed). In each round a conversion follows a
+cp of the same source, nothing of either in the page cache; seconds include `sync`. Prints the median over rounds of seconds and of the ratio to
+the cp before it, and the peak of anonymous memory over all processes. Deletes everything again.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -84,9 +86,18 @@ def anonymous_bytes(process: psutil.Process) -> int:
     return found
 
 
-def measure(command: list[str]) -> tuple[float, int]:
+def forget(directory: Path) -> None:
+    """Takes a directory's files out of the page cache: a model of 72B is not in there either."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(command: list[str], source: Path) -> tuple[float, int]:
     """(seconds, peak anonymous bytes) of a command; `sync` is part of the time, for cp and conversions alike."""
     os.sync()
+    forget(source)
     peak, begin = 0, time.perf_counter()
     process = psutil.Popen(command)
     while process.poll() is None:
@@ -108,7 +119,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SHAPES), default="3b")
     parser.add_argument("--directory", type=Path, help="where to write; default: a temporary directory")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2, help="the best of so many is reported")
+    parser.add_argument("--rounds", type=int, default=3, help="the median of so many is reported")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="convert-benchmark-", dir=options.directory))
@@ -121,24 +132,28 @@ def main() -> None:
             return [sys.executable, str(tools / script), "--workers", str(options.workers), "--quiet",
                     "--input", str(source), "--output", str(target)]  # fmt: skip
 
-        best: dict[str, tuple[float, int]] = {}
+        found: dict[str, list[tuple[float, float, int]]] = {}  # seconds, those of cp, bytes
         for _ in range(options.rounds):
-            for name, command in {
-                "cp": ["cp", "-r", str(root / "hf"), str(root / "copy")],
-                "hf-to-megatron": convert("hf_to_megatron.py", root / "hf", root / "megatron"),
-                "megatron-to-hf": convert("megatron_to_hf.py", root / "megatron", root / "copy"),
-            }.items():
-                seconds, peak = measure(command)
-                best[name] = min(best.get(name, (float("inf"), 0)), (seconds, peak))
-                shutil.rmtree(root / "copy", ignore_errors=True)
+            for name, source, target, script in (
+                ("hf-to-megatron", root / "hf", root / "megatron", "hf_to_megatron.py"),
+                ("megatron-to-hf", root / "megatron", root / "back", "megatron_to_hf.py"),
+            ):
+                plain, _ = measure(["cp", "-r", str(source), str(root / "copy")], source)
+                forget(root / "copy")
+                shutil.rmtree(root / "copy")
+                seconds, peak = measure(convert(script, source, target), source)
+                forget(target)
+                found.setdefault(name, []).append((seconds, plain, peak))
             shutil.rmtree(root / "megatron")
+            shutil.rmtree(root / "back")
         report = {
             name: {
-                "seconds": round(s, 1),
-                "ratio_to_cp": round(s / best["cp"][0], 2),
-                "anonymous_gib": round(p / 2**30, 2),
+                "seconds": round(median(seconds for seconds, _, _ in rounds), 1),
+                "cp_seconds": round(median(plain for _, plain, _ in rounds), 1),
+                "ratio_to_cp": round(median(seconds / plain for seconds, plain, _ in rounds), 2),
+                "anonymous_gib": round(max(peak for _, _, peak in rounds) / 2**30, 2),
             }
-            for name, (s, p) in best.items()
+            for name, rounds in found.items()
         }
         print(json.dumps({"size": options.size, "bytes": nbytes, "workers": options.workers, **report}, indent=2))
         if options.json:
