@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.dist_io import METADATA_FILE
+from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
 from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.checkpoint.offline import Progress, megatron_to_hf
 from eureka_megatron.checkpoint.release import model_card, run_card

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eureka_megatron.checkpoint.dist_io import METADATA_FILE, DistReader
+from eureka_megatron.checkpoint.dist_io import DistReader
+from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
 from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.checkpoint.layouts import Rows, Shape
 from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, hub_name, rows

@@ -1,19 +1,17 @@
 """Megatron's sharded checkpoint format (`torch_dist`) read and written file by file, without ranks and without Megatron.
 
-The format is that of torch.distributed.checkpoint: `.metadata` lists, for every tensor, rectangular chunks and where each
-lies; a chunk is one `torch.save` archive inside a `.distcp` file. Names are those that Megatron's own `sharded_state_dict`
+The format is that of torch.distributed.checkpoint: `.metadata` (`dist_metadata`) lists, for every tensor, rectangular chunks and where
+each lies; a chunk is one `torch.save` archive inside a `.distcp` file. Names are those that Megatron's own `sharded_state_dict`
 gives this model: layers of the text decoder are stacked along a leading axis, vision layers are not. Chunks may be cut in any
 way (by the tensor ranks of a training run, or by rows here), so a checkpoint loads at any layout.
 
 `DistReader` offers the HF tensors of such a directory, in the manner of `hf_io.Reader`: slices of them are put together from
-mapped chunks. Nothing in the files is executed: `.metadata` is a pickle and is read with a list of permitted classes.
+mapped chunks. Nothing in the files is executed.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
-import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,24 +22,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE, Chunk, read_metadata
 from eureka_megatron.checkpoint.hf_io import Extent, TensorInfo
 from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.checkpoint.qwen2_5_vl import Row, rows
 from eureka_megatron.errors import UserError
 
-METADATA_FILE = ".metadata"
-FORMAT_FILE = "metadata.json"
-FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 ALIGNMENT = 64  # bytes; torch aligns values within an archive, so archives are aligned too
-# Parts of a training checkpoint that are no weights.
-NO_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state")
-# What an optimizer keeps of a parameter stands under the parameter's key behind this; Megatron's own spelling.
-STATE_PREFIX = "optimizer.state.{kind}."
 
 
 @dataclass(frozen=True)
@@ -50,29 +37,6 @@ class Place:
 
     key: str
     layer: int | None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A block of a stored tensor, in the tensor's coordinates. `offset` and `nbytes` bound its archive in `file`."""
-
-    offsets: Shape
-    sizes: Shape
-    file: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    shape: Shape
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def covered(self) -> bool:
-        """Whether the chunks, which never overlap, are all of it."""
-        return sum(prod(chunk.sizes) for chunk in self.chunks) == prod(self.shape)
 
 
 def places(row: Row) -> list[tuple[Row, Place]]:
@@ -121,98 +85,6 @@ def rectangles(row: Row, place: Place, r: int, n: int, start: int, stop: int) ->
 
 
 # --- reading ---
-
-
-class _Ignored:
-    """In place of records that reading weights does not need, such as the plan by which a checkpoint was saved."""
-
-    def __init__(self, *_: object, **__: object): ...
-
-    def __setstate__(self, _: object) -> None: ...
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the records of `.metadata` and nothing else."""
-
-    RECORDS = ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")
-    ALLOWED = (
-        *(("torch.distributed.checkpoint.metadata", record) for record in RECORDS),
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "PurePosixPath"),
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in self.ALLOWED:
-            if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
-                return _Ignored
-            raise UserError(f"names {module}.{name}, which has no place in a checkpoint's metadata; not loaded")
-        return super().find_class(module, name)
-
-
-def read_metadata(directory: Path, prefix: str = "") -> dict[str, StoredTensor]:
-    """Name → stored tensor, of the weights, or of what stands behind a prefix (taken off the names).
-
-    UserError when files are missing, truncated or of another format.
-    """
-    # Imported where needed: it takes a second, and HF directories do without.
-    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-
-    path = directory / METADATA_FILE
-    try:
-        said = json.loads((directory / FORMAT_FILE).read_text())
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except UserError as error:
-        raise UserError(f"{path} {error}") from None
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist: the checkpoint is incomplete") from None
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read: {error!r}") from None
-    if said.get("sharded_backend") != "torch_dist":
-        raise UserError(
-            f"{directory / FORMAT_FILE}: sharded_backend is {said.get('sharded_backend')!r}, need 'torch_dist'"
-        )
-    tensors, ends = {}, {}
-    for name, entry in metadata.state_dict_metadata.items():
-        wanted = name.startswith(prefix) if prefix else not name.startswith(NO_WEIGHTS)
-        if isinstance(entry, TensorStorageMetadata) and wanted:
-            chunks = []
-            for chunk in entry.chunks:
-                info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                file = str(info.relative_path)
-                chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
-                ends[file] = max(ends.get(file, 0), info.offset + info.length)
-            tensors[name.removeprefix(prefix)] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
-    _check_files(directory, ends)
-    gaps = [name for name, tensor in tensors.items() if not tensor.covered]
-    if gaps:
-        raise UserError(f"{path}: the chunks of these tensors do not cover them: {', '.join(gaps)}")
-    return tensors
-
-
-def state_prefixes(directory: Path) -> list[str]:
-    """What an optimizer keeps of the weights. Example: ["optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."]."""
-    before, _, after = STATE_PREFIX.partition("{kind}")
-    kinds = {name.partition(after)[0] for name in read_metadata(directory, before)}
-    return [STATE_PREFIX.format(kind=kind) for kind in sorted(kinds)]
-
-
-def _check_files(directory: Path, ends: dict[str, int]) -> None:
-    strange = sorted(file for file in ends if Path(file).name != file)
-    absent = sorted(file for file in ends if not (directory / file).is_file())
-    if strange or absent:
-        raise UserError(f"{directory / METADATA_FILE} names files that are absent: {', '.join(strange + absent)}")
-    short = sorted(file for file, end in ends.items() if (directory / file).stat().st_size < end)
-    if short:
-        raise UserError(f"{directory}: truncated: {', '.join(short)}")
 
 
 class DistReader:
@@ -447,27 +319,3 @@ class _Noted:
         assert self.skipped is None, "one tensor, one gap"
         self.skipped = self.file.tell()
         return self.file.seek(offset, whence)
-
-
-def write_metadata(directory: Path, tensors: dict[str, StoredTensor]) -> None:
-    """`.metadata`, `metadata.json` and an empty `common.pt`, as Megatron's loader wants them."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    entries, storage = {}, {}
-    for name, tensor in tensors.items():
-        chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks]
-        properties = TensorProperties(dtype=tensor.dtype)
-        entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
-        for number, chunk in enumerate(tensor.chunks):
-            index = MetadataIndex(name, torch.Size(chunk.offsets), number)
-            storage[index] = _StorageInfo(chunk.file, chunk.offset, chunk.nbytes)
-    torch.save({}, directory / "common.pt")
-    (directory / FORMAT_FILE).write_text(json.dumps(FORMAT))
-    (directory / METADATA_FILE).write_bytes(pickle.dumps(Metadata(entries, storage_data=storage)))

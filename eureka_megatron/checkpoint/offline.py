@@ -26,16 +26,8 @@ from pathlib import Path
 import torch
 
 from eureka_megatron.checkpoint.convert import check_hf, check_spare_head, open_checkpoint
-from eureka_megatron.checkpoint.dist_io import (
-    Chunk,
-    DistReader,
-    Place,
-    StoredTensor,
-    append_room,
-    stored_rows,
-    stored_shape,
-    write_metadata,
-)
+from eureka_megatron.checkpoint.dist_io import DistReader, Place, append_room, stored_rows, stored_shape
+from eureka_megatron.checkpoint.dist_metadata import Chunk, StoredTensor, write_metadata
 from eureka_megatron.checkpoint.hf_io import (
     MAX_SHARD_BYTES,
     Extent,

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.dist_io import Chunk, StoredTensor, append, write_metadata
+from eureka_megatron.checkpoint.dist_io import append
+from eureka_megatron.checkpoint.dist_metadata import Chunk, StoredTensor, write_metadata
 from eureka_megatron.checkpoint.hf_io import sync_file
 from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.checkpoint.release import copy_companions

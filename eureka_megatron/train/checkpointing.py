@@ -31,7 +31,8 @@ from eureka_megatron.checkpoint.convert import (
     raise_together,
     table_of,
 )
-from eureka_megatron.checkpoint.dist_io import STATE_PREFIX, DistReader, rectangles, stored_rows, stored_shape
+from eureka_megatron.checkpoint.dist_io import DistReader, rectangles, stored_rows, stored_shape
+from eureka_megatron.checkpoint.dist_metadata import STATE_PREFIX
 from eureka_megatron.checkpoint.qwen2_5_vl import Row
 from eureka_megatron.checkpoint.saver import Block, Contents, Report, Saver
 from eureka_megatron.errors import UserError

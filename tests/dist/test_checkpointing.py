@@ -15,7 +15,8 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from eureka_megatron import cli
-from eureka_megatron.checkpoint.dist_io import STATE_PREFIX, DistReader
+from eureka_megatron.checkpoint.dist_io import DistReader
+from eureka_megatron.checkpoint.dist_metadata import STATE_PREFIX
 from eureka_megatron.checkpoint.inspect import describe, differences
 from eureka_megatron.checkpoint.store import checksum, checksum_lines, list_checkpoints, newest_whole, problems_of
 from eureka_megatron.errors import UserError

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eureka_megatron import cli
-from eureka_megatron.checkpoint.dist_io import StoredTensor, append, read_metadata, write_metadata
+from eureka_megatron.checkpoint.dist_io import append
+from eureka_megatron.checkpoint.dist_metadata import StoredTensor, read_metadata, write_metadata
 from eureka_megatron.checkpoint.offline import hf_to_megatron
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
 
