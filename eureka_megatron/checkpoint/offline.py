@@ -37,6 +37,7 @@ from eureka_megatron.checkpoint.hf_io import (
     encode_header,
     plan_shards,
     refuse_to_overwrite,
+    settle,
     sync_file,
     sync_files,
     write_index,
@@ -313,7 +314,7 @@ def _write_distcp(unit: int, blocks: Sequence[Block]) -> list[Chunk]:
         file.flush()
         for block, room in zip(blocks, rooms, strict=True):
             _fill(file.fileno(), room, block, _MegatronRows(known[block.name][0]))
-        os.fsync(file.fileno())  # before the record says so: a node may lose its power
+        settle(file.fileno())  # before the record says so: a node may lose its power
     return chunks
 
 
@@ -322,7 +323,7 @@ def _write_safetensors(blocks: Sequence[Block]) -> list[Chunk]:
         with (_job.target / file_name).open("r+b", buffering=0) as file:
             for block in group:
                 _fill(file.fileno(), block.offset, block, _HFRows(block.name))
-            os.fsync(file.fileno())
+            settle(file.fileno())
     return []
 
 
