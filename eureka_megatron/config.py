@@ -40,7 +40,8 @@ class RunSection(_Section):
 
 
 class ModelSection(_Section):
-    path: Path  # Hugging Face directory: config.json, safetensors, tokenizer, processor
+    # Hugging Face directory, or one in Megatron's format (converted, or a training checkpoint): weights, config, tokenizer, processor
+    path: Path
     backend: Literal["local", "te"] = "local"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # parts (vision, merger, language) or patterns of tensor names ("visual.blocks.0.*") that do not learn
@@ -168,7 +169,7 @@ class AlgorithmSection(_Section):
     kl_coefficient: float = Field(0.0, ge=0)  # β; 0 builds no reference at all
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    reference: Path | None = None  # Hugging Face directory of the reference policy; none: model.path
+    reference: Path | None = None  # directory of the reference policy, of the kinds of model.path; none: that one
     gamma: float = Field(1.0, gt=0, le=1)  # discount of later rewards, per response token
     compat: Literal["mm_eureka"] | None = None
     filter: FilterSection = FilterSection()

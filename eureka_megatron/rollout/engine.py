@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from eureka_megatron.errors import UserError
+from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.sync.check import (
     Fingerprint,
     check_announced,
@@ -56,7 +57,7 @@ _VISION_TOKEN_KEYS = (
 class EngineOptions:
     """What an engine is started with. Example: EngineOptions(model="Qwen2.5-VL-7B-Instruct", dtype="bfloat16")."""
 
-    model: Path | str  # Hugging Face directory
+    model: Path | str  # Hugging Face directory, or one in Megatron's format
     dtype: str = "bfloat16"
     max_model_tokens: int = 8192  # prompt and response together
     max_concurrent: int = 256  # sequences running at once
@@ -107,6 +108,7 @@ class Engine:
         on_gpu = torch.cuda.is_available()
         self._llm = LLM(
             model=str(directory),
+            load_format=load_format(directory),
             dtype=options.dtype,
             max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
             max_num_seqs=options.max_concurrent,

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
+from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.verify.engine import engine_report, native_logprobs
@@ -40,6 +42,8 @@ def run_verify(
     if against == "vllm" and grads:
         raise ConfigError("eureka verify: --grads needs --against transformers; an engine has no gradients")
     options = {name: value for name, value in layout.chosen.items() if name in LAYOUT_CHECKED}
+    if against == "transformers":
+        _require_hf_files(hf_dir)
     check_layout(read_hf_config(hf_dir), layout.tensor, layout.pipeline, **options)
     with tempfile.TemporaryDirectory(prefix="eureka-verify-") as folder:
         reference = Path(folder) / "reference.safetensors"
@@ -53,6 +57,17 @@ def run_verify(
     report = {"against": against, "layout": asdict(layout)} | report
     print(json.dumps(report, indent=2) if as_json else describe(report))
     return 0 if report["passed"] else 1
+
+
+def _require_hf_files(directory: Path) -> None:
+    """What transformers would report by a traceback, or not at all."""
+    read_hf_config(directory)
+    if (directory / METADATA_FILE).is_file():
+        raise UserError(
+            f"{directory} is in Megatron's format, which transformers does not read: name the HF directory, or one made by "
+            "eureka convert megatron-to-hf (--against vllm takes both)"
+        )
+    Reader(directory)
 
 
 def describe(report: dict[str, Any]) -> str:

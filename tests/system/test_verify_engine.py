@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eureka_megatron.checkpoint.offline import hf_to_megatron
 from eureka_megatron.cli import main
 from eureka_megatron.verify import made_up_samples
 from eureka_megatron.verify.engine import differences, first_scored
@@ -22,8 +23,12 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_an_engine_gives_the_log_probabilities_of_the_native_model(tiny_dir: Path) -> None:
-    code, output = run("--hf", str(tiny_dir), "--tp", "2", "--sequence-parallel", "--json")
+@pytest.mark.parametrize("form", ["hugging face", "megatron"])
+def test_an_engine_gives_the_log_probabilities_of_the_native_model(tiny_dir: Path, tmp_path: Path, form: str) -> None:
+    directory = tiny_dir
+    if form == "megatron":
+        hf_to_megatron(tiny_dir, directory := tmp_path / "megatron")
+    code, output = run("--hf", str(directory), "--tp", "2", "--sequence-parallel", "--json")
     report = json.loads(output[output.index("{") :])
     assert code == 0
     assert report["against"] == "vllm"
