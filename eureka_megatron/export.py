@@ -7,7 +7,6 @@ vLLM as it is and says where it comes from; with `--quantize fp8` it is for vLLM
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from eureka_megatron.checkpoint import store
 from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
 from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.checkpoint.offline import Progress, megatron_to_hf
-from eureka_megatron.checkpoint.release import model_card, run_card
+from eureka_megatron.checkpoint.release import REPOSITORY, model_card, run_card
 from eureka_megatron.config import RunConfig, make_config
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor, make_processor
@@ -32,7 +31,6 @@ from eureka_megatron.types import Prompt
 from eureka_megatron.verify.reference import model_inputs
 
 CHECKED_PROMPTS = 16  # whose logits are compared, besides those that are calibrated on
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)

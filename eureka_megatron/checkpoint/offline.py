@@ -2,8 +2,8 @@
 
 The work is cut into units of a few hundred MiB, each written by one process; a unit that is finished leaves a small record,
 so that a conversion that was killed goes on where it stopped. All of it happens in a hidden directory beside the output,
-which takes the output's name at the end. Where the dtype stays, values go from file to file within the kernel; otherwise at most
-`WRITTEN_BYTES` a process stand in memory of their own.
+which takes the output's name at the end. Where the dtype stays, values go from file to file through a small buffer; otherwise at most
+`WRITTEN_BYTES` a process stand in memory of their own. Nothing of it stays in the page cache.
 
 A converted directory holds config.json, tokenizer and processor files too: it is complete, and `load_hf` loads it like an
 HF directory, at any layout.
@@ -51,9 +51,7 @@ from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.parallel.runtime import Parallel
 
 CHUNK_BYTES = 16 * 2**20  # of one archive
-WRITTEN_BYTES = (
-    2**20
-)  # of values that are made here, at a time: more leaves the processor's cache, and doubles the time
+WRITTEN_BYTES = 2**20  # of values made here, at a time: more does not fit the processor's cache, which doubles the time
 UNIT_BYTES = 512 * 2**20
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

@@ -7,6 +7,7 @@ through the same iteration as the online sync. transformers' `from_pretrained` a
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ CARD_KEYS = (
     "git_commit",
     "quantization",
 )
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the hub
 
 
 def export_hf(
@@ -141,8 +143,9 @@ def model_card(card: Mapping[str, Any]) -> str:
 
     Example: model_card({"base_model": "Qwen/Qwen2.5-VL-7B-Instruct", "algorithm": "GRPO", "scores": {"MathVista": 0.73}})
     """
+    base = str(card.get("base_model", ""))
     head = {
-        "base_model": card.get("base_model"),
+        "base_model": base if REPOSITORY.fullmatch(base) else None,  # the hub refuses a card that names anything else
         "license": card.get("license"),
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -187,7 +190,7 @@ def run_card(config: Mapping[str, Any], scores: Mapping[str, float] | None = Non
         "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
         "run_id": config["run"]["name"],
         "hyperparameters": {
-            f"{section}.{key}": value
+            f"{section}.{key}": public(value) if (section, key) == ("algorithm", "reference") and value else value
             for section in ("optimizer", "rollout", "training", "algorithm")
             for key, value in config[section].items()
         },

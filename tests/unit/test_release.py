@@ -14,7 +14,8 @@ def test_the_card_holds_what_it_was_given_and_its_head_is_yaml():
     card = model_card(
         {
             "title": "Counts: red | blue",
-            "base_model": "someone/model: tiny",
+            "base_model": "someone/model",
+            "license": "other: see LICENSE",
             "data": "MMK12, 15k questions",
             "algorithm": "GRPO",
             "hyperparameters": {"optimizer.lr": 1e-6, "filter": "0.01|0.99"},
@@ -23,9 +24,9 @@ def test_the_card_holds_what_it_was_given_and_its_head_is_yaml():
         }
     )
     head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == "someone/model: tiny"
+    assert head["base_model"] == "someone/model"
+    assert head["license"] == "other: see LICENSE"
     assert head["pipeline_tag"] == "image-text-to-text"
-    assert "license" not in head
     for line in (
         "- **Code**: abc123",
         "| optimizer.lr | 1e-06 |",
@@ -33,6 +34,13 @@ def test_the_card_holds_what_it_was_given_and_its_head_is_yaml():
         "| MathVista | 0.7312 |",
     ):
         assert line in card.splitlines()
+
+
+def test_a_base_model_that_the_hub_does_not_know_stays_out_of_the_head():
+    for base in ("hf", "runs/sft/hf", "/models/Qwen2.5-VL-7B-Instruct"):
+        card = model_card({"base_model": base})
+        assert "base_model" not in yaml.safe_load(card.split("---")[1])
+        assert f"- **Base model**: {base}" in card.splitlines()
 
 
 def test_an_empty_card_is_still_a_card():
