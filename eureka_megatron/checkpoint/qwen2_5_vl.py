@@ -1,7 +1,7 @@
 """THE TABLE: which HF tensors become which Megatron parameter of Qwen2.5-VL, and by which layout.
 
 Loading, offline conversion, HF export and online weight sync all read it; nothing else spells a weight's name.
-HF names are the hub's (`visual.*`, `model.layers.*`); `hub_name` turns the newer naming into it.
+HF names are the hub's (`visual.*`, `model.layers.*`); `hub_name` turns the newer naming, and vLLM's, into it.
 
 Legend of shapes: V vocabulary, H text hidden, F text ffn, D vision hidden, G vision ffn, M merger hidden,
 O merger output.
@@ -37,6 +37,13 @@ NORMS = {
     "local": ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
     "te": ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
 }
+# Hub checkpoints, newer transformers and vLLM name the same tensors differently.
+_PREFIXES = (
+    ("model.visual.", "visual."),
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
 
 
 @dataclass(frozen=True)
@@ -242,8 +249,8 @@ def tensors_of(table: Iterable[Row], skip: Container[str] = ()) -> list[tuple[st
 
 
 def hub_name(name: str) -> str:
-    """The hub's name of a tensor that may carry the newer naming: model.visual.* and model.language_model.*."""
-    for new, hub in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if name.startswith(new):
-            return hub + name.removeprefix(new)
+    """The name hub checkpoints use (`visual.*`, `model.layers.*`, `lm_head.*`), from any of the three namings."""
+    for prefix, hub in _PREFIXES:
+        if name.startswith(prefix):
+            return hub + name.removeprefix(prefix)
     return name

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.sync.check import (
@@ -40,7 +41,7 @@ from eureka_megatron.sync.check import (
     listed,
     parameters_of,
 )
-from eureka_megatron.sync.source import SyncError, TensorMeta, hub_name
+from eureka_megatron.sync.source import SyncError, TensorMeta
 from eureka_megatron.types import Picture, Prompt, Rollout
 
 # Names in config.json of the tokens a policy must never sample.

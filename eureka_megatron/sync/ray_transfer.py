@@ -29,8 +29,9 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
+from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.sync.check import Fingerprint, fingerprint
-from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta, hub_name
+from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
 
 log = logging.getLogger(__name__)
 

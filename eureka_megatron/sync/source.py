@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
 
 
@@ -32,23 +33,6 @@ class TensorMeta:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-# Hub checkpoints, newer transformers and vLLM name the same tensors differently. Longest prefix first.
-_PREFIXES = (
-    ("model.visual.", "visual."),
-    ("model.language_model.", "model."),
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-)
-
-
-def hub_name(name: str) -> str:
-    """The name hub checkpoints use (`visual.*`, `model.layers.*`, `lm_head.*`), from any of the three namings."""
-    for prefix, hub in _PREFIXES:
-        if name.startswith(prefix):
-            return hub + name.removeprefix(prefix)
-    return name
 
 
 class MegatronWeightSource:

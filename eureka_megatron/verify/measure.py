@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.parallel.runtime import init_parallel
-from eureka_megatron.sync.source import hub_name
 from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, first_above, relative
 from eureka_megatron.verify.layout import Job
 from eureka_megatron.verify.reference import Reference

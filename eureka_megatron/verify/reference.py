@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from eureka_megatron.sync.source import hub_name
+from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.types import Sample
 from eureka_megatron.verify.depths import reference_depths, watch_reference
 from eureka_megatron.verify.samples import reading_order
