@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from math import prod
@@ -203,6 +204,9 @@ def _convert(job: Job, workers: int, verify: bool, progress: Progress | None) ->
                 sync_files(work / "data")
                 os.rename(work / "data", output)
                 sync_file(output.parent)
+            except BrokenProcessPool as error:
+                reason = "one of the worker processes was killed (by the system, for want of memory?)"
+                raise UserError(f"{reason}; the same command goes on where this one stopped") from error
             except Exception:  # a kill or Ctrl-C leaves what is done, to go on from there
                 shutil.rmtree(work, ignore_errors=True)
                 raise

@@ -1,6 +1,7 @@
 """Offline conversion: bitwise both ways, resumable, atomic, and readable by Megatron's own loader."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -125,6 +127,29 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path):
     times = [f"{unit}.json" for unit in result.stdout.split()]
     assert times
     assert not set(times) & set(kept)
+    assert same(source, tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_worker_is_told_and_the_next_conversion_goes_on(tmp_path, small_blocks):
+    source = build_tiny(tmp_path / "hf", randomize_all=True)
+
+    def kill_a_worker() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if len(workers := multiprocessing.active_children()) == 2:
+                time.sleep(0.2)  # they are importing; Python 3.11 hangs if one dies while the other is being started
+                os.kill(workers[0].pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    with pytest.raises(UserError, match=r"was killed .* goes on where this one stopped"):
+        hf_to_megatron(source, tmp_path / "out", workers=2)
+    killer.join()
+    assert not (tmp_path / "out").exists()
+    hf_to_megatron(source, tmp_path / "out", workers=2)
     assert same(source, tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
 
