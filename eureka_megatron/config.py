@@ -126,6 +126,7 @@ class RolloutSection(_Section):
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     kv_cache_gib: float = Field(1.0, gt=0)  # on a CPU
     max_concurrent: int = Field(256, ge=1)  # sequences an engine runs at once
+    timeout_seconds: float = Field(3600.0, gt=0)  # an engine that has not answered a call by then is ended and replaced
 
 
 class RewardsSection(_Section):

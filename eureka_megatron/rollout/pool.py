@@ -1,4 +1,4 @@
-"""Several engines as Ray actors: start together, fan prompts out, replace an engine that dies.
+"""Several engines as Ray actors: start together, fan prompts out, replace an engine that dies or no longer answers.
 
 A replaced engine has the weights of `model.path`; when others have been sent since, `resend` (set by whoever owns the trainer) gives it the
 current ones before its prompts are done again. Weights come from the trainer, not from a copy kept here: a second whole model
@@ -12,13 +12,14 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.errors import UserError
@@ -71,6 +72,7 @@ class RolloutPool:
         self.resend = resend
         self.version = 0
         self.restarts = 0
+        self.timeout_seconds = config.rollout.timeout_seconds
         self._sent = False  # whether the engines have other weights than those of model.path
         self._options = engine_options(config)
         count = config.rollout.engines
@@ -96,7 +98,8 @@ class RolloutPool:
     ) -> list[Group]:
         """n rollouts for every prompt, in order, spread over the engines; the result does not depend on how.
 
-        Prompts of an engine that dies are done again by its replacement. Raises UserError when engines keep dying.
+        Prompts of an engine that dies, or does not answer within `rollout.timeout_seconds`, are done again by its replacement.
+        Raises UserError when engines keep dying.
         """
         seeds = request_seeds(prompts, seed)
         options = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
@@ -159,13 +162,22 @@ class RolloutPool:
 
     def _fan_out(self, shares: list[list[int]], submit: Callable[[int, list[int]], Any]) -> Any:
         """Yield (share, result) as engines finish; a share whose engine died is submitted again to the new one."""
-        pending = {submit(engine, share): (engine, share) for engine, share in enumerate(shares) if share}
+        pending: dict[Any, tuple[int, list[int], float]] = {}
+
+        def begin(engine: int, share: list[int]) -> None:
+            pending[submit(engine, share)] = (engine, share, time.monotonic() + self.timeout_seconds)
+
+        for engine, share in enumerate(shares):
+            if share:
+                begin(engine, share)
         deaths = 0
         while pending:
-            (done,), _ = ray.wait(list(pending), num_returns=1)
-            engine, share = pending.pop(done)
+            nearest = min(deadline for _, _, deadline in pending.values())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, nearest - time.monotonic()))
+            done = ready[0] if ready else min(pending, key=lambda call: pending[call][2])
+            engine, share, _ = pending.pop(done)
             try:
-                result = ray.get(done)
+                result = self._result(done, engine, None if ready else 0.0)
             except RayActorError as error:
                 deaths += 1
                 if deaths > _MAX_DEATHS:
@@ -174,9 +186,7 @@ class RolloutPool:
                         "look for an out-of-memory kill, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
                     ) from error
                 self._replace(engine)
-                pending[submit(engine, share)] = (engine, share)
-            except RayTaskError as error:
-                raise _readable(error) from None
+                begin(engine, share)
             else:
                 yield share, result
 
@@ -186,13 +196,24 @@ class RolloutPool:
         results = []
         for index, call in enumerate(calls):
             try:
-                results.append(ray.get(call))
+                results.append(self._result(call, index, self.timeout_seconds))
             except RayActorError:
                 self._replace(index)
-                results.append(ray.get(getattr(self._actors[index], method).remote()))
-            except RayTaskError as error:
-                raise _readable(error) from None
+                results.append(self._result(getattr(self._actors[index], method).remote(), index, self.timeout_seconds))
         return results
+
+    def _result(self, call: Any, engine: int, seconds: float | None) -> Any:
+        """What a call of an engine returns. RayActorError: the engine is dead; one that does not answer in time is ended."""
+        try:
+            return ray.get(call, timeout=seconds)
+        except GetTimeoutError:
+            log.warning(
+                "rollout engine %d has not answered for %g s (rollout.timeout_seconds)", engine, self.timeout_seconds
+            )
+            ray.kill(self._actors[engine])
+            raise RayActorError(error_msg=f"it did not answer within {self.timeout_seconds:g} s") from None
+        except RayTaskError as error:
+            raise _readable(error) from None
 
     def _replace(self, index: int) -> None:
         """A new engine at this place, with the current weights."""

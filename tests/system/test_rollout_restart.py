@@ -5,10 +5,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -59,6 +61,19 @@ def _kill_during(pool: Any, index: int, seconds: float) -> threading.Thread:
     return thread
 
 
+def _gone(pid: int) -> bool:
+    """Whether a process ends within half a minute; Ray gives one that it kills some seconds to end by itself."""
+    try:
+        process = psutil.Process(pid)
+        for _ in range(150):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+            time.sleep(0.2)
+    except psutil.NoSuchProcess:
+        return True
+    return False
+
+
 def test_a_killed_engine_without_a_source_of_weights_is_an_error(pool: Any, trainer: Any, questions: list[Any]) -> None:
     from eureka_megatron.sync.ray_transfer import send_weights
 
@@ -90,6 +105,25 @@ def test_the_prompts_of_a_killed_engine_are_done_again_with_the_current_weights(
     assert {rollout.weight_version for group in groups for rollout in group.rollouts} == {1}
     assert worst(trainer, tiny_dir, questions, groups) <= 1e-5
     for group, expected in zip(groups, undisturbed, strict=True):  # per-request seeds: nothing shows that it happened
+        for rollout, other in zip(group.rollouts, expected.rollouts, strict=True):
+            assert np.array_equal(rollout.tokens_R, other.tokens_R)
+
+
+def test_an_engine_that_no_longer_answers_is_replaced(pool: Any, questions: list[Any]) -> None:
+    undisturbed = pool.generate(questions, **OPTIONS, seed=3)
+    restarts, victim = pool.restarts, pool.status()[1]["pid"]
+    pool.timeout_seconds = 20.0
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        groups = pool.generate(questions, **OPTIONS, seed=3)
+        assert _gone(victim), "its memory and its GPU are free again"
+    finally:
+        pool.timeout_seconds = 3600.0
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    assert pool.restarts == restarts + 1
+    assert pool.status()[1]["pid"] != victim
+    for group, expected in zip(groups, undisturbed, strict=True):
         for rollout, other in zip(group.rollouts, expected.rollouts, strict=True):
             assert np.array_equal(rollout.tokens_R, other.tokens_R)
 
