@@ -129,12 +129,15 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (demo)")
     demo.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. training.steps=10")
 
-    _add_run(add(children, "sft", _sft, "supervised cold start on Megatron ranks"))
-    training = add(children, "train", _train, "reinforcement learning: vLLM rollouts, rewards, Megatron updates")
-    _add_run(training)
-    training.add_argument(
-        "--resume", metavar="auto|DIR", help="go on from run.output's newest whole checkpoint, or from this one"
-    )
+    for name, command, text in (
+        ("sft", _sft, "supervised cold start on Megatron ranks"),
+        ("train", _train, "reinforcement learning: vLLM rollouts, rewards, Megatron updates"),
+    ):
+        training = add(children, name, command, text)
+        _add_run(training)
+        training.add_argument(
+            "--resume", metavar="auto|DIR", help="go on from run.output's newest whole checkpoint, or from this one"
+        )
 
     verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")
     verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Qwen2.5-VL checkpoint directory")
@@ -291,9 +294,9 @@ def _sft(args: argparse.Namespace) -> None:
     from eureka_megatron.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from eureka_megatron.train.sft import run_sft
+    from eureka_megatron.sft import run_sft
 
-    run_sft(config)
+    run_sft(config, args.resume)
 
 
 def _train(args: argparse.Namespace) -> None:

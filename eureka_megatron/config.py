@@ -210,9 +210,10 @@ class TrainingSection(_Section):
 
 
 class CheckpointSection(_Section):
-    """Training checkpoints, in `run.output`/checkpoints; `eureka train --resume auto` goes on from the newest whole one."""
+    """Training checkpoints, in `run.output`/checkpoints; `--resume auto` of `eureka train` and `eureka sft` goes on from the newest whole one."""
 
-    # rollout steps between two, and one after the last step; 0: none. While one is written, a copy of it stands in host memory
+    # rollout steps (of eureka sft: optimizer steps) between two, and one after the last; 0: none. While one is written, a copy of it
+    # stands in host memory
     every: int = Field(50, ge=0)
     keep_last: int = Field(2, ge=1)  # of all finished ones
     keep_every: int = Field(0, ge=0)  # besides the last ones, those whose step is a multiple of this stay; 0: none does

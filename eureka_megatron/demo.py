@@ -30,10 +30,10 @@ from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
+from eureka_megatron.sft import supervise
 from eureka_megatron.tracking.curves import draw_curves
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import start_ray
-from eureka_megatron.train.sft import supervise
 from eureka_megatron.types import Prompt
 
 MARKER = ".eureka-demo"  # only a folder that holds this is ever replaced

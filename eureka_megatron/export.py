@@ -109,7 +109,9 @@ def _card(state: Mapping[str, Any], checkpoint: Path, options: ExportOptions) ->
     """What the model card says; of the run, as far as the checkpoint knows it."""
     card: dict[str, Any] = {}
     if "config" in state:
-        card = run_card(state["config"], state["scores"]) | {"git_commit": state["git_commit"]}
+        card = run_card(state["config"], state["scores"], state.get("stage", "train")) | {
+            "git_commit": state["git_commit"]
+        }
         card["run_id"] = f"{card['run_id']}, step {state['step']}"
     base = options.base_model or card.get("base_model") or _known_base(checkpoint)
     return card | ({"base_model": base} if base else {})

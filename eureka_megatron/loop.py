@@ -22,7 +22,7 @@ from eureka_megatron.inputs import open_dataset, reward_rules
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
-from eureka_megatron.run_state import Saves, choose_checkpoint, restore
+from eureka_megatron.run_state import Saves, choose_checkpoint, driver_state, restore
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
@@ -38,7 +38,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
     run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
     first = restore(run, checkpoint, tracker) if checkpoint else 0
     before = run.evaluate() if config.training.evaluate_before and run.test and first == 0 else {}
-    saves = Saves(run, tracker)
+    saves = Saves(run.trainer, config, config.training.steps, lambda: driver_state(run), tracker)
     for step in range(first, config.training.steps):
         with tracker.phase("rollout"):
             groups = run.collector.collect(step)

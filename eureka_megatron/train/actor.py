@@ -250,9 +250,9 @@ class TrainerGroup:
         return ray.get(calls)
 
 
-def model_card(config: RunConfig, scores: dict[str, float] | None = None) -> dict[str, Any]:
-    """What a release says of the run it comes from."""
-    return run_card(config.model_dump(mode="json"), scores)
+def model_card(config: RunConfig, scores: dict[str, float] | None = None, stage: str = "train") -> dict[str, Any]:
+    """What a release says of the run it comes from, `eureka train` or `eureka sft`."""
+    return run_card(config.model_dump(mode="json"), scores, stage)
 
 
 def start_ray(stack: ExitStack) -> None:

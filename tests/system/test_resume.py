@@ -18,8 +18,11 @@ import psutil
 import pytest
 
 from eureka_megatron.checkpoint.store import list_checkpoints, newest_whole, problems_of
+from eureka_megatron.config import load_config
 from eureka_megatron.data.counting import write_counting
+from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.run_state import choose_checkpoint
 from eureka_megatron.tracking.tracker import read_metrics
 from tests.helpers.course import Course, course_samples, run_course
 from tests.helpers.ranks import RankError, run_ranks
@@ -113,17 +116,27 @@ tracking: {{wandb: offline, tensorboard: false}}
 
 
 class Training:
-    """`eureka train` in a process of its own, with Ray and vLLM below it."""
+    """`eureka train` (or sft) in a process of its own, with Ray and vLLM below it."""
 
-    def __init__(self, config: Path, *arguments: str) -> None:
+    def __init__(self, config: Path, *arguments: str, command: str = "train") -> None:
         # A private Ray keeps sockets below the temporary folder, and their paths must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="eureka-kill-"))
         self.log = config.with_name(f"log-{self.folder.name}")
-        command = [sys.executable, "-m", "eureka_megatron", "train", str(config), *arguments]
+        words = [sys.executable, "-m", "eureka_megatron", command, str(config), *arguments]
         with self.log.open("w") as log:
             self.process = psutil.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(self.folder)}
+                words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(self.folder)}
             )
+
+    def kill_after(self, step: int, folder: Path) -> int:
+        """Kills everything once a checkpoint of this step is there. → step of the newest"""
+        deadline = time.monotonic() + 400
+        while not [found for found, _ in list_checkpoints(folder) if found >= step]:
+            assert self.process.is_running(), self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.01)
+        self.kill()
+        return list_checkpoints(folder)[-1][0]
 
     def kill(self) -> None:
         """SIGKILL to all its processes at once."""
@@ -162,14 +175,8 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tm
         configs[name].write_text(CONFIG.format(output=tmp_path / name, model=tmp_path / "model", data=data))
     killed = Training(configs["killed"], "--resume", "auto")
     folder = tmp_path / "killed" / "checkpoints"
-    deadline = time.monotonic() + 400
-    while not [step for step, _ in list_checkpoints(folder) if step >= 2]:
-        assert killed.process.is_running(), killed.log.read_text()[-3000:]
-        assert time.monotonic() < deadline, killed.log.read_text()[-3000:]
-        time.sleep(0.01)
-    killed.kill()
+    reached = killed.kill_after(2, folder)
     assert "starting from the beginning" in killed.log.read_text()
-    reached = list_checkpoints(folder)[-1][0]
     assert reached < 5
     refused = subprocess.run(
         [sys.executable, "-m", "eureka_megatron", "train", configs["killed"]], capture_output=True, text=True
@@ -192,3 +199,31 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tm
     assert all(problems_of(directory) == [] for _, directory in list_checkpoints(folder))
     assert len(list((tmp_path / "killed" / "wandb").glob("offline-run-*"))) == 2
     assert len(list((tmp_path / "killed").glob("wandb-*.id"))) == 1, "both parts have one id"
+
+
+@pytest.mark.timeout(1200)
+def test_a_killed_cold_start_goes_on_to_the_same_metrics_and_the_same_model(tmp_path: Path) -> None:
+    build_tiny(tmp_path / "model", seed=3, randomize_all=True)
+    data = write_counting(tmp_path / "data", train=40, test=4).train
+    sections = "sft: {steps: 12, samples_per_step: 6}\nparallel: {tensor: 2}\n"
+    configs = {name: tmp_path / f"{name}.yaml" for name in ("whole", "killed")}
+    for name, path in configs.items():
+        text = CONFIG.format(output=tmp_path / name, model=tmp_path / "model", data=data) + sections
+        path.write_text(text.replace("every: 1", "every: 2"))
+    folder = tmp_path / "killed" / "checkpoints"
+    reached = Training(configs["killed"], command="sft").kill_after(4, folder)
+    assert reached < 12
+    resumed = Training(configs["killed"], "--resume", "auto", command="sft").finish()
+    assert f"going on after step {reached}, from {folder / f'step_{reached:06d}'}" in resumed
+    Training(configs["whole"], command="sft").finish()
+    whole, found = (numbers(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    assert whole.keys() == set(range(12))
+    assert len({metrics["sft/loss"] for metrics in whole.values()}) == 12, "every step must be another"
+    assert found == whole
+    weights = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    card = (tmp_path / "killed" / "hf" / "README.md").read_text()
+    assert "- **Algorithm**: supervised fine-tuning" in card.splitlines()
+    assert "reinforcement" not in card
+    with pytest.raises(UserError, match=r"is a checkpoint of eureka sft; eureka train begins from it by model\.path="):
+        choose_checkpoint(load_config(configs["killed"]), "auto")

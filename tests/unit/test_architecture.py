@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 # Arrows point down; within a layer they may go sideways, but never in a circle.
 LAYERS = (
     ("cli", "__main__"),
-    ("loop", "run_state", "inputs", "export", "demo", "verify", "doctor"),
+    ("loop", "sft", "run_state", "inputs", "export", "demo", "verify", "doctor"),
     ("train", "rollout", "data", "rl", "tracking", "evaluation", "planning"),
     ("models", "checkpoint", "sync", "rewards"),
     ("parallel",),
