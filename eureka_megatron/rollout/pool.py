@@ -211,7 +211,9 @@ class RolloutPool:
                 "rollout engine %d has not answered for %g s (rollout.timeout_seconds)", engine, self.timeout_seconds
             )
             ray.kill(self._actors[engine])
-            raise RayActorError(error_msg=f"it did not answer within {self.timeout_seconds:g} s") from None
+            raise RayActorError(
+                error_msg=f"no answer within rollout.timeout_seconds={self.timeout_seconds:g}"
+            ) from None
         except RayTaskError as error:
             raise _readable(error) from None
 
