@@ -11,8 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
-from eureka_megatron.checkpoint.store import read_state
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics, updates_per_step
 from eureka_megatron.data.dataset import PromptStream
@@ -22,7 +20,7 @@ from eureka_megatron.inputs import open_dataset, reward_rules
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
-from eureka_megatron.run_state import Saves, choose_checkpoint, driver_state, restore
+from eureka_megatron.run_state import Saves, driver_state, restore, starting_point
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
@@ -69,12 +67,10 @@ def train(config: RunConfig, resume: str | None = None) -> None:
     `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
     """
     output = config.run.output / "hf"
-    checkpoint = choose_checkpoint(config, resume)
-    first = read_state(checkpoint)["step"] if checkpoint else 0
-    if first >= config.training.steps and output.exists():  # a job that was put into the queue once more
-        print(f"all {config.training.steps} steps are done, weights in {output}")
+    start = starting_point(config, resume, output, stage="train", steps=config.training.steps)
+    if start is None:
         return
-    refuse_to_overwrite(output)  # now, not after the last step
+    checkpoint, first = start
     with Run(config) as run, Tracker(config, config.run.output, start_step=first) as tracker:
         if checkpoint is None:
             run.sync_weights(check=True)

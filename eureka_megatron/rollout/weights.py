@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from eureka_megatron.checkpoint.dist_io import DistReader
+from eureka_megatron.checkpoint.convert import check_hf, open_checkpoint
 from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
+from eureka_megatron.checkpoint.qwen2_5_vl import expand, rows
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 
@@ -27,8 +28,13 @@ def load_format(directory: Path) -> str:
 
 
 def hf_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """(hub name, whole tensor in the stored dtype) of every weight of a torch_dist directory, one at a time in memory."""
-    reader = DistReader(directory, read_hf_config(directory))
+    """(hub name, whole tensor in the stored dtype) of every weight of a torch_dist directory, one at a time in memory.
+
+    UserError, before the first, naming all that is missing or does not fit the model.
+    """
+    reader = open_checkpoint(directory)
+    if problems := check_hf(reader, {row.megatron: row for row in expand(rows(read_hf_config(directory)))}):
+        raise UserError("; ".join(problems))
     for name, info in reader.tensors.items():
         yield name, reader[name][:].view(info.shape)
 
@@ -45,10 +51,7 @@ def _register() -> str:
             """Nothing to download."""
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            loaded = model.load_weights(hf_tensors(Path(model_config.model)))
-            if absent := sorted({name for name, _ in model.named_parameters()} - loaded):
-                more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-                raise UserError(f"{model_config.model} lacks weights of the engine: {', '.join(absent[:3])}{more}")
+            model.load_weights(hf_tensors(Path(model_config.model)))
 
     register_model_loader(TORCH_DIST)(TorchDistLoader)
     return TORCH_DIST

@@ -20,6 +20,7 @@ from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
+from tests.helpers.naming import newer_name
 from tests.helpers.ranks import run_ranks
 
 Layout = dict[str, Any]
@@ -91,7 +92,7 @@ def test_a_converted_checkpoint_loads_at_any_layout(tmp_path, layout):
 def both_namings(directory: Path) -> list[Path]:
     """The directory, and a copy whose tensors go by transformers 5's names (sharded ones keep their index)."""
     new = shutil.copytree(directory, directory.with_name(directory.name + "-new"))
-    names = {name: spelled_new(name) for name in Reader(directory).tensors}
+    names = {name: newer_name(name) for name in Reader(directory).tensors}
     for file in new.glob("*.safetensors"):
         save_file({names[name]: tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     for index in new.glob("*.index.json"):
@@ -99,12 +100,6 @@ def both_namings(directory: Path) -> list[Path]:
         content["weight_map"] = {names[name]: file for name, file in content["weight_map"].items()}
         index.write_text(json.dumps(content))
     return [directory, new]
-
-
-def spelled_new(hub: str) -> str:
-    if hub.startswith("visual."):
-        return f"model.{hub}"
-    return hub.replace("model.", "model.language_model.", 1) if hub.startswith("model.") else hub
 
 
 @pytest.fixture(scope="module")

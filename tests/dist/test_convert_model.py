@@ -19,6 +19,7 @@ from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
+from tests.helpers.naming import newer_name
 from tests.helpers.ranks import run_ranks
 
 # (tensor, pipeline, data, sequence parallel); kv heads are 2, so tensor 4 has fewer kv heads than ranks
@@ -90,10 +91,7 @@ def test_round_trip_is_bitwise_at_every_layout(tmp_path, layout):
 def test_both_namings_and_single_or_sharded_files_load_alike(tmp_path):
     hub = build_tiny(tmp_path / "hub", randomize_all=True)
     new = shutil.copytree(hub, tmp_path / "new")
-    renamed = {}
-    for name, tensor in load_file(hub / "model.safetensors").items():
-        text = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
-        renamed[f"model.{name}" if name.startswith("visual.") else text] = tensor
+    renamed = {newer_name(name): tensor for name, tensor in load_file(hub / "model.safetensors").items()}
     save_file(renamed, new / "model.safetensors")
     assert not set(renamed) <= set(digests(hub))
     (((received, _),),) = run_ranks(receive, 1, [(str(new), "rank0")], LAYOUTS[0], torch.float32)

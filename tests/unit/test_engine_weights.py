@@ -1,10 +1,12 @@
 """What an engine is given of a directory in Megatron's format: every tensor of the Hugging Face one, under the hub's names."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from eureka_megatron.checkpoint.dist_metadata import read_metadata, write_metadata
 from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.checkpoint.offline import hf_to_megatron
 from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
@@ -39,20 +41,13 @@ def test_vllm_reads_hugging_face_files_itself_and_ours_by_a_loader_of_its_regist
     assert type(loader).__name__ == "TorchDistLoader"
 
 
-def test_weights_of_an_engine_that_are_not_there_are_named(both: tuple[Path, Path]) -> None:
-    from types import SimpleNamespace
-
-    from vllm.config.load import LoadConfig
-    from vllm.model_executor.model_loader import get_model_loader
-
-    class Larger(torch.nn.Linear):
-        def load_weights(self, weights: object) -> set[str]:
-            return {"bias"}
-
-    _, target = both
-    loader = get_model_loader(LoadConfig(load_format=load_format(target)))
-    with pytest.raises(UserError, match="lacks weights of the engine: weight"):
-        loader.load_weights(Larger(2, 2), SimpleNamespace(model=str(target)))
+def test_what_is_missing_is_named_before_anything_is_loaded(both: tuple[Path, Path], tmp_path: Path) -> None:
+    incomplete = shutil.copytree(both[1], tmp_path / "incomplete")
+    stored = read_metadata(incomplete)
+    del stored["vision.merger.linear_fc2.bias"]
+    write_metadata(incomplete, stored)
+    with pytest.raises(UserError, match=r"1 tensors are missing: visual\.merger\.mlp\.2\.bias"):
+        next(hf_tensors(incomplete))
 
 
 def test_verify_says_what_transformers_cannot_read(both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

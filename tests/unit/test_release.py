@@ -45,7 +45,9 @@ def test_a_base_model_that_the_hub_does_not_know_stays_out_of_the_head():
 
 def test_an_empty_card_is_still_a_card():
     card = model_card({})
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers"
+    assert not {"license", "base_model"} & head.keys()
     assert "None" not in card
     assert "Scores" not in card
 

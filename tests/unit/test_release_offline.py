@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from eureka_megatron.checkpoint.offline import hf_to_megatron, megatron_to_hf
 from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from tests.helpers.naming import newer_name
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "checkpoint_convert"
 
@@ -68,10 +68,7 @@ def test_there_and_back_is_bitwise(tmp_path, small_blocks, tied, sharded):
 def test_the_newer_naming_goes_in_and_the_hub_naming_comes_out(tmp_path):
     source = build_tiny(tmp_path / "hf", randomize_all=True)
     content = load_file(source / "model.safetensors")
-    new = {
-        re.sub("^visual", "model.visual", re.sub(r"^model\.", "model.language_model.", name)): tensor
-        for name, tensor in content.items()
-    }
+    new = {newer_name(name): tensor for name, tensor in content.items()}
     assert all(hub_name(name) in content for name in new)
     save_file(new, source / "model.safetensors")
     hf_to_megatron(source, tmp_path / "megatron")
