@@ -5,6 +5,7 @@ picture and goes to the rollout engine; its patches, made by the checkpoint's ow
 the trainer. Both sides so see the same pixels, whatever their resampling code.
 """
 
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 from transformers.image_utils import pil_torch_interpolation_mapping
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
@@ -29,7 +30,10 @@ from eureka_megatron.data.samples import training_sample
 from eureka_megatron.data.videos import Clip, open_clip
 from eureka_megatron.data.vision_layout import vision_layout
 from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.types import Picture, Prompt, Sample
+
+_IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # early revisions of published files call it Qwen2_5_VLImageProcessor
 
 
 class Processor:
@@ -71,11 +75,13 @@ class Processor:
         self.video_max_pixels, self.video_fps, self.video_max_frames = video_max_pixels, video_fps, video_max_frames
         self._dtype: torch.dtype = getattr(torch, dtype)
         self.system_prompt = named_system_prompt(system_prompt)
-        config, self._hf = _load(self.model_dir)
+        config = read_hf_config(self.model_dir)
+        self._hf = _load(self.model_dir)
         own = self._hf.image_processor.size  # None asks for the checkpoint's own bounds
         self.min_pixels = own["shortest_edge"] if min_pixels is None else min_pixels
         self.max_pixels = own["longest_edge"] if max_pixels is None else max_pixels
         self.tokenizer, self._one_at_a_time = self._hf.tokenizer, threading.Lock()
+        self._template = _chat_template(self._hf, self.model_dir)
         self._vision = config.vision_config
         names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>")
         ids = {name: self.tokenizer.convert_tokens_to_ids(name) for name in names}
@@ -133,7 +139,9 @@ class Processor:
         Raises:
             UserError: the chat's text itself contains a placeholder.
         """
-        text = self._hf.apply_chat_template(chat.turns, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            chat.turns, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
         for kind, token in (("image", self.image_token), ("video", self.video_token)):
             found, shown = text.count(token), sum(visual.kind == kind for visual in chat.visuals)
             if found != shown:
@@ -351,20 +359,43 @@ def _too_long(name: Address, width: int, height: int) -> UserError:
     return UserError(f"picture {short(name)} is {width}×{height}: more than 200 times as long as wide")
 
 
-def _load(model_dir: Path) -> tuple[Any, Any]:
-    if not (model_dir / "config.json").is_file():
-        raise UserError(f"{model_dir} is no Hugging Face checkpoint: config.json is missing")
+def _load(model_dir: Path) -> Any:
+    """The checkpoint's tokenizer, image and video processor, as transformers bundles them."""
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
         processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
+        reason = _unknown_image_processor(model_dir) or str(error).splitlines()[0]
+        raise UserError(f"{model_dir}: tokenizer or processor cannot be loaded: {reason}") from error
+    if not hasattr(processor, "image_processor"):
         raise UserError(
-            f"{model_dir}: tokenizer or processor cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-    if config.model_type != "qwen2_5_vl" or not hasattr(processor, "image_processor"):
-        raise UserError(f"{model_dir} holds a {config.model_type!r} checkpoint; qwen2_5_vl is what is supported")
+            f"{model_dir}: preprocessor_config.json or processor_config.json is missing: there is no image processor"
+        )
     processor.video_processor.cap_pixels_per_frame = False  # frames come resized; unset, transformers warns
-    return config, processor
+    return processor
+
+
+def _chat_template(processor: Any, model_dir: Path) -> str:
+    """From its own file, or from tokenizer_config.json, where the hub has it; of several named ones the default."""
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            f"{model_dir} has no chat template: neither chat_template.jinja, chat_template.json nor tokenizer_config.json holds one"
+        )
+    return template
+
+
+def _unknown_image_processor(model_dir: Path) -> str | None:
+    """What to write where the file names a class by a name that transformers has given up; engines would stumble over it as well."""
+    path = model_dir / "preprocessor_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["image_processor_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if str(name).removesuffix("Fast").removesuffix("Pil") == _IMAGE_PROCESSOR:
+        return None
+    return f"{path.name} says image_processor_type {name!r}, which this transformers does not know; write {_IMAGE_PROCESSOR!r} there"
 
 
 def make_processor(config: RunConfig) -> Processor:

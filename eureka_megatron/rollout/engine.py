@@ -32,26 +32,19 @@ import torch
 
 from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config, token_ids
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.sync.check import (
     Fingerprint,
     check_announced,
     engine_fingerprints,
     expected_tensors,
+    has_tied_head,
     listed,
     parameters_of,
 )
 from eureka_megatron.sync.source import SyncError, TensorMeta
 from eureka_megatron.types import Picture, Prompt, Rollout
-
-# Names in config.json of the tokens a policy must never sample.
-_VISION_TOKEN_KEYS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "vision_token_id",
-)
 
 
 @dataclass(frozen=True)
@@ -98,8 +91,7 @@ class Engine:
         self._failure: str | None = None  # why the weights are a mixture, and nothing may be served
         self._update: _Update | None = None
         directory = Path(options.model)
-        if not (directory / "config.json").is_file():
-            raise UserError(f"model directory {directory} has no config.json")
+        config = read_hf_config(directory)
         _set_environment()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -122,8 +114,7 @@ class Engine:
             weight_transfer_config=WeightTransferConfig(backend=register_backend()),
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
-        config = json.loads((directory / "config.json").read_text())
-        self._banned = {config[key] for key in _VISION_TOKEN_KEYS if config.get(key) is not None}
+        self._banned = config.vision_token_ids
         self._stop_ids = self._stop_tokens(directory, config)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
@@ -332,15 +323,12 @@ class Engine:
             weight_version=self.weight_version,
         )
 
-    def _stop_tokens(self, directory: Path, config: dict[str, Any]) -> list[int]:
+    def _stop_tokens(self, directory: Path, config: QwenVLConfig) -> list[int]:
         """End tokens of the tokenizer, the model and its generation settings: chat models have two, all end a turn."""
-        found = [self._llm.get_tokenizer().eos_token_id, config.get("eos_token_id")]
-        if (directory / "generation_config.json").is_file():
-            found.append(json.loads((directory / "generation_config.json").read_text()).get("eos_token_id"))
-        ids: set[int] = set()
-        for entry in found:
-            ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
-        return sorted(ids)
+        settings = directory / "generation_config.json"
+        generation = json.loads(settings.read_text()) if settings.is_file() else {}
+        found = (self._llm.get_tokenizer().eos_token_id, config.eos_token_ids, generation.get("eos_token_id"))
+        return list(token_ids(*found))
 
 
 class _Update:
@@ -402,7 +390,7 @@ def _flush_reload(worker: Any) -> None:
 def _repack_tied_head(model: Any) -> None:
     """vLLM 0.32 on a CPU keeps a packed copy of a tied output layer that its reload forgets (no tensor is loaded into it)."""
     head = model.language_model.lm_head
-    if hasattr(head, "cpu_linear") and head.weight is model.language_model.model.embed_tokens.weight:
+    if hasattr(head, "cpu_linear") and has_tied_head(model):
         head.quant_method.process_weights_after_loading(head)
 
 

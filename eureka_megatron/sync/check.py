@@ -176,12 +176,18 @@ def engine_tensors(model: Any) -> Iterator[EngineTensor]:
 
 def expected_tensors(model: Any) -> dict[str, TensorMeta]:
     """What an update must bring, by hub name: everything the engine computes with, a tied output layer once."""
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    tied = has_tied_head(model)
     return {
         tensor.meta.name: tensor.meta
         for tensor in engine_tensors(model)
         if not (tied and tensor.meta.name == "lm_head.weight")
     }
+
+
+def has_tied_head(model: Any) -> bool:
+    """Whether a vLLM model's output layer is its embedding: asked of the modules, for where configurations say it depends on their form."""
+    language = model.language_model
+    return language.lm_head.weight is language.model.embed_tokens.weight
 
 
 def parameters_of(model: Any, names: Sequence[str]) -> set[str]:

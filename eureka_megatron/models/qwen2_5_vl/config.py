@@ -1,15 +1,22 @@
-"""From a checkpoint's config.json to Megatron's transformer configurations.
+"""What a checkpoint's config.json says, whatever form it was published in; and which layouts such a model can have.
 
-Every number is read from config.json: the class defaults of transformers differ from the published checkpoints (text eps, tokens
-per second). Both shapes of the file are read, the hub's flat one and the newer one with `text_config`.
+`read_hf_config` is the only place that knows these forms. They differ in where the text's keys stand (at the top, in `text_config`, or in
+both), in how rotary positions are spelled, and in what is left out because it was a class default of the transformers that wrote the file.
+So transformers' own configuration class interprets the file, here and nowhere else, and the numbers are taken from what it makes of it:
+rollout engines ask the same class. What this model does not compute is refused by name.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eureka_megatron.errors import ConfigError, UserError
+
+MODEL_TYPE = "qwen2_5_vl"
+# Where text sizes stand in a file without `text_config`. Class defaults are the 72B model's: silence about all of them is a mistake.
+_FLAT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class QwenVLConfig:
-    """The architecture of one checkpoint; field names as in config.json."""
+    """The architecture of one checkpoint; field names as in config.json. Equal configurations: the same shapes and computation."""
 
     text_config: TextConfig
     vision_config: VisionConfig
@@ -62,85 +69,174 @@ class QwenVLConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    # Of "<|vision_pad|>", which nothing uses, and of what the file says ends a text.
+    vision_token_id: int | None = field(default=None, compare=False)
+    eos_token_ids: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def vision_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for pictures and videos or enclose them: a policy must never sample one."""
+        named = (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
+        return frozenset((*named, *(() if self.vision_token_id is None else (self.vision_token_id,))))
 
 
 def read_hf_config(directory: Path | str) -> QwenVLConfig:
-    """Read `config.json` of a Qwen2.5-VL directory.
+    """Read `config.json` of a Qwen2.5-VL directory, in any form transformers has written since 4.49 or the hub publishes.
 
     Raises:
-        UserError: no such file, another architecture, or a missing number; names file and key.
+        UserError: no such file, another architecture, a value that cannot be, or one this model does not compute; all that is wrong of
+            the last two kinds at once, with the keys.
     """
     path = Path(directory) / "config.json"
+    values = _read_json(path)
+    if values.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, need {MODEL_TYPE!r}")
+    hf = _interpret(values, path)
+    text, vision, rope = hf.text_config, hf.vision_config, hf.text_config.rope_parameters
+    if problems := [*_not_computed(text, vision, rope), *_not_numbers(hf, rope)]:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    config = QwenVLConfig(
+        text_config=TextConfig(
+            hidden_size=text.hidden_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            intermediate_size=text.intermediate_size,
+            vocab_size=text.vocab_size,
+            rms_norm_eps=text.rms_norm_eps,
+            rope_theta=float(rope["rope_theta"]),
+            mrope_section=tuple(rope["mrope_section"]),
+            max_position_embeddings=text.max_position_embeddings,
+        ),
+        vision_config=VisionConfig(
+            depth=vision.depth,
+            hidden_size=vision.hidden_size,
+            num_heads=vision.num_heads,
+            intermediate_size=vision.intermediate_size,
+            out_hidden_size=vision.out_hidden_size,
+            in_channels=vision.in_channels,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
+            tokens_per_second=vision.tokens_per_second,
+        ),
+        tie_word_embeddings=hf.tie_word_embeddings,
+        image_token_id=hf.image_token_id,
+        video_token_id=hf.video_token_id,
+        vision_start_token_id=hf.vision_start_token_id,
+        vision_end_token_id=hf.vision_end_token_id,
+        vision_token_id=getattr(hf, "vision_token_id", None),
+        eos_token_ids=token_ids(getattr(hf, "eos_token_id", None), text.eos_token_id),
+    )
+    if problems := _impossible(config):
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def token_ids(*found: int | Iterable[int] | None) -> tuple[int, ...]:
+    """What files give as one id, a list of ids or null, as one sorted tuple. Example: token_ids(7, [3, 7], None) is (3, 7)."""
+    listed = [[entry] if isinstance(entry, int) else entry or () for entry in found]
+    return tuple(sorted({token for entry in listed for token in entry}))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; a Hugging Face checkpoint directory is needed")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    if values.get("model_type") != "qwen2_5_vl":
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, need 'qwen2_5_vl'")
-    text = {**values, **values.get("text_config", {})}
-    vision = values.get("vision_config", {})
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    return values
 
-    def need(source: dict[str, Any], *keys: str) -> Any:
-        for key in keys:
-            if source.get(key) is not None:
-                return source[key]
-        raise UserError(f"{path}: key {' or '.join(map(repr, keys))} is missing")
 
-    if text.get("use_sliding_window"):
+def _interpret(values: dict[str, Any], path: Path) -> Any:
+    """transformers' configuration object of a config.json."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Qwen2_5_VLConfig
+
+    if values.get("text_config") is None and (missing := [key for key in _FLAT_SIZES if key not in values]):
         raise UserError(
-            f"{path}: use_sliding_window is true; sliding-window attention is not supported (published models: false)"
+            f"{path}: {', '.join(missing)} missing; there is no text_config either to say how large the text is"
         )
-    config = QwenVLConfig(
-        text_config=TextConfig(
-            hidden_size=need(text, "hidden_size"),
-            num_hidden_layers=need(text, "num_hidden_layers"),
-            num_attention_heads=need(text, "num_attention_heads"),
-            num_key_value_heads=need(text, "num_key_value_heads"),
-            intermediate_size=need(text, "intermediate_size"),
-            vocab_size=need(text, "vocab_size"),
-            rms_norm_eps=need(text, "rms_norm_eps"),
-            rope_theta=float(need({**text, **rope}, "rope_theta")),
-            mrope_section=tuple(need(rope, "mrope_section")),
-            max_position_embeddings=need(text, "max_position_embeddings"),
-        ),
-        vision_config=VisionConfig(
-            depth=need(vision, "depth"),
-            hidden_size=need(vision, "hidden_size"),
-            num_heads=need(vision, "num_heads"),
-            intermediate_size=need(vision, "intermediate_size"),
-            out_hidden_size=need(vision, "out_hidden_size"),
-            in_channels=need(vision, "in_channels", "in_chans"),
-            patch_size=need(vision, "patch_size", "spatial_patch_size"),
-            temporal_patch_size=need(vision, "temporal_patch_size"),
-            spatial_merge_size=need(vision, "spatial_merge_size"),
-            window_size=need(vision, "window_size"),
-            fullatt_block_indexes=tuple(need(vision, "fullatt_block_indexes")),
-            tokens_per_second=need(vision, "tokens_per_second"),
-        ),
-        # The flag stands at the top, in text_config, or (transformers' default for this model) nowhere: false.
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        image_token_id=need(values, "image_token_id"),
-        video_token_id=need(values, "video_token_id"),
-        vision_start_token_id=need(values, "vision_start_token_id"),
-        vision_end_token_id=need(values, "vision_end_token_id"),
-    )
-    _check(config, path)
-    return config
+    try:
+        return Qwen2_5_VLConfig.from_dict(values)
+    except (
+        StrictDataclassError
+    ) as error:  # "Validation error for field 'hidden_size':\n    TypeError: Field … expected int, got str …"
+        said = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path}: {said.split(': ', 1)[-1].split('. Errors:')[0]}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: transformers cannot read it: {error}") from error
 
 
-def _check(config: QwenVLConfig, path: Path) -> None:
+def _not_computed(text: Any, vision: Any, rope: dict[str, Any]) -> list[str]:
+    """What transformers and vLLM would compute otherwise than this model."""
+    problems = []
+    if text.use_sliding_window or any(kind != "full_attention" for kind in text.layer_types):
+        problems.append(
+            "use_sliding_window and layer_types ask for sliding-window attention, which is not supported (published: full attention)"
+        )
+    if rope.get("rope_type") != "default":
+        problems.append(
+            f"rope_type is {rope.get('rope_type')!r}; only unscaled rotary positions are supported ('default' or 'mrope')"
+        )
+    problems += [
+        f"{part}.hidden_act is {config.hidden_act!r}; only 'silu' is supported"
+        for part, config in (("text_config", text), ("vision_config", vision))
+        if config.hidden_act != "silu"
+    ]
+    return problems
+
+
+def _not_numbers(hf: Any, rope: dict[str, Any]) -> list[str]:
+    """Values that are no positive numbers where one is needed; transformers checks types, but takes 0 and lists of sides."""
+    sizes = {
+        "": (hf, ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")),
+        "text_config.": (
+            hf.text_config,
+            (*(name for name in TextConfig.__annotations__ if name not in ("rope_theta", "mrope_section")),),
+        ),
+        "vision_config.": (
+            hf.vision_config,
+            (*(name for name in VisionConfig.__annotations__ if name != "fullatt_block_indexes"),),
+        ),
+    }
+    problems = [
+        f"{part}{name} is {getattr(owner, name)!r}; needs a positive number"
+        for part, (owner, names) in sizes.items()
+        for name in names
+        if not (isinstance(getattr(owner, name), int | float) and getattr(owner, name) > 0)
+    ]
+    section = rope.get("mrope_section")
+    if not (isinstance(section, list | tuple) and len(section) == 3 and all(isinstance(part, int) for part in section)):
+        problems.append(
+            f"mrope_section is {section!r} in rope_scaling or rope_parameters; needs three numbers such as [16, 24, 24]"
+        )
+    return problems
+
+
+def _impossible(config: QwenVLConfig) -> list[str]:
     text, vision = config.text_config, config.vision_config
+    problems = []
+    for part, width, heads in (
+        ("text_config", text.hidden_size, text.num_attention_heads),
+        ("vision_config", vision.hidden_size, vision.num_heads),
+    ):
+        if width % heads:
+            problems.append(f"{part}: {heads} attention heads do not divide hidden_size {width}")
+    if text.num_attention_heads % text.num_key_value_heads:
+        problems.append(
+            f"num_key_value_heads {text.num_key_value_heads} does not divide num_attention_heads {text.num_attention_heads}"
+        )
     if sum(text.mrope_section) * 2 != text.head_dim:
-        raise UserError(
-            f"{path}: mrope_section {text.mrope_section} must sum to half the head size, {text.head_dim // 2}"
-        )
+        problems.append(f"mrope_section {text.mrope_section} must sum to half the head size, {text.head_dim // 2}")
     if vision.out_hidden_size != text.hidden_size:
-        raise UserError(
-            f"{path}: vision out_hidden_size {vision.out_hidden_size} differs from hidden_size {text.hidden_size}"
-        )
+        problems.append(f"vision out_hidden_size {vision.out_hidden_size} differs from hidden_size {text.hidden_size}")
+    return problems
 
 
 def check_layout(

@@ -81,8 +81,8 @@ CHAT_TEMPLATE = (
 class TinySizes:
     """Shape of a tiny model; parity tests vary it. `full_attention_blocks` of the tower do without windows.
 
-    window_size, min_pixels, max_pixels are in pixels; vocab_size, the rows of the embedding, is at least 268 (bytes, special tokens,
-    tags), the rest are learned merges.
+    window_size, min_pixels, max_pixels are in pixels; vocab_size, the tokens of the tokenizer, is at least 268 (bytes, special tokens,
+    tags), the rest are merges. The embedding has `spare_rows` more, as published ones do.
     """
 
     tied: bool = False  # the output layer shares the embedding, as in the 3B model
@@ -99,6 +99,7 @@ class TinySizes:
     full_attention_blocks: Sequence[int] = (1, 3)
     tokens_per_second: int = 2
     vocab_size: int = 384
+    spare_rows: int = 0
     initializer_range: float = 0.02
     max_position_embeddings: int = 32768
 
@@ -152,7 +153,7 @@ def _hf_config(shape: TinySizes, ids: dict[str, int], dtype: torch.dtype) -> Qwe
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
     return Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": shape.vocab_size,
+            "vocab_size": shape.vocab_size + shape.spare_rows,
             "hidden_size": shape.text_hidden,
             "intermediate_size": shape.ffn,
             "num_hidden_layers": shape.text_layers,
