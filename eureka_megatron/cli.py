@@ -140,7 +140,9 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
         )
 
     verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")
-    verify.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Qwen2.5-VL checkpoint directory")
+    verify.add_argument(
+        "--hf", type=Path, required=True, metavar="DIR", help="Qwen2.5-VL checkpoint directory, or hub id"
+    )
     _add_layout(verify)
     verify.add_argument(
         "--against",
@@ -201,7 +203,7 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="training checkpoint (or a run's folder), converted or HF directory",
+        help="training checkpoint (or a run's folder), converted or HF directory, or hub id",
     )
     export.add_argument("--output", type=Path, metavar="DIR", help="must not exist; not for what is only pushed")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (as they are)")
@@ -233,7 +235,7 @@ def _add_data(add: Callable[..., Any], children: Any) -> None:
     )
     validate.add_argument("file", type=Path, metavar="FILE", help="JSONL or parquet file, or directory of `datasets`")
     validate.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="checkpoint whose processor reads it"
+        "--model", type=Path, required=True, metavar="DIR", help="checkpoint (or hub id) whose processor reads it"
     )
     validate.add_argument(
         "--media", type=Path, nargs="*", default=[], metavar="DIR", help="further picture and video folders"
@@ -312,11 +314,12 @@ def _train(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
+    from eureka_megatron.places import model_directory
     from eureka_megatron.verify.command import run_verify
     from eureka_megatron.verify.layout import Layout
 
     layout = Layout(**{field.name: getattr(args, field.name) for field in fields(Layout)})
-    return run_verify(args.hf, layout, against=args.against, grads=args.grads, as_json=args.json)
+    return run_verify(model_directory(args.hf), layout, against=args.against, grads=args.grads, as_json=args.json)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -334,6 +337,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> None:
     from eureka_megatron.checkpoint.commands import DTYPES, progress_bar
     from eureka_megatron.export import ExportOptions, export
+    from eureka_megatron.places import model_directory
 
     options = ExportOptions(
         dtype=DTYPES[args.dtype] if args.dtype else None,
@@ -345,7 +349,7 @@ def _export(args: argparse.Namespace) -> None:
         public=args.public,
     )
     with progress_bar("export", args.quiet) as progress:
-        lines = export(args.checkpoint, args.output, options, progress)
+        lines = export(model_directory(args.checkpoint), args.output, options, progress)
     print("\n".join(lines))
 
 
@@ -359,9 +363,10 @@ def _mmk12(args: argparse.Namespace) -> None:
 def _validate(args: argparse.Namespace) -> int:
     from eureka_megatron.data.prepare import show_validation
     from eureka_megatron.data.processor import Processor
+    from eureka_megatron.places import model_directory
 
     processor = Processor(
-        args.model,
+        model_directory(args.model),
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
         max_prompt_tokens=args.max_prompt_tokens,

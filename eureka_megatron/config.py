@@ -40,7 +40,8 @@ class RunSection(_Section):
 
 
 class ModelSection(_Section):
-    # Hugging Face directory, or one in Megatron's format (converted, or a training checkpoint): weights, config, tokenizer, processor
+    # Hugging Face directory, one in Megatron's format (converted, or a training checkpoint), or a hub id such as
+    # Qwen/Qwen2.5-VL-7B-Instruct (@REVISION may follow): weights, config, tokenizer, processor
     path: Path
     backend: Literal["local", "te"] = "local"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -26,7 +26,8 @@ from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.inputs import open_dataset, reward_rules
 from eureka_megatron.loop import Run, reinforce
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.places import settle
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
@@ -56,12 +57,12 @@ def run_demo(out: Path, overrides: list[str]) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()  # flashes of a hundred tiny tensors
     started = time.monotonic()
     _claim(out)
-    config = demo_config(out, overrides)
+    config = settle(demo_config(out, overrides))
     with _PeakMemory() as memory:
         write_counting(
             out / "data", train=TRAIN_PICTURES, test=TEST_PICTURES, seed=config.run.seed, noise=TEACHER_NOISE
         )
-        build_tiny(config.model.path, seed=config.run.seed, initializer_range=INITIALIZER_RANGE)
+        build_published(config.model.path, seed=config.run.seed, initializer_range=INITIALIZER_RANGE)
         story = _train(config, out)
         print("loading the export in transformers and in a fresh vLLM engine …", flush=True)
         story |= score_export(config, out / "hf")

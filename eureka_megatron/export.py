@@ -27,6 +27,7 @@ from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.places import hub_origin
 from eureka_megatron.types import Prompt
 from eureka_megatron.verify.reference import model_inputs
 
@@ -113,6 +114,8 @@ def _card(state: Mapping[str, Any], checkpoint: Path, options: ExportOptions) ->
             "git_commit": state["git_commit"]
         }
         card["run_id"] = f"{card['run_id']}, step {state['step']}"
+    if origin := hub_origin(checkpoint):
+        card |= {"base_model": origin[0], "base_revision": origin[1]}
     base = options.base_model or card.get("base_model") or _known_base(checkpoint)
     return card | ({"base_model": base} if base else {})
 

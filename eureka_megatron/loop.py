@@ -17,6 +17,7 @@ from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.inputs import open_dataset, reward_rules
+from eureka_megatron.places import settle
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
@@ -66,6 +67,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
 
     `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
     """
+    config = settle(config)
     output = config.run.output / "hf"
     start = starting_point(config, resume, output, stage="train", steps=config.training.steps)
     if start is None:

@@ -12,6 +12,7 @@ from typing import Any
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset
 from eureka_megatron.data.processor import make_processor
+from eureka_megatron.places import settle
 from eureka_megatron.run_state import Saves, common_state, starting_point, tell_of_resumption
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
@@ -59,6 +60,7 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
 
     `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
     """
+    config = settle(config)
     output = config.run.output / "hf"
     start = starting_point(config, resume, output, stage="sft", steps=config.sft.steps)
     if start is None:

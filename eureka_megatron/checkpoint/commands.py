@@ -13,6 +13,7 @@ import torch
 from eureka_megatron.checkpoint import inspect, offline
 from eureka_megatron.checkpoint.offline import Progress
 from eureka_megatron.errors import UserError
+from eureka_megatron.places import model_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVERSIONS = {"hf-to-megatron": offline.hf_to_megatron, "megatron-to-hf": offline.megatron_to_hf}
@@ -20,7 +21,7 @@ CONVERSIONS = {"hf-to-megatron": offline.hf_to_megatron, "megatron-to-hf": offli
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of both directions."""
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="or hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as they are)")
     parser.add_argument(
@@ -43,7 +44,7 @@ def run_conversion(kind: str, options: argparse.Namespace) -> int:
         raise UserError(f"--workers {options.workers}: need at least 1")
     with progress_bar(kind, options.quiet) as progress:
         CONVERSIONS[kind](
-            options.input,
+            model_directory(options.input),
             options.output,
             dtype=dtype,
             workers=options.workers,
@@ -59,7 +60,7 @@ def run_inspection(options: argparse.Namespace) -> int:
     """Prints one checkpoint, or the differences of two (exit code 1 when there are any)."""
     if len(options.directories) > 2:
         raise UserError("inspect takes one directory, or two to compare")
-    first, *others = map(inspect.describe, options.directories)
+    first, *others = map(inspect.describe, map(model_directory, options.directories))
     if not others:
         print(inspect.to_json(first) if options.json else inspect.to_text(first))
         return 0

@@ -25,6 +25,7 @@ from eureka_megatron.checkpoint.qwen2_5_vl import hf_metadata
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.places import hub_origin
 
 # Only files known by name are copied: no weights, no code, nothing that merely lies about.
 COPIED_FILES = (
@@ -46,6 +47,7 @@ CARD_KEYS = (
     "title",
     "tags",
     "base_model",
+    "base_revision",
     "data",
     "algorithm",
     "hyperparameters",
@@ -157,6 +159,7 @@ def model_card(card: Mapping[str, Any]) -> str:
     lines += [f"# {card.get('title', 'Qwen2.5-VL trained by rule-based reinforcement learning')}", ""]
     facts = {
         "Base model": card.get("base_model"),
+        "Revision of the base model": card.get("base_revision"),
         "Training data": card.get("data"),
         "Algorithm": card.get("algorithm"),
         "Run": card.get("run_id"),
@@ -189,8 +192,11 @@ def run_card(
 
     def public(path: str) -> str:
         """Where something lay on the machine that trained is nobody's business."""
+        if origin := hub_origin(path):
+            return origin[0]
         return Path(path).name if Path(path).is_absolute() else path
 
+    origin = hub_origin(config["model"]["path"])
     card = {
         "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
         "base_model": public(config["model"]["path"]),
@@ -204,7 +210,7 @@ def run_card(
             for key, value in config[section].items()
         },
         "scores": dict(scores or {}),
-    }
+    } | ({"base_revision": origin[1]} if origin else {})
     if stage == "sft":
         card |= {"title": "Qwen2.5-VL after a supervised cold start", "algorithm": "supervised fine-tuning", "tags": []}
     return card

@@ -21,7 +21,7 @@ from eureka_megatron.checkpoint.inspect import describe, differences
 from eureka_megatron.checkpoint.store import checksum, checksum_lines, list_checkpoints, newest_whole, problems_of
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from tests.helpers.course import Course, course_samples, make_trainer, one_step, run_course, weights_digest
 from tests.helpers.ranks import run_ranks
 
@@ -353,7 +353,7 @@ def load_wrongly(rank: int, course: Course, source: str) -> str:
 
 def test_a_checkpoint_of_another_trainer_is_refused_on_all_ranks(saved: Course, tmp_path: Path) -> None:
     source = str(Path(saved.folder) / "step_000004")
-    other = build_tiny(tmp_path / "other", seed=1, tied=True)
+    other = build_published(tmp_path / "other", seed=1, tied=True)
     expected = {
         "holds float32 weights, model.dtype is bfloat16": {"dtype": "bfloat16"},
         "was written with optimizer.name=adam, it is sgd now": {"optimizer": "sgd"},

@@ -11,7 +11,7 @@ from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.checkpoint.qwen2_5_vl import expand, hf_metadata, hub_name, rows
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.parallel.runtime import Axis, Parallel
 from tests.helpers.ranks import run_ranks
 
@@ -101,7 +101,7 @@ def round_trip(rank: int, directory: str, tensor: int, layers: list[list[list[in
     ids=str,
 )
 def test_round_trip_is_bitwise_where_the_table_goes_beyond_the_present_model(tmp_path, tensor, layers, options):
-    directory = build_tiny(tmp_path, tied=True, randomize_all=True)
+    directory = build_published(tmp_path, tied=True, randomize_all=True)
     world = tensor * len(layers)
     assert run_ranks(round_trip, world, str(directory), tensor, layers, options) == [[]] * world
 
@@ -125,7 +125,7 @@ def disagreeing_model(rank: int, directory: str) -> tuple[str, bool]:
 
 
 def test_a_model_that_disagrees_with_the_table_is_named_on_every_rank(tmp_path):
-    directory = build_tiny(tmp_path)
+    directory = build_published(tmp_path)
     results = run_ranks(disagreeing_model, 2, str(directory))
     assert results[0] == results[1]
     message, untouched = results[0]
@@ -144,6 +144,6 @@ def wrong_sizes(rank: int, directory: str) -> str:
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_is_explained(tmp_path):
-    directory = build_tiny(tmp_path)
+    directory = build_published(tmp_path)
     for message in run_ranks(wrong_sizes, 3, str(directory)):
         assert "decoder.layers.0.mlp.linear_fc1.weight (512 rows do not divide into 3 shards)" in message

@@ -18,7 +18,7 @@ from eureka_megatron.checkpoint.offline import hf_to_megatron, megatron_to_hf
 from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from tests.helpers.naming import newer_name
 from tests.helpers.ranks import run_ranks
@@ -80,7 +80,7 @@ def load_both_ways(rank: int, hf: str, converted: str, layout: Layout) -> list[s
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_converted_checkpoint_loads_at_any_layout(tmp_path, layout):
-    source = build_tiny(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
+    source = build_published(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
     hf_to_megatron(source, tmp_path / "megatron")
     world = ranks_of(layout)
     assert run_ranks(load_both_ways, world, str(source), str(tmp_path / "megatron"), layout) == [[]] * world
@@ -113,7 +113,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
         (False, 1, "5GB", torch.bfloat16),
     ):
         sizes = {"tied": tied, "kv_heads": kv_heads, "dtype": dtype, "max_shard_size": shard, "randomize_all": True}
-        made = build_tiny(folder / f"{'tied' if tied else 'untied'}-{kv_heads}-{shard}", **sizes)
+        made = build_published(folder / f"{'tied' if tied else 'untied'}-{kv_heads}-{shard}", **sizes)
         for source in both_namings(made):
             hf_to_megatron(source, folder / f"{source.name}-megatron", verify=True)
             found.append((source, folder / f"{source.name}-megatron"))
@@ -159,7 +159,7 @@ def save_by_megatron(rank: int, hf: str, output: str, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", [LAYOUTS[4], LAYOUTS[5], *LAYOUTS[-2:]], ids=str)
 def test_what_megatron_saves_at_any_layout_converts_back_bitwise(tmp_path, layout):
-    source = build_tiny(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
+    source = build_published(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
     run_ranks(save_by_megatron, ranks_of(layout), str(source), str(tmp_path / "saved"), layout)
     shutil.copyfile(source / "config.json", tmp_path / "saved" / "config.json")
     megatron_to_hf(tmp_path / "saved", tmp_path / "back", verify=True)

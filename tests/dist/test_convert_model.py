@@ -17,7 +17,7 @@ from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from tests.helpers.naming import newer_name
 from tests.helpers.ranks import run_ranks
@@ -73,7 +73,7 @@ def receive(rank: int, directories: list[tuple[str, str]], layout: tuple, dtype:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_round_trip_is_bitwise_at_every_layout(tmp_path, layout):
     options = {"randomize_all": True, "dtype": torch.bfloat16, "max_shard_size": "500KB"}
-    tied, untied = (build_tiny(tmp_path / str(tied), tied=tied, **options) for tied in (True, False))
+    tied, untied = (build_published(tmp_path / str(tied), tied=tied, **options) for tied in (True, False))
     cases = [(tied, "rank0"), (untied, "rank0"), (tied, "all")]
     world = layout[0] * layout[1] * layout[2]
     ranks = run_ranks(receive, world, [(str(directory), to) for directory, to in cases], layout, torch.bfloat16)
@@ -89,7 +89,7 @@ def test_round_trip_is_bitwise_at_every_layout(tmp_path, layout):
 
 
 def test_both_namings_and_single_or_sharded_files_load_alike(tmp_path):
-    hub = build_tiny(tmp_path / "hub", randomize_all=True)
+    hub = build_published(tmp_path / "hub", randomize_all=True)
     new = shutil.copytree(hub, tmp_path / "new")
     renamed = {newer_name(name): tensor for name, tensor in load_file(hub / "model.safetensors").items()}
     save_file(renamed, new / "model.safetensors")
@@ -106,7 +106,7 @@ def load_widened(rank: int, directory: str) -> bool:
 
 
 def test_bfloat16_widens_into_float32_parameters_exactly(tmp_path):
-    directory = build_tiny(tmp_path, randomize_all=True, dtype=torch.bfloat16)
+    directory = build_published(tmp_path, randomize_all=True, dtype=torch.bfloat16)
     assert run_ranks(load_widened, 1, str(directory)) == [True]
 
 
@@ -126,7 +126,7 @@ def load_narrowed(rank: int, directory: str) -> tuple[str, bool]:
 
 
 def test_narrowing_needs_permission(tmp_path):
-    directory = build_tiny(tmp_path, randomize_all=True)
+    directory = build_published(tmp_path, randomize_all=True)
     for message, good in run_ranks(load_narrowed, 2, str(directory)):
         assert "would lose precision" in message
         assert "lm_head.weight is torch.float32, the parameter torch.bfloat16" in message
@@ -145,7 +145,7 @@ def iterate_twice(rank: int, directory: str) -> list[tuple[bool, bool]]:
 
 
 def test_select_and_dtype_choose_what_is_exported(tmp_path):
-    directory = build_tiny(tmp_path, tied=True, randomize_all=True)
+    directory = build_published(tmp_path, tied=True, randomize_all=True)
     for checks in run_ranks(iterate_twice, 4, str(directory)):
         assert all(selected and cast for selected, cast in checks)
 
@@ -166,7 +166,7 @@ def wrapped_gradients(rank: int, directory: str) -> bool:
 
 
 def test_gradients_come_out_under_hf_names(tmp_path):
-    directory = build_tiny(tmp_path, randomize_all=True)
+    directory = build_published(tmp_path, randomize_all=True)
     assert run_ranks(wrapped_gradients, 2, str(directory)) == [True, True]
 
 
@@ -181,8 +181,8 @@ def load_broken(rank: int, directory: str) -> tuple[str, bool]:
 
 
 def test_all_that_is_wrong_is_named_on_every_rank_and_nothing_is_loaded(tmp_path):
-    build_tiny(tmp_path / "good")
-    bad = build_tiny(tmp_path / "bad")
+    build_published(tmp_path / "good")
+    bad = build_published(tmp_path / "bad")
     weights = load_file(bad / "model.safetensors")
     del weights["model.norm.weight"], weights["visual.blocks.0.attn.qkv.bias"]
     weights["model.layers.9.extra"] = torch.zeros(3)
@@ -200,8 +200,8 @@ def test_all_that_is_wrong_is_named_on_every_rank_and_nothing_is_loaded(tmp_path
 
 
 def test_a_spare_output_layer_of_a_tied_checkpoint_must_equal_the_embedding(tmp_path):
-    build_tiny(tmp_path / "good", tied=True)
-    bad = build_tiny(tmp_path / "bad", tied=True)
+    build_published(tmp_path / "good", tied=True)
+    bad = build_published(tmp_path / "bad", tied=True)
     weights = load_file(bad / "model.safetensors")
     for change in (0.0, 1.0):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -229,7 +229,7 @@ def export(rank: int, directory: str, output: str, layout: tuple, dtype: torch.d
     ids=str,
 )
 def test_an_export_is_a_checkpoint_that_transformers_loads(tmp_path, layout, dtype):
-    directory = build_tiny(tmp_path / "source", tied=layout[1] > 1, randomize_all=True)
+    directory = build_published(tmp_path / "source", tied=layout[1] > 1, randomize_all=True)
     output = tmp_path / "release"
     world = layout[0] * layout[1] * layout[2]
     assert run_ranks(export, world, str(directory), str(output), layout, dtype) == [""] * world
@@ -250,7 +250,7 @@ def test_an_export_is_a_checkpoint_that_transformers_loads(tmp_path, layout, dty
 
 
 def test_an_export_does_not_overwrite_and_says_so_on_every_rank(tmp_path):
-    directory = build_tiny(tmp_path / "source")
+    directory = build_published(tmp_path / "source")
     output = tmp_path / "release"
     output.mkdir()
     (output / "precious").write_text("x")
@@ -275,7 +275,7 @@ def export_on_full_disk(rank: int, directory: str, output: str) -> str:
 
 
 def test_a_full_disk_ends_the_export_on_every_rank_and_leaves_nothing(tmp_path):
-    directory = build_tiny(tmp_path / "source")
+    directory = build_published(tmp_path / "source")
     messages = run_ranks(export_on_full_disk, 2, str(directory), str(tmp_path / "release"))
     assert messages[0] == messages[1]
     assert "release cannot be written: File too large" in messages[0]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers.utils import logging as quiet
 
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.types import Sample
 from eureka_megatron.verify import Job, made_up_samples, measure, write_reference
 from tests.helpers.ranks import run_ranks
@@ -27,7 +27,7 @@ CHUNKS = [("one rank", 1, range(24)), ("one rank", 1, range(24, 48)), ("TP 2", 2
 
 
 def draw(number: int, tensor: int) -> dict[str, Any]:
-    """Configuration `number`: {"sizes" of build_tiny, "text" keys of config.json, "pictures" of the samples, "job" fields}."""
+    """Configuration `number`: {"sizes" of build_published, "text" keys of config.json, "pictures" of the samples, "job" fields}."""
     random = np.random.default_rng((SEED, number))
 
     def one_of(*choices: Any) -> Any:
@@ -73,7 +73,7 @@ def draw_pictures(random: np.random.Generator) -> tuple[tuple[int, int], ...]:
 
 
 def build(directory: Path, number: int, drawn: dict[str, Any]) -> None:
-    build_tiny(directory, seed=number, randomize_all=True, **drawn["sizes"])
+    build_published(directory, seed=number, randomize_all=True, **drawn["sizes"])
     path = directory / "config.json"
     config = json.loads(path.read_text())
     config["text_config"]["rms_norm_eps"] = drawn["text"]["rms_norm_eps"]

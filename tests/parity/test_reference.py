@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eureka_megatron.config import OptimizerSection
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.types import Batch
@@ -29,7 +29,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def reference_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny(tmp_path_factory.mktemp("reference") / "hf", seed=5, randomize_all=True)
+    return build_published(tmp_path_factory.mktemp("reference") / "hf", seed=5, randomize_all=True)
 
 
 def trainer_at(layout: dict[str, Any], rank: int, directory: str, **options: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.types import Sample
 from eureka_megatron.verify import Job, Layout, made_up_samples, measure, write_reference
 from tests.helpers.ranks import run_ranks
@@ -139,7 +139,7 @@ def leave_groups() -> None:
 
 
 def cells(factory: pytest.TempPathFactory, layouts: list[Layout], **shape: Any) -> Iterator[Cells]:
-    directory = build_tiny(factory.mktemp("tiny") / "hf", randomize_all=True, **shape)
+    directory = build_published(factory.mktemp("tiny") / "hf", randomize_all=True, **shape)
     samples = made_up_samples(directory)
     reference = directory.parent / "reference"
     write_reference(directory, reference, samples, grads=True)
@@ -170,7 +170,7 @@ def test_equals_transformers_with_tied_embeddings(tied: Cells, layout: Layout) -
 
 def test_a_wrong_weight_is_found(untied: Cells, tmp_path: Path) -> None:
     """The comparison itself must be able to fail: the reference of other weights is not met."""
-    other = build_tiny(tmp_path / "hf", seed=1, randomize_all=True, **SHAPE)
+    other = build_published(tmp_path / "hf", seed=1, randomize_all=True, **SHAPE)
     job = Job(str(other), untied.reference, untied.samples, grads=False)
     report = run_ranks(measure_all, 1, [job], str(tmp_path))[0][0]
     assert not report["passed"]

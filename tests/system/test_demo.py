@@ -54,9 +54,9 @@ def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
         model, data = tmp_path / "model", tmp_path / "data"
         if not model.exists():
             from eureka_megatron.data.counting import write_counting
-            from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+            from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
-            build_tiny(model)
+            build_published(model)
             write_counting(data, train=4, test=2)
             config.write_text(
                 f"model: {{path: {model}}}\ndata: {{train: {data}/train.jsonl, min_pixels: 784}}\nrun: {{output: {tmp_path}/out}}"
@@ -75,9 +75,9 @@ def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
 
 def test_bad_rows_are_named_with_file_and_line(tmp_path: Path) -> None:
     from eureka_megatron.data.counting import write_counting
-    from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+    from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
-    build_tiny(tmp_path / "model")
+    build_published(tmp_path / "model")
     paths = write_counting(tmp_path / "data", train=4, test=2)
     rows = paths.train.read_text().splitlines()
     broken = json.loads(rows[2]) | {"message": "[{"}

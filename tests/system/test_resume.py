@@ -21,7 +21,7 @@ from eureka_megatron.checkpoint.store import list_checkpoints, newest_whole, pro
 from eureka_megatron.config import load_config
 from eureka_megatron.data.counting import write_counting
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.run_state import choose_checkpoint
 from eureka_megatron.tracking.tracker import read_metrics
 from tests.helpers.course import Course, course_samples, run_course
@@ -167,7 +167,7 @@ def numbers(path: Path) -> dict[int, dict[str, float]]:
 @pytest.mark.timeout(1200)  # three starts of the whole system
 def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tmp_path: Path) -> None:
     """The real thing: Ray, trainer rank, vLLM engine, all killed after the second checkpoint and resumed from the command line."""
-    build_tiny(tmp_path / "model", seed=3, randomize_all=True)
+    build_published(tmp_path / "model", seed=3, randomize_all=True)
     data = write_counting(tmp_path / "data", train=40, test=4).train
     configs = {}
     for name in ("whole", "killed"):
@@ -203,7 +203,7 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tm
 
 @pytest.mark.timeout(1200)
 def test_a_killed_cold_start_goes_on_to_the_same_metrics_and_the_same_model(tmp_path: Path) -> None:
-    build_tiny(tmp_path / "model", seed=3, randomize_all=True)
+    build_published(tmp_path / "model", seed=3, randomize_all=True)
     data = write_counting(tmp_path / "data", train=40, test=4).train
     sections = "sft: {steps: 12, samples_per_step: 6}\nparallel: {tensor: 2}\n"
     configs = {name: tmp_path / f"{name}.yaml" for name in ("whole", "killed")}

@@ -16,7 +16,7 @@ from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.demo import demo_config
 from eureka_megatron.loop import Run
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.rollout.engine import Engine
 from eureka_megatron.rollout.pool import RolloutPool
 
@@ -43,7 +43,7 @@ class ForgetfulEngine(Engine):
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("story")
     write_counting(folder / "data", train=60, test=20)
-    build_tiny(folder / "model", seed=3, randomize_all=True)
+    build_published(folder / "model", seed=3, randomize_all=True)
     return demo_config(
         folder, ["training.prompts_per_step=4", "training.responses_per_update=16", "tracking.wandb=disabled"]
     )

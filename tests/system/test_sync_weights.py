@@ -251,10 +251,10 @@ def test_the_time_of_a_sync(pool: Any, trainer: Any) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_dir: Path, layout: str) -> None:
-    from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+    from eureka_megatron.models.qwen2_5_vl.forms import build_published
     from eureka_megatron.train.actor import TrainerGroup
 
-    other = build_tiny(
+    other = build_published(
         tiny_dir.parent / f"other_{layout}", seed=7, randomize_all=True
     )  # not what the engine started with
     group = TrainerGroup(run_config(other, {"parallel": LAYOUTS[layout]}))

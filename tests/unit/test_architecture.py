@@ -23,7 +23,7 @@ LAYERS = (
     ("train", "rollout", "data", "rl", "tracking", "evaluation", "planning"),
     ("models", "checkpoint", "sync", "rewards"),
     ("parallel",),
-    ("types", "config", "errors"),
+    ("types", "config", "errors", "places"),
 )
 NEVER = (("train", "rollout"), ("rollout", "train"))
 # Who may import what is heavy, as path prefixes below the package.

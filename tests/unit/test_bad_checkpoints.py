@@ -20,7 +20,7 @@ from eureka_megatron import cli
 from eureka_megatron.checkpoint.dist_io import append
 from eureka_megatron.checkpoint.dist_metadata import StoredTensor, read_metadata, write_metadata
 from eureka_megatron.checkpoint.offline import hf_to_megatron
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -30,7 +30,7 @@ SHARD = "model-00002-of-00003.safetensors"
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A sharded HF directory and the same in Megatron's format."""
     folder = tmp_path_factory.mktemp("good")
-    hf = build_tiny(folder / "hf", randomize_all=True, max_shard_size="3MB")
+    hf = build_published(folder / "hf", randomize_all=True, max_shard_size="3MB")
     assert (hf / SHARD).exists()
     hf_to_megatron(hf, folder / "megatron")
     return {"hf": hf, "megatron": folder / "megatron"}
@@ -39,11 +39,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def change_config(**values: object) -> Callable[[Path], object]:
     def damage(directory: Path) -> None:
         path = directory / "config.json"
-        config = json.loads(path.read_text())
-        for key, value in values.items():
-            part = config["text_config"] if key == "vocab_size" else config
-            part[key] = value
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     return damage
 
@@ -121,7 +117,7 @@ HF_DAMAGES = {
         [
             "2 tensors are missing: visual.merger.ln_q.weight, model.norm.weight",
             "2 tensors have no place in this model: surprise.a (model.safetensors), surprise.b",
-            "1 tensors have a wrong shape: lm_head.weight (model.safetensors) is (2, 3), expected (384, 128)",
+            "1 tensors have a wrong shape: lm_head.weight (model.safetensors) is (2, 3), expected (400, 128)",
             "1 tensors have a dtype that cannot be loaded: model.layers.0.mlp.up_proj.weight",
         ],
     ),
@@ -172,7 +168,7 @@ MEGATRON_DAMAGES = {
         ["the chunks of these tensors do not cover them: decoder.layers.mlp.linear_fc1.weight"],
     ),
     "wrong shape": (
-        change_config(vocab_size=400),
+        change_config(vocab_size=416),
         ["embedding.word_embeddings.weight (.metadata) is (384, 128), expected"],
     ),
     "unknown architecture": (change_config(model_type="llama"), ["config.json", "'llama'"]),

@@ -16,8 +16,9 @@ def test_the_page_is_current():
 def test_rows_carry_type_bounds_default_and_comment():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert (
-        "| `path` | path | **required** | Hugging Face directory, or one in Megatron's format (converted, or a training checkpoint): "
-        "weights, config, tokenizer, processor |" in page
+        "| `path` | path | **required** | Hugging Face directory, one in Megatron's format (converted, or a training checkpoint), or a "
+        "hub id such as Qwen/Qwen2.5-VL-7B-Instruct (@REVISION may follow): weights, config, tokenizer, processor |"
+        in page
     )
     assert "| `clip_grad` | number, ≥ 0 | `1.0` | 0: no clipping |" in page
     assert "| `betas` | 2 × number | `[0.9, 0.95]` |  |" in page

@@ -21,7 +21,7 @@ from eureka_megatron.data.counting import (
 )
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 
 def rows(path):
@@ -106,7 +106,7 @@ def test_noise_outside_0_and_1_is_refused(tmp_path):
 
 def test_the_task_goes_through_reader_and_processor_with_short_responses(tmp_path):
     paths = write_counting(tmp_path / "data", train=60, test=6)
-    processor = Processor(build_tiny(tmp_path / "model", weights=False), min_pixels=84 * 84, max_pixels=84 * 84)
+    processor = Processor(build_published(tmp_path / "model", weights=False), min_pixels=84 * 84, max_pixels=84 * 84)
     dataset = load_dataset(paths.train, processor, response_key="response")
     for index, prompt in enumerate(dataset):
         assert prompt.pictures[0].grid_thw == (1, 6, 6)
@@ -133,6 +133,6 @@ def test_a_careful_teacher_answers_with_its_tally():
 
 
 def test_questions_of_all_levels_have_equally_many_tokens(tmp_path):
-    processor = Processor(build_tiny(tmp_path / "model", weights=False), min_pixels=84 * 84, max_pixels=84 * 84)
+    processor = Processor(build_published(tmp_path / "model", weights=False), min_pixels=84 * 84, max_pixels=84 * 84)
     lengths = {len(processor.tokenizer.encode(example.question)) for example in islice(examples(0), 60)}
     assert len(lengths) == 1

@@ -10,12 +10,12 @@ from PIL import Image
 from eureka_megatron.data.dataset import PromptStream, load_dataset
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    model_dir = build_tiny(tmp_path_factory.mktemp("tiny"), weights=False)
+    model_dir = build_published(tmp_path_factory.mktemp("tiny"), weights=False)
     return Processor(model_dir, min_pixels=28 * 28, max_prompt_tokens=60)
 
 

@@ -17,7 +17,7 @@ from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.prepare import Validation, convert_mmk12, validate
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 
 def picture(kind: str = "PNG") -> bytes:
@@ -44,7 +44,7 @@ def record(number: int, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    directory = build_tiny(tmp_path_factory.mktemp("model") / "hf", weights=False)
+    directory = build_published(tmp_path_factory.mktemp("model") / "hf", weights=False)
     return Processor(directory, min_pixels=784, max_pixels=640 * 784)
 
 

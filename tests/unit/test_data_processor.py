@@ -1,6 +1,7 @@
 """Chats and pictures to prompts, against the checkpoint's own processor."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.prompts import SYSTEM_PROMPTS
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return build_tiny(tmp_path_factory.mktemp("tiny"), weights=False)
+    return build_published(tmp_path_factory.mktemp("tiny"), weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +116,10 @@ def test_bounds_without_a_size_between_them_are_refused(model_dir):
         processor.picture(noise(84, 28))
 
 
-def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"config.json is missing"):
+def test_a_directory_that_is_no_checkpoint_is_refused(model_dir, tmp_path):
+    with pytest.raises(UserError, match=r"config.json does not exist"):
         Processor(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    shutil.copy(model_dir / "config.json", tmp_path)
     with pytest.raises(UserError, match="cannot be loaded"):
         Processor(tmp_path)
 

@@ -18,13 +18,13 @@ from eureka_megatron.data.dataset import Mixture, PromptStream, load_dataset, re
 from eureka_megatron.data.prepare import convert_mmk12
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.types import Prompt
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    return Processor(build_tiny(tmp_path_factory.mktemp("tiny"), weights=False), min_pixels=28 * 28)
+    return Processor(build_published(tmp_path_factory.mktemp("tiny"), weights=False), min_pixels=28 * 28)
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,14 @@ from eureka_megatron.data import videos
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.types import Picture
 from eureka_megatron.verify.samples import reading_order
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return build_tiny(tmp_path_factory.mktemp("tiny"), weights=False)
+    return build_published(tmp_path_factory.mktemp("tiny"), weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,8 @@ def test_the_records_of_a_video_fit_each_other(processor, tmp_path):
     assert picture.window_lengths_W.sum() == 96
 
 
-def test_a_checkpoint_without_a_video_processor_file_uses_that_of_pictures(tmp_path):
-    model_dir = build_tiny(tmp_path / "model", weights=False)
-    (model_dir / "video_preprocessor_config.json").unlink()
+def test_a_checkpoint_without_a_video_processor_file_uses_that_of_pictures(model_dir, tmp_path):
+    assert not (model_dir / "video_preprocessor_config.json").exists()
     names = save(noise(2, 56, 56), tmp_path)
     prompt = Processor(model_dir, min_pixels=28 * 28).prompt(chat(video(names)), folders=[tmp_path])
     assert prompt.pictures[0].grid_thw == (1, 4, 4)

@@ -25,7 +25,7 @@ from eureka_megatron.checkpoint.inspect import describe, differences
 from eureka_megatron.checkpoint.offline import hf_to_megatron, megatron_to_hf
 from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from tests.helpers.naming import newer_name
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "checkpoint_convert"
@@ -51,7 +51,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "single"])
 def test_there_and_back_is_bitwise(tmp_path, small_blocks, tied, sharded):
     options = {"tied": tied, "randomize_all": True, "dtype": torch.bfloat16}
-    source = build_tiny(tmp_path / "hf", max_shard_size="500KB" if sharded else "5GB", **options)
+    source = build_published(tmp_path / "hf", max_shard_size="500KB" if sharded else "5GB", **options)
     seen = []
     hf_to_megatron(source, tmp_path / "megatron", verify=True, progress=lambda *amounts: seen.append(amounts))
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", verify=True, max_shard_bytes=500_000 if sharded else 10**9)
@@ -66,7 +66,7 @@ def test_there_and_back_is_bitwise(tmp_path, small_blocks, tied, sharded):
 
 
 def test_the_newer_naming_goes_in_and_the_hub_naming_comes_out(tmp_path):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
     content = load_file(source / "model.safetensors")
     new = {newer_name(name): tensor for name, tensor in content.items()}
     assert all(hub_name(name) in content for name in new)
@@ -79,15 +79,15 @@ def test_the_newer_naming_goes_in_and_the_hub_naming_comes_out(tmp_path):
 
 
 def test_dtype_casts_and_config_says_so(tmp_path):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
     hf_to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16, verify=True)
     expected, found = weights(source), weights(tmp_path / "megatron")
     assert all(torch.equal(found[name].flatten(), expected[name].bfloat16().flatten()) for name in expected)
-    assert json.loads((tmp_path / "megatron" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "megatron" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_workers_are_processes_and_write_the_same(tmp_path, small_blocks):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
     hf_to_megatron(source, tmp_path / "one")
     hf_to_megatron(source, tmp_path / "two", workers=2, verify=True)
     for file in sorted((tmp_path / "one").iterdir()):
@@ -95,7 +95,7 @@ def test_workers_are_processes_and_write_the_same(tmp_path, small_blocks):
 
 
 def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
     code = (
         "import sys, time\n"
         "from eureka_megatron.checkpoint import offline\n"
@@ -129,7 +129,7 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path):
 
 
 def test_a_killed_worker_is_told_and_the_next_conversion_goes_on(tmp_path, small_blocks):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
 
     def kill_a_worker() -> None:
         deadline = time.monotonic() + 60
@@ -152,7 +152,7 @@ def test_a_killed_worker_is_told_and_the_next_conversion_goes_on(tmp_path, small
 
 
 def test_a_changed_source_starts_over(tmp_path, small_blocks):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
 
     def interrupt(done: int, total: int) -> None:
         if done:
@@ -161,13 +161,13 @@ def test_a_changed_source_starts_over(tmp_path, small_blocks):
     with pytest.raises(KeyboardInterrupt):
         hf_to_megatron(source, tmp_path / "out", progress=interrupt)
     assert (tmp_path / ".out.converting").exists()
-    build_tiny(source, seed=1, randomize_all=True)
+    build_published(source, seed=1, randomize_all=True)
     hf_to_megatron(source, tmp_path / "out")
     assert same(source, tmp_path / "out")
 
 
 def test_a_second_conversion_to_the_same_output_is_refused_and_leaves_the_first_alone(tmp_path, small_blocks):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
     messages = []
 
     def try_again(done: int, total: int) -> None:
@@ -182,19 +182,19 @@ def test_a_second_conversion_to_the_same_output_is_refused_and_leaves_the_first_
 
 
 def test_outputs_are_not_overwritten(tmp_path):
-    source = build_tiny(tmp_path / "hf")
+    source = build_published(tmp_path / "hf")
     with pytest.raises(UserError, match="hf exists and is not overwritten"):
         hf_to_megatron(source, source)
 
 
 def test_the_wrong_direction_is_explained(tmp_path):
-    source = build_tiny(tmp_path / "hf")
+    source = build_published(tmp_path / "hf")
     with pytest.raises(UserError, match="in HF format; hf-to-megatron converts it"):
         megatron_to_hf(source, tmp_path / "out")
 
 
 def test_verification_finds_a_flipped_bit(tmp_path, monkeypatch):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
     finish = offline._finish
 
     def finish_and_flip(job: offline.Job) -> None:
@@ -223,7 +223,7 @@ def convert_with_a_file_limit(source: Path, output: Path) -> subprocess.Complete
 
 
 def test_a_full_disk_leaves_nothing_half_made(tmp_path):
-    source = build_tiny(tmp_path / "hf")
+    source = build_published(tmp_path / "hf")
     result = convert_with_a_file_limit(source, tmp_path / "out")
     assert result.returncode == 1
     assert "out cannot be written: " in result.stderr
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_nothing_half_made(tmp_path):
     ],
 )
 def test_damaged_megatron_checkpoints_are_named(tmp_path, damage, message):
-    hf_to_megatron(build_tiny(tmp_path / "hf"), tmp_path / "megatron")
+    hf_to_megatron(build_published(tmp_path / "hf"), tmp_path / "megatron")
     damage(tmp_path / "megatron")
     with pytest.raises(UserError, match=message):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
@@ -250,7 +250,7 @@ def test_damaged_megatron_checkpoints_are_named(tmp_path, damage, message):
 
 
 def test_missing_extra_and_misshapen_tensors_are_listed_together(tmp_path):
-    source = build_tiny(tmp_path / "hf")
+    source = build_published(tmp_path / "hf")
     content = load_file(source / "model.safetensors")
     del content["model.norm.weight"]
     content["surprise"] = torch.zeros(1)
@@ -261,7 +261,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(tmp_path):
 
 
 def test_inspection_lists_and_compares(tmp_path, capsys):
-    source = build_tiny(tmp_path / "hf", randomize_all=True)
+    source = build_published(tmp_path / "hf", randomize_all=True)
     hf_to_megatron(source, tmp_path / "megatron")
     assert main("inspect", [str(tmp_path / "megatron"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -285,7 +285,7 @@ def test_inspection_lists_and_compares(tmp_path, capsys):
 
 
 def test_the_scripts_convert_and_report_errors_in_one_line(tmp_path):
-    source = build_tiny(tmp_path / "hf")
+    source = build_published(tmp_path / "hf")
     arguments = ["--input", source, "--output", tmp_path / "out", "--dtype", "bfloat16", "--verify"]
     done = subprocess.run([sys.executable, TOOLS / "hf_to_megatron.py", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from eureka_megatron.checkpoint.layouts import Replicated
 from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, frozen_rows, hf_metadata, hub_name, rows, unsent
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 HUB_3B = Qwen2_5_VLConfig(  # the numbers of the published 3B model
     hidden_size=2048,
@@ -34,7 +34,7 @@ HUB_3B = Qwen2_5_VLConfig(  # the numbers of the published 3B model
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_table_names_exactly_what_transformers_saves(tmp_path, tied):
-    directory = build_tiny(tmp_path, tied=tied)
+    directory = build_published(tmp_path, tied=tied)
     with safe_open(directory / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert dict(hf_metadata(read_hf_config(directory))) == saved

@@ -32,12 +32,12 @@ def cold_start(out: Path) -> Path:
     checkpoint = out / "sft" / "hf"
     if not (checkpoint / "config.json").is_file():
         from eureka_megatron.demo import INITIALIZER_RANGE
-        from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+        from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
         if not (out / "data" / "train.jsonl").is_file():
             eureka("data", "counting", "--output", str(out / "data"), "--noise", str(NOISE))
         if not (out / "model" / "config.json").is_file():
-            build_tiny(out / "model", seed=0, initializer_range=INITIALIZER_RANGE)
+            build_published(out / "model", seed=0, initializer_range=INITIALIZER_RANGE)
         paths = {"model.path": out / "model", "data.train": out / "data" / "train.jsonl", "run.output": out / "sft"}
         eureka("sft", "examples/counting/sft.yaml", *(f"{key}={value}" for key, value in paths.items()))
     return checkpoint

@@ -18,6 +18,10 @@ MODEL_TYPE = "qwen2_5_vl"
 # Where text sizes stand in a file without `text_config`. Class defaults are the 72B model's: silence about all of them is a mistake.
 _FLAT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
+# Fields of the records below that are no numbers, or not always there, or (those of rotary positions) stand elsewhere in the file.
+_NO_NUMBERS = {"text_config", "vision_config", "tie_word_embeddings", "vision_token_id", "eos_token_ids"}
+_NO_NUMBERS |= {"rope_theta", "mrope_section", "fullatt_block_indexes"}
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -193,23 +197,18 @@ def _not_computed(text: Any, vision: Any, rope: dict[str, Any]) -> list[str]:
 
 
 def _not_numbers(hf: Any, rope: dict[str, Any]) -> list[str]:
-    """Values that are no positive numbers where one is needed; transformers checks types, but takes 0 and lists of sides."""
-    sizes = {
-        "": (hf, ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")),
-        "text_config.": (
-            hf.text_config,
-            (*(name for name in TextConfig.__annotations__ if name not in ("rope_theta", "mrope_section")),),
-        ),
-        "vision_config.": (
-            hf.vision_config,
-            (*(name for name in VisionConfig.__annotations__ if name != "fullatt_block_indexes"),),
-        ),
-    }
+    """What is no positive number where one is needed: transformers checks most types, but takes 0 and lists of sides."""
+    values = {"rope_theta": rope.get("rope_theta")}
+    for part, owner, record in (
+        ("", hf, QwenVLConfig),
+        ("text_config.", hf.text_config, TextConfig),
+        ("vision_config.", hf.vision_config, VisionConfig),
+    ):
+        values |= {f"{part}{name}": getattr(owner, name) for name in record.__annotations__ if name not in _NO_NUMBERS}
     problems = [
-        f"{part}{name} is {getattr(owner, name)!r}; needs a positive number"
-        for part, (owner, names) in sizes.items()
-        for name in names
-        if not (isinstance(getattr(owner, name), int | float) and getattr(owner, name) > 0)
+        f"{name} is {value!r}; needs a positive number"
+        for name, value in values.items()
+        if not (isinstance(value, int | float) and value > 0)
     ]
     section = rope.get("mrope_section")
     if not (isinstance(section, list | tuple) and len(section) == 3 and all(isinstance(part, int) for part in section)):

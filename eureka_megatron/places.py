@@ -1,0 +1,110 @@
+"""Where things lie, settled once on the driver: absolute paths, and models of the hub as directories of its cache.
+
+Workers of a cluster start in folders of their own, so relative paths end here. A model may be named as on the hub
+(`Qwen/Qwen2.5-VL-7B-Instruct`, `…@REVISION`); it is looked for in huggingface_hub's cache first and downloaded when that is allowed.
+The directory found names repository and commit, so a run's configuration and its model card record both.
+
+    <cache>/models--Qwen--Qwen2.5-VL-7B-Instruct/snapshots/cc594898137f460bfe9f0759e9844b3ce807cfb5
+            repository                                      commit
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from eureka_megatron.config import RunConfig
+from eureka_megatron.errors import UserError
+
+HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+# Weights, configuration, tokenizer, processor; neither pickles nor code.
+FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def settle(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths, and with directories where it names models of the hub.
+
+    Raises:
+        UserError: such a model is not in the cache and cannot be downloaded.
+    """
+    reference = config.algorithm.reference
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"path": model_directory(config.model.path)},
+        "run": {"output": _absolute(config.run.output)},
+        "algorithm": {"reference": reference and model_directory(reference)},
+    }
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def model_directory(name: Path | str) -> Path:
+    """The absolute directory of a model: one that exists, or that of a hub id. What is neither stays as it is, for its reader to refuse.
+
+    Raises:
+        UserError: the name has the form of a hub id, but the model is not in the cache and cannot be downloaded.
+    """
+    directory = _absolute(Path(name))
+    known = HUB_ID.fullmatch(str(name))
+    if directory.exists() or known is None:
+        return directory
+    return _snapshot(known["repository"], known["revision"])
+
+
+def hub_origin(directory: Path | str) -> tuple[str, str] | None:
+    """(repository, commit) of a directory of the hub's cache. Example: ("Qwen/Qwen2.5-VL-7B-Instruct", "cc594898137f…")."""
+    path = Path(directory)
+    kind, *names = path.parent.parent.name.split("--")
+    if path.parent.name != "snapshots" or kind != "models" or not names:
+        return None
+    return "/".join(names), path.name
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _snapshot(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    options = {"revision": revision, "allow_patterns": list(FILES)}
+    try:
+        cached = snapshot_download(repository, local_files_only=True, **options)
+    except LocalEntryNotFoundError as error:  # also of a snapshot that lacks files nobody needs, such as a licence
+        cached = getattr(error, "snapshot_path", None)
+    lacking = "it is not in the cache"
+    if cached:
+        missing = missing_files(Path(cached))
+        if not missing:
+            return _told(repository, Path(cached))
+        lacking = f"the cache lacks {', '.join(missing)} of it"
+    reason = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            return _told(repository, Path(snapshot_download(repository, **options)))
+        except Exception as error:  # of many kinds: names the hub does not know, tokens, proxies, networks, disks
+            reason = " ".join(str(error).split())[:200]
+    wanted = f" --revision {revision}" if revision else ""
+    raise UserError(
+        f"{repository} is neither a directory nor can it be had from the hub: {lacking}, and {reason}; where there is a network: "
+        f"hf download {repository}{wanted} --local-dir DIR, then name DIR"
+    )
+
+
+def _told(repository: str, snapshot: Path) -> Path:
+    print(f"{repository}: {snapshot}", file=sys.stderr, flush=True)
+    return snapshot
+
+
+def missing_files(snapshot: Path) -> list[str]:
+    """What an interrupted download left out: of config.json, the index and the shards it names."""
+    if not (snapshot / "config.json").is_file():
+        return ["config.json"]
+    if (snapshot / _SINGLE).is_file():
+        return []
+    if not (snapshot / _INDEX).is_file():
+        return [_INDEX]
+    shards = json.loads((snapshot / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    return sorted(name for name in set(shards) if not (snapshot / name).is_file())
