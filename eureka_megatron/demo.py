@@ -58,7 +58,7 @@ def run_demo(out: Path, overrides: list[str]) -> dict[str, Any]:
     started = time.monotonic()
     _claim(out)
     config = settle(demo_config(out, overrides))
-    with _PeakMemory() as memory:
+    with PeakMemory() as memory:
         write_counting(
             out / "data", train=TRAIN_PICTURES, test=TEST_PICTURES, seed=config.run.seed, noise=TEACHER_NOISE
         )
@@ -190,10 +190,10 @@ def _generate_with_transformers(config: RunConfig, prompts: list[Prompt], batch_
     return texts
 
 
-class _PeakMemory:
+class PeakMemory:
     """Largest sum of proportional set sizes of this process and its descendants, sampled every two seconds."""
 
-    def __enter__(self) -> "_PeakMemory":
+    def __enter__(self) -> "PeakMemory":
         self.peak_bytes = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

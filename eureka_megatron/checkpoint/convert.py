@@ -200,10 +200,12 @@ def open_checkpoint(directory: str | Path) -> Reader | DistReader:
 def check_hf(reader: Reader | DistReader, table: dict[str, Row]) -> list[str]:
     """What is wrong between a checkpoint and the table: all missing, unexpected, misshapen and unreadable tensors."""
     expected = {name: shape for row in table.values() for name, shape in row.hf.items()}
-    spare = _spare_head(table)
+    known = {*expected, *_spare_head(table)}
     found = reader.tensors
     missing = [name for name in expected if name not in found]
-    unexpected = [f"{info.name} ({info.file.name})" for name, info in found.items() if name not in {*expected, *spare}]
+    # Rotary frequencies, which transformers once saved, follow from the configuration; vLLM passes them over too.
+    surplus = [name for name in found if name not in known and not name.endswith(".inv_freq")]
+    unexpected = [f"{found[name].name} ({found[name].file.name})" for name in surplus]
     shapes = [
         f"{found[name].name} ({found[name].file.name}) is {found[name].shape}, expected {shape}"
         for name, shape in expected.items()

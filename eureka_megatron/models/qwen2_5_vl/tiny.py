@@ -9,8 +9,10 @@ arguments give equal files. The tags of the answer form are single, ordinary (no
 """
 
 import json
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,8 @@ class TinySizes:
     spare_rows: int = 0
     initializer_range: float = 0.02
     max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6  # of the text
+    rope_theta: float = 1e6
 
 
 def build_tiny(
@@ -159,13 +163,13 @@ def _hf_config(shape: TinySizes, ids: dict[str, int], dtype: torch.dtype) -> Qwe
             "num_hidden_layers": shape.text_layers,
             "num_attention_heads": shape.text_heads,
             "num_key_value_heads": shape.kv_heads,
-            "rms_norm_eps": 1e-6,
+            "rms_norm_eps": shape.rms_norm_eps,
             "initializer_range": shape.initializer_range,
             "max_position_embeddings": shape.max_position_embeddings,
             "max_window_layers": shape.text_layers,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 1e6,
+                "rope_theta": shape.rope_theta,
                 "mrope_section": mrope_section(shape.text_hidden // shape.text_heads),
             },
             "tie_word_embeddings": shape.tied,
@@ -221,9 +225,7 @@ def build_tokenizer(vocab_size: int = 384, sentences: Sequence[str] = SENTENCES)
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
-    # Merges run out on few sentences: fillers keep the special tokens at the end, as in the real vocabulary.
-    missing = vocab_size - added - tokenizer.get_vocab_size()
-    tokenizer.add_tokens([AddedToken(f"<|extra_{index}|>", normalized=False) for index in range(missing)])
+    tokenizer = _with_merges(tokenizer, vocab_size - added)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in TAG_TOKENS])
     return PreTrainedTokenizerFast(
@@ -234,6 +236,20 @@ def build_tokenizer(vocab_size: int = 384, sentences: Sequence[str] = SENTENCES)
         model_max_length=32768,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _with_merges(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """Sentences run out of merges long before a real vocabulary is full: words of small letters, aa to zzz…, make up for the rest."""
+    content = json.loads(tokenizer.to_str())
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    letters = string.ascii_lowercase
+    pairs = (("".join(head), last) for length in count(1) for *head, last in product(letters, repeat=length + 1))
+    while len(vocab) < size:
+        pair = next(pairs)
+        if "".join(pair) not in vocab:
+            vocab["".join(pair)] = len(vocab)
+            merges.append(pair)
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def build_weights(
