@@ -77,9 +77,9 @@ class Processor:
         self.system_prompt = named_system_prompt(system_prompt)
         config = read_hf_config(self.model_dir)
         self._hf = _load(self.model_dir)
-        own = self._hf.image_processor.size  # None asks for the checkpoint's own bounds
-        self.min_pixels = own["shortest_edge"] if min_pixels is None else min_pixels
-        self.max_pixels = own["longest_edge"] if max_pixels is None else max_pixels
+        self._own_bounds = _picture_bounds(self._hf.image_processor, self.model_dir)
+        self.min_pixels = self._own_bounds[0] if min_pixels is None else min_pixels
+        self.max_pixels = self._own_bounds[1] if max_pixels is None else max_pixels
         self.tokenizer, self._one_at_a_time = self._hf.tokenizer, threading.Lock()
         self._template = _chat_template(self._hf, self.model_dir)
         self._vision = config.vision_config
@@ -344,8 +344,7 @@ class Processor:
 
     def _check_bounds(self) -> None:
         """What is resized here must pass the checkpoint's image processor, which the rollout engine runs, unchanged."""
-        size = self._hf.image_processor.size
-        least, most = size["shortest_edge"], size["longest_edge"]
+        least, most = self._own_bounds
         factor = self._vision.patch_size * self._vision.spatial_merge_size
         if self.max_pixels < factor**2:
             raise ConfigError(f"data.max_pixels={self.max_pixels} is less than one vision token, {factor**2} pixels")
@@ -372,6 +371,17 @@ def _load(model_dir: Path) -> Any:
         )
     processor.video_processor.cap_pixels_per_frame = False  # frames come resized; unset, transformers warns
     return processor
+
+
+def _picture_bounds(image_processor: Any, model_dir: Path) -> tuple[int, int]:
+    """Least and most pixels of a picture: `size` has had two pairs of names."""
+    size = image_processor.size
+    bounds = size.shortest_edge or size.min_pixels, size.longest_edge or size.max_pixels
+    if None in bounds:
+        raise UserError(
+            f"{model_dir}: the image processor's size must have shortest_edge and longest_edge (or min_pixels and max_pixels)"
+        )
+    return bounds
 
 
 def _chat_template(processor: Any, model_dir: Path) -> str:

@@ -10,6 +10,8 @@ Decisions a reader may wonder about:
   be taken for a picture by the next training pass.
 - Every request has its own seed, made from the call's seed and the prompt's id: a response depends neither on which engine
   sampled it nor on its neighbours in the batch (up to floating-point noise).
+- On GPUs vLLM runs its Model Runner V2, on CPUs (so in the tests) V1; what is used here is read to be alike in both, and
+  VLLM_USE_V2_MODEL_RUNNER=0 is the way back to V1.
 - The engine runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): its caller is already a process of its own.
 
 vLLM is imported on construction only, after its environment variables are set. Left out: engines spread over several GPUs.
@@ -32,7 +34,7 @@ import torch
 
 from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config, token_ids
+from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, QwenVLConfig, read_hf_config, token_ids
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.sync.check import (
     Fingerprint,
@@ -102,6 +104,9 @@ class Engine:
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
+            hf_overrides={
+                "architectures": [ARCHITECTURE]
+            },  # some files name none; vLLM would take a model without a head
             dtype=options.dtype,
             max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
             max_num_seqs=options.max_concurrent,

@@ -89,7 +89,9 @@ def test_equal_seeds_give_equal_responses_whatever_the_order(pool: Any, prompts:
     assert _tokens(first) != _tokens(other)
 
 
-def test_samples_of_one_prompt_differ_even_when_it_comes_twice(pool: Any, prompts: Prompts) -> None:
+def test_samples_of_one_prompt_differ_even_when_it_comes_twice(pool: Any, prompts: Prompts, tiny_dir: Path) -> None:
+    # Published sampling defaults would make all of them the likeliest tokens: they must not reach a rollout.
+    assert json.loads((tiny_dir / "generation_config.json").read_text())["top_k"] == 1
     prompt = prompts.mixture()[0]
     responses = _tokens(pool.generate([prompt, prompt], **OPTIONS, seed=1))
     flat = [tuple(tokens) for group in responses for tokens in group]
@@ -97,7 +99,7 @@ def test_samples_of_one_prompt_differ_even_when_it_comes_twice(pool: Any, prompt
 
 
 def test_vision_special_tokens_are_never_sampled(pool: Any, prompts: Prompts) -> None:
-    # An untrained model gives each of its 384 tokens about equal chances: 4 banned ones would come some 80 times here.
+    # An untrained model gives each of its 400 tokens about equal chances: 4 banned ones would come some 80 times here.
     vision = {
         prompts.tokenizer.convert_tokens_to_ids(f"<|{n}|>")
         for n in ("vision_start", "vision_end", "image_pad", "video_pad")

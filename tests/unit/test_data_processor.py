@@ -13,7 +13,7 @@ from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.prompts import SYSTEM_PROMPTS
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.models.qwen2_5_vl.forms import FORMS, build_published
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +205,76 @@ def test_a_sample_is_prompt_and_response_with_the_mask_on_the_response(processor
 def test_vision_tokens_to_ban_are_the_four(processor):
     names = processor.tokenizer.convert_ids_to_tokens(list(processor.vision_token_ids))
     assert set(names) == {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"}
+
+
+# --- forms of published directories ---
+
+
+def changed(model_dir, tmp_path, name, **values):
+    """The checkpoint with keys of one of its files changed; ... takes one out."""
+    directory = tmp_path / "changed"
+    shutil.copytree(model_dir, directory)
+    found = json.loads((directory / name).read_text()) | values
+    (directory / name).write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+    return directory
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_renders_and_cuts_pictures_alike(model_dir, tmp_path, form):
+    directory = build_published(tmp_path / "hf", form, weights=False)
+    message = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "How many circles?"}],
+        }
+    ]
+    Image.fromarray(np.full((60, 90, 3), 7, dtype=np.uint8)).save(tmp_path / "x.png")
+    expected, found = (
+        Processor(one, min_pixels=784, max_pixels=28 * 784).prompt(message, folders=[tmp_path])
+        for one in (model_dir, directory)
+    )
+    assert found.text == expected.text
+    np.testing.assert_array_equal(found.tokens_S, expected.tokens_S)
+    assert torch.equal(found.pictures[0].patches_PD, expected.pictures[0].patches_PD)
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds"),
+    [
+        (
+            {"min_pixels": ..., "max_pixels": ..., "size": {"shortest_edge": 3136, "longest_edge": 12845056}},
+            (3136, 12845056),
+        ),
+        (
+            {"min_pixels": ..., "max_pixels": ..., "size": {"min_pixels": 3136, "max_pixels": 12845056}},
+            (3136, 12845056),
+        ),
+        ({"min_pixels": 3136, "max_pixels": 12845056, "size": None}, (3136, 12845056)),
+    ],
+)
+def test_picture_bounds_have_several_spellings(model_dir, tmp_path, values, bounds):
+    directory = changed(model_dir, tmp_path, "preprocessor_config.json", **values)
+    processor = Processor(directory, min_pixels=None, max_pixels=None)
+    assert (processor.min_pixels, processor.max_pixels) == bounds
+
+
+def test_templates_by_name_and_none_at_all(model_dir, tmp_path):
+    template = json.loads((model_dir / "tokenizer_config.json").read_text())["chat_template"]
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    directory = changed(model_dir, tmp_path, "tokenizer_config.json", chat_template=named)
+    message = [{"role": "user", "content": "Why?"}]
+    texts = [Processor(one, min_pixels=784).prompt(message).text for one in (directory, model_dir)]
+    assert texts[0] == texts[1]
+    shutil.rmtree(directory)
+    with pytest.raises(UserError, match="has no chat template: neither"):
+        Processor(changed(model_dir, tmp_path, "tokenizer_config.json", chat_template=...))
+
+
+def test_a_class_name_that_transformers_gave_up_is_told_with_the_one_to_write(model_dir, tmp_path):
+    directory = changed(
+        model_dir, tmp_path, "preprocessor_config.json", image_processor_type="Qwen2_5_VLImageProcessor"
+    )
+    with pytest.raises(
+        UserError, match=r"says image_processor_type 'Qwen2_5_VLImageProcessor', .* write 'Qwen2VLImageProcessor' there"
+    ):
+        Processor(directory)

@@ -14,7 +14,7 @@ from typing import Any
 
 from eureka_megatron.errors import ConfigError, UserError
 
-MODEL_TYPE = "qwen2_5_vl"
+MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
 # Where text sizes stand in a file without `text_config`. Class defaults are the 72B model's: silence about all of them is a mistake.
 _FLAT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
