@@ -50,9 +50,18 @@ METRICS, FEATURES, SHAPED = (
 
 
 @pytest.fixture(scope="module")
-def samples(tiny_dir: Path) -> list[Sample]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configuration and tokenizer of a model with two layers of each kind: every operation costs milliseconds here."""
+    from eureka_megatron.models.qwen2_5_vl.tiny import build_tiny
+
+    sizes = {"text_layers": 2, "vision_depth": 2, "full_attention_blocks": (1,)}
+    return build_tiny(tmp_path_factory.mktemp("shallow") / "hf", weights=False, **sizes)
+
+
+@pytest.fixture(scope="module")
+def samples(model: Path) -> list[Sample]:
     """Two responses to each of three prompts: one picture, two of different sizes, none."""
-    prompts = made_up_samples(tiny_dir, pictures=(((3, 3),), ((2, 5), (1, 1)), ()))
+    prompts = made_up_samples(model, pictures=(((3, 3),), ((2, 5), (1, 1)), ()))
     return [
         replace(sample, advantages_S=sample.mask_S * (number - 1.5), rollout_logprobs_S=sample.mask_S * -6.0)
         for number in range(2)
@@ -119,34 +128,34 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_micro_batch_makes_the_host_wait(tiny_dir: Path, samples: list[Sample], name: str) -> None:
+def test_no_micro_batch_makes_the_host_wait(model: Path, samples: list[Sample], name: str) -> None:
     """Once for the metrics of an update, once for those of the step and once for a frozen tower's features: however many micro-batches."""
     updates = (tuple(range(4)), tuple(range(4, 6)))
     longest = max(map(len, samples)) + 8
     forwards = []
     for tokens in (longest, 4 * longest) if name == "one rank" else (longest,):
         steps = [(Batch(tuple(samples), updates), {})]
-        [found] = run_ranks(rehearse, 1, str(tiny_dir), SETTINGS[name], tokens, steps)[0]
+        [found] = run_ranks(rehearse, 1, str(model), SETTINGS[name], tokens, steps)[0]
         show(f"{name}, rows of {tokens}", found)
         assert by_function(found["waits"]) == {METRICS: 3} | ({FEATURES: 1} if "freeze" in SETTINGS[name][1] else {})
         forwards.append(found["forwards"])
     assert forwards[0] == max(forwards) >= 6
 
 
-def test_nor_do_samples_without_pictures_and_rows_without_samples(tiny_dir: Path, samples: list[Sample]) -> None:
+def test_nor_do_samples_without_pictures_and_rows_without_samples(model: Path, samples: list[Sample]) -> None:
     text = samples[2::3]
     steps = [(Batch((*text, text[0]), ((0, 1), (2,))), {"loss": "dapo"})]
     for layout in ({}, {"world_size": 2, "rank": 1}):  # data parallel: rank 1 gets no sample of the second update
-        [found] = run_ranks(rehearse, 1, str(tiny_dir), (layout, FROZEN), 400, steps)[0]
+        [found] = run_ranks(rehearse, 1, str(model), (layout, FROZEN), 400, steps)[0]
         assert by_function(found["waits"]) == {METRICS: 3}
 
 
-def test_nor_does_shaping_but_once_a_step(tiny_dir: Path, samples: list[Sample]) -> None:
+def test_nor_does_shaping_but_once_a_step(model: Path, samples: list[Sample]) -> None:
     """It works on the host, on old log-probabilities that come from the GPU; those of the reference come with the samples here."""
     given = tuple(replace(sample, ref_logprobs_S=sample.mask_S * -5.0) for sample in samples)
     shaped = {"shaping": Shaping(kl_coefficient=0.1, whitened=True), "compat": "mm_eureka", "passes": 2}
     steps = [(Batch(given, ((0, 1, 2), (3, 4, 5))), shaped)]
-    [found] = run_ranks(rehearse, 1, str(tiny_dir), ({}, {}), 400, steps)[0]
+    [found] = run_ranks(rehearse, 1, str(model), ({}, {}), 400, steps)[0]
     show("KL in the reward, two passes", found)
     assert by_function(found["waits"]) == {METRICS: 5, SHAPED: 1}
 
@@ -193,7 +202,7 @@ def numbered(sample: Sample, number: int) -> Sample:
 
 @pytest.mark.parametrize("freeze", [{}, BLOCKS, FROZEN], ids=["learning", "frozen blocks", "frozen tower"])
 def test_pictures_stand_on_the_gpu_one_micro_batch_at_a_time(
-    tiny_dir: Path, samples: list[Sample], freeze: dict[str, Any]
+    model: Path, samples: list[Sample], freeze: dict[str, Any]
 ) -> None:
     """What is there when a forward pass begins does not grow with the micro-batches, but for a few numbers a token."""
     sample, counts = samples[0], (2, 8)
@@ -201,7 +210,7 @@ def test_pictures_stand_on_the_gpu_one_micro_batch_at_a_time(
         (Batch(tuple(numbered(sample, number) for number in range(count)), (tuple(range(count)),)), {})
         for count in counts
     ]
-    found = run_ranks(rehearse, 1, str(tiny_dir), ({}, freeze), len(sample), steps)[0]
+    found = run_ranks(rehearse, 1, str(model), ({}, freeze), len(sample), steps)[0]
     assert [one["forwards"] for one in found] == [2 * count for count in counts]
     growth = (found[1]["bytes"] - found[0]["bytes"]) / (counts[1] - counts[0])
     smallest = sample.pictures[0].units * 128 * 2  # a picture's embeddings; its features and patches are larger
