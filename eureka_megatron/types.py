@@ -10,7 +10,7 @@ made at row t**, that is to the token `labels_T[t]` which follows it; `packing` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -144,29 +144,34 @@ class Batch:
 
 @dataclass(frozen=True)
 class VisionBatch:
-    """All distinct pictures of one micro-batch, concatenated for the tower; window order, as in `Picture`.
+    """All distinct pictures of one micro-batch for the tower; window order, as in `Picture`.
 
     When tensor-parallel ranks share the pictures (`vision_parallel: data`), patches, coordinates, windows and frames are those of
     this rank's pictures alone, and the U embeddings stand rank after rank.
+
+    What is large, one of `patches_PD`, `hidden_PH` and `units_UO`, is on the host one tensor a picture, shared with the samples: it is laid
+    end to end on its way to the device (`train.step.to_device`), one micro-batch at a time.
     """
 
-    patches_PD: torch.Tensor  # float32
     coordinates_P2: torch.Tensor  # int64
     cu_windows: torch.Tensor  # int32 [W+1]: cumulative patches, windowed attention
     cu_frames: torch.Tensor  # int32 [F+1]: cumulative patches, full attention
     units: int  # U: vision embeddings of the distinct pictures
     source_E: torch.Tensor  # int64: which of the U embeddings …
     placement_E: torch.Tensor  # int64: … goes to which row of the packed sequence (a shared picture has several rows)
+    patches_PD: torch.Tensor | tuple[torch.Tensor, ...] | None = None  # float32; in the tower's dtype on the device
     # Of a frozen tower, computed once for a whole rollout step, in place of the patches: what leaves its blocks …
-    hidden_PH: torch.Tensor | None = None
-    units_UO: torch.Tensor | None = None  # … or, when the merger is frozen too, the embeddings themselves
+    hidden_PH: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    # … or, when the merger is frozen too, the embeddings themselves.
+    units_UO: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     units_R: tuple[int, ...] | None = (
         None  # embeddings each tensor-parallel rank computes; None: every rank all of them
     )
-
-    def without_contents(self) -> VisionBatch:
-        """Only where pictures stand in the row, for stages that have no tower."""
-        return replace(self, patches_PD=self.patches_PD[:0], hidden_PH=None, units_UO=None)
+    # Under context parallelism, int64 [2, L]: which of the U embeddings goes to which of this rank's own rows.
+    shown_2L: torch.Tensor | None = None
+    # Patches of each window and frame, known on the host: asking the device would stall it. None: it is asked.
+    windows: tuple[int, ...] | None = None
+    frames: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,9 +201,11 @@ class MicroBatch:
     labels_T: torch.Tensor  # int64: the token that follows; 0 at the last row of each sequence, where mask_T is 0
     positions_3T: torch.Tensor  # int64 [3, T]
     cu_seqlens: torch.Tensor  # int32 [Q+1], filling included
+    segments: tuple[int, ...]  # tokens of each sequence, filling included: what cu_seqlens adds up, on the host
     lengths: tuple[int, ...]  # tokens of each sample, filling not included
     mask_T: torch.Tensor  # float32
     sequence_ids_T: torch.Tensor  # int64: index of the sample in this micro-batch
+    has_image_T: torch.Tensor  # bool: the sample shows a picture
     advantages_T: torch.Tensor  # float32
     old_logprobs_T: torch.Tensor | None
     rollout_logprobs_T: torch.Tensor | None

@@ -8,7 +8,7 @@ unless a single sample does, which is refused; rows are a multiple of `align` to
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from eureka_megatron.types import ContextShare, MicroBatch, Picture, Sample, Vis
 
 @dataclass(frozen=True)
 class Features:
-    """What a frozen tower made of pictures, by their keys: embeddings [U, O] when `merged`, else what enters the merger, [P, H]."""
+    """What a frozen tower made of pictures, by their keys: embeddings [U, O] when `merged`, else what enters the merger, [P, H].
+
+    In host memory: those of a whole rollout step would fill a GPU.
+    """
 
     of: Mapping[str, torch.Tensor]
     merged: bool
-    nothing: torch.Tensor  # [0, O] or [0, H]: of a rank without pictures
 
 
 def plan(
@@ -172,23 +174,30 @@ def pack(
         np.repeat((number, -1), (length, more))
         for number, (length, more) in enumerate(zip(lengths, padding, strict=True))
     ]
+    shows = [
+        np.repeat((bool(sample.pictures), False), (len(sample), more))
+        for sample, more in zip(chosen, padding, strict=True)
+    ]
     segments = room + ([filling] if filling else [])
     cu_seqlens = np.concatenate(([0], np.cumsum(segments)))
+    share = _context_share(cu_seqlens, layout) if layout.context_size > 1 else None
     return MicroBatch(
         tokens_T=torch.from_numpy(np.concatenate([*tokens, np.zeros(filling, dtype=np.int64)])),
         labels_T=laid([sample.tokens_S for sample in chosen], torch.int64),
         positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        segments=tuple(segments),
         lengths=tuple(lengths),
         mask_T=laid([sample.mask_S for sample in chosen]),
         sequence_ids_T=torch.from_numpy(np.concatenate((*owners, np.full(filling, -1))).astype(np.int64)),
+        has_image_T=torch.from_numpy(np.concatenate((*shows, np.zeros(filling, dtype=bool)))),
         advantages_T=laid([sample.advantages_S for sample in chosen]),
         old_logprobs_T=optional("old_logprobs_S"),
         rollout_logprobs_T=optional("rollout_logprobs_S"),
         ref_logprobs_T=optional("ref_logprobs_S"),
-        vision=_vision(chosen, cu_seqlens, layout, features),
+        vision=_vision(chosen, cu_seqlens, layout, features, share),
         sample_indices=tuple(indices),
-        context=_context_share(cu_seqlens, layout) if layout.context_size > 1 else None,
+        context=share,
     )
 
 
@@ -199,7 +208,7 @@ def extend(positions_3S: np.ndarray, tokens: int) -> np.ndarray:
 
 def split(values_T: torch.Tensor, micro_batch: MicroBatch) -> list[torch.Tensor]:
     """A result per row, cut into one tensor a sample; still belonging to the prediction made at each row."""
-    starts = micro_batch.cu_seqlens.tolist()
+    starts = accumulate(micro_batch.segments, initial=0)
     return [values_T[start : start + length] for start, length in zip(starts, micro_batch.lengths, strict=False)]
 
 
@@ -242,7 +251,11 @@ def distinct_pictures(samples: Iterable[Sample]) -> list[Picture]:
 
 
 def _vision(
-    samples: list[Sample], starts: np.ndarray, layout: RowLayout, features: Features | None
+    samples: list[Sample],
+    starts: np.ndarray,
+    layout: RowLayout,
+    features: Features | None,
+    share: ContextShare | None,
 ) -> VisionBatch | None:
     """Each distinct picture once; every place that shows it points to the same embeddings."""
     pictures = distinct_pictures(samples)
@@ -253,7 +266,7 @@ def _vision(
     shares = share_pictures(pictures, 1 if finished else layout.picture_ranks)
     first_unit: dict[str, int] = {}
     units = 0
-    for index in (index for share in shares for index in share):
+    for index in (index for part in shares for index in part):
         first_unit[pictures[index].key] = units
         units += pictures[index].units
     sources, placements = [], []
@@ -263,32 +276,44 @@ def _vision(
             # The unit at place u of the window order is unit unit_order_U[u] in reading order.
             placements.append(start + offset + picture.unit_order_U)
     own = [pictures[index] for index in shares[0 if len(shares) == 1 else layout.picture_rank]]
-    known = None if features is None else torch.cat([features.of[p.key] for p in own] or [features.nothing])
+    source_E, placement_E = torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(placements))
     return vision_batch(
         own,
+        features,
         units=units,
-        units_R=tuple(sum(pictures[index].units for index in share) for share in shares) if len(shares) > 1 else None,
-        hidden_PH=None if finished else known,
-        units_UO=known if finished else None,
-        source_E=torch.from_numpy(np.concatenate(sources)),
-        placement_E=torch.from_numpy(np.concatenate(placements)),
+        units_R=tuple(sum(pictures[index].units for index in part) for part in shares) if len(shares) > 1 else None,
+        source_E=source_E,
+        placement_E=placement_E,
+        shown_2L=None if share is None else _shown(source_E, placement_E, share),
     )
 
 
-def vision_batch(pictures: Sequence[Picture], **fields: Any) -> VisionBatch:
-    """The tower's input for these pictures, in this order; patches only when no features stand in their place."""
-    given = fields.get("hidden_PH") is not None or fields.get("units_UO") is not None
-    width = pictures[0].patches_PD.shape[1] if pictures else 0
-    patches = [] if given else [picture.patches_PD for picture in pictures]
+def _shown(source_E: torch.Tensor, placement_E: torch.Tensor, share: ContextShare) -> torch.Tensor:
+    """[2, L]: of the embeddings' places in the whole row those among this rank's rows, as places in these."""
+    rows = len(share.rows_t)
+    local = share.order_T[placement_E] - share.rank * rows
+    here = (local >= 0) & (local < rows)
+    return torch.stack((source_E[here], local[here]))
 
-    def cumulative(lengths: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.cumsum(np.concatenate(([0], *lengths))).astype(np.int32))
 
+def vision_batch(pictures: Sequence[Picture], features: Features | None = None, **fields: Any) -> VisionBatch:
+    """The tower's input for these pictures, in this order; features, where there are any, in place of the patches."""
+    windows, frames = (
+        [length for picture in pictures for length in getattr(picture, name).tolist()]
+        for name in ("window_lengths_W", "frame_lengths_F")
+    )
+
+    def cumulative(lengths: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+
+    contents = "patches_PD" if features is None else "units_UO" if features.merged else "hidden_PH"
     coordinates = [picture.coordinates_P2 for picture in pictures] or [np.zeros((0, 2), dtype=np.int64)]
     return VisionBatch(
-        patches_PD=torch.cat(patches) if patches else torch.zeros(0, width),
         coordinates_P2=torch.from_numpy(np.concatenate(coordinates)),
-        cu_windows=cumulative([picture.window_lengths_W for picture in pictures]),
-        cu_frames=cumulative([picture.frame_lengths_F for picture in pictures]),
+        cu_windows=cumulative(windows),
+        cu_frames=cumulative(frames),
+        windows=tuple(windows),
+        frames=tuple(frames),
+        **{contents: tuple(p.patches_PD if features is None else features.of[p.key] for p in pictures)},
         **fields,
     )

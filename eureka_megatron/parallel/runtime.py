@@ -6,6 +6,7 @@ same groups as a `Parallel`. Code of this package takes the handle and never ask
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -126,6 +127,26 @@ def init_parallel(
         sequence_parallel=sequence_parallel,
         device=device,
     )
+
+
+def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; the host does not wait for it.
+
+    A copy from pageable memory waits for all that the GPU has been given so far. From pinned memory the GPU fetches by itself, and torch
+    keeps the pinned pages until it has.
+    """
+    if device.type != "cuda" or value.device == device:
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
+def join_on_device(pieces: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Tensors of the host end to end on the device, in `dtype`; as `to_device`, with one copy on the host and not two."""
+    if device.type != "cuda":
+        return torch.cat(list(pieces)).to(dtype)
+    rows = sum(map(len, pieces))
+    pinned = torch.empty(rows, *pieces[0].shape[1:], dtype=dtype, pin_memory=True)
+    return torch.cat(list(pieces), out=pinned).to(device, non_blocking=True)
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -19,6 +19,7 @@ and trainer: fengyao.notion.site/off-policy-rl, masking: IcePop.
 Shape suffixes: T packed tokens, S sequences.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
@@ -56,7 +57,8 @@ class LossInputs:
     rollout_logprobs_T: Tensor | None = None  # the engine that sampled, for the rollout correction
     entropy_T: Tensor | None = None  # entropy in nats; with gradient when it is rewarded
     has_image_T: Tensor | None = None  # bool, the token's sequence has an image; splits the diagnostics
-    sequences: int | None = None  # S; default: the largest id + 1. Needed when ranks hold parts of the sequences
+    # S; default: the largest id + 1, for which a GPU has to be waited for. Needed when ranks hold parts of the sequences.
+    sequences: int | None = None
     global_tokens: float | None = None  # response tokens of the global batch
     global_sequences: float | None = None  # sequences with at least one response token in the global batch
 
@@ -211,10 +213,15 @@ def reduce_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
                 total[key] = value
             else:
                 total[key] = torch.maximum(total[key], value) if key.endswith("_max") else total[key] + value
-    return {
-        key: float(value) if key.endswith("_max") else float(value[0] / value[1]) if value[1] else 0.0
-        for key, value in total.items()
-    }
+    if not total:
+        return {}
+    # All in one copy: a GPU is waited for once, not once a number.
+    numbers = iter(torch.cat([value.reshape(-1).double() for value in total.values()]).tolist())
+    return {key: next(numbers) if key.endswith("_max") else _ratio(next(numbers), next(numbers)) for key in total}
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
 
 
 class _Batch:
@@ -235,8 +242,9 @@ class _Batch:
             ids_T = self.inputs.sequence_ids_T.long()
             # Padding may carry any id; 0 is always in range and the mask keeps it out of every sum.
             self._ids_T = torch.where(self.valid_T, ids_T, 0)
-            largest = int(self._ids_T.max()) + 1 if ids_T.numel() else 0
-            self._sequences = self.inputs.sequences if self.inputs.sequences is not None else largest
+            self._sequences = self.inputs.sequences
+            if self._sequences is None:
+                self._sequences = int(self._ids_T.max()) + 1 if ids_T.numel() else 0
         return self._ids_T
 
     @property
@@ -336,8 +344,8 @@ def _cpgd(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
     """Clipped log-probability instead of the ratio: the gradient does not grow with the ratio."""
     inputs, options = batch.inputs, batch.options
     logprob_T, old_T = inputs.logprobs_T, inputs.old_logprobs_T.detach()
-    upper_T = torch.minimum(logprob_T, old_T + torch.log1p(logprob_T.new_tensor(options.clip_high)))
-    lower_T = torch.maximum(logprob_T, old_T + torch.log1p(logprob_T.new_tensor(-options.clip_low)))
+    upper_T = torch.minimum(logprob_T, old_T + math.log1p(options.clip_high))
+    lower_T = torch.maximum(logprob_T, old_T + math.log1p(-options.clip_low))
     bounded_T = torch.where(inputs.advantages_T > 0, upper_T, lower_T)
     return -inputs.advantages_T * bounded_T, log_ratio_T.detach().exp()
 
@@ -425,7 +433,7 @@ def _ratio_metrics(batch: _Batch, ratio_T: Tensor, compat: str | None) -> Metric
 def _loss_pair(metrics: Metrics, options: LossOptions) -> Tensor:
     """Policy gradient plus drift, the original's `policy_loss`; on one denominator, that of the policy gradient."""
     pair = metrics["pg_loss"]
-    if "policy_drift" in metrics and pair[1] > 0:
+    if "policy_drift" in metrics:
         drift, count = metrics["policy_drift"]
         scaled = options.drift_coefficient * drift * (pair[1] / count.clamp(min=1e-9))
         pair = torch.stack([pair[0] + scaled, pair[1]])

@@ -66,11 +66,11 @@ class FrozenTower:
         found = _gathered(found, counts_DCT.sum((1, 2)), data)
         order = [index for share in shares for index in share]
         wanted = {picture.key for picture in distinct_pictures(needed)}
-        pieces = zip(order, found.split([lengths[index] for index in order]), strict=True)
+        # To the host: micro-batches fetch theirs when their turn comes.
+        pieces = zip(order, found.cpu().split([lengths[index] for index in order]), strict=True)
         return Features(
             {pictures[index].key: piece.clone() for index, piece in pieces if pictures[index].key in wanted},
             self.merged,
-            nothing,
         )
 
     def _length(self, picture: Picture) -> int:
@@ -80,7 +80,7 @@ class FrozenTower:
         nowhere = torch.zeros(0, dtype=torch.int64)
         units = sum(picture.units for picture in pictures)
         batch = vision_batch(pictures, units=units, source_E=nowhere, placement_E=nowhere)
-        batch = to_device(batch, self.parallel.device)
+        batch = to_device(batch, self.parallel.device, self.tower.patch_embed.weight.dtype)
         return self.tower(batch) if self.merged else self.tower.encode(batch)[:, 0]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.parallel.runtime import Parallel, to_device
 from eureka_megatron.rl.losses import Metrics
 from eureka_megatron.rl.shaping import Shaping, ShapingInputs, shape
 from eureka_megatron.types import MicroBatch, Sample
@@ -44,9 +44,9 @@ def engine_gap(batches: Sequence[MicroBatch], samples: Sequence[Sample], device:
         if one.rollout_logprobs_T is None or one.old_logprobs_T is None:
             continue
         fresh = torch.tensor([*(samples[i].weight_lag == 0 for i in one.sample_indices), False])
-        counted = one.mask_T.bool() & fresh[one.sequence_ids_T]
-        difference = (one.old_logprobs_T.cpu() - one.rollout_logprobs_T).abs()
-        gap = torch.maximum(gap, torch.where(counted, difference, 0.0).max().double().to(device))
+        counted = to_device(one.mask_T.bool() & fresh[one.sequence_ids_T], device)
+        difference = (to_device(one.old_logprobs_T, device) - to_device(one.rollout_logprobs_T, device)).abs()
+        gap = torch.maximum(gap, torch.where(counted, difference, 0.0).max().double())
     return gap
 
 
@@ -59,10 +59,15 @@ def with_shaped_advantages(batches: list[MicroBatch], shaping: Shaping, parallel
             values_T=one.advantages_T,
             mask_T=one.mask_T,
             sequence_ids_T=one.sequence_ids_T,
-            old_logprobs_T=_on_host(one.old_logprobs_T),
-            ref_logprobs_T=_on_host(one.ref_logprobs_T),
+            old_logprobs_T=old,
+            ref_logprobs_T=ref,
         )
-        for one in batches
+        for one, old, ref in zip(
+            batches,
+            _on_host([one.old_logprobs_T for one in batches]),
+            _on_host([one.ref_logprobs_T for one in batches]),
+            strict=True,
+        )
     ]
 
     def over_data(values: Tensor) -> Tensor:
@@ -78,5 +83,8 @@ def with_shaped_advantages(batches: list[MicroBatch], shaping: Shaping, parallel
     ]
 
 
-def _on_host(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.cpu()
+def _on_host(values: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """One for each micro-batch; all in one copy, for which the host has to wait."""
+    if any(value is None for value in values):
+        return [None] * len(values)
+    return torch.cat(list(values)).cpu().split([len(value) for value in values])

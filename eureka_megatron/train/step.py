@@ -18,9 +18,10 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from eureka_megatron.errors import ConfigError
+from eureka_megatron.parallel import runtime
 from eureka_megatron.parallel.collectives import gather_rows
 from eureka_megatron.parallel.runtime import Parallel
-from eureka_megatron.rl.logprobs import token_logprobs
+from eureka_megatron.rl.logprobs import token_logits, token_logprobs
 from eureka_megatron.rl.losses import LossInputs, Metrics
 from eureka_megatron.types import ContextShare, MicroBatch, VisionBatch
 
@@ -53,9 +54,9 @@ def run_schedule(
     def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         micro_batch = next(iterator)
         core = unwrap_model(model)
-        if micro_batch.vision is not None and not core.pre_process:  # later stages ask only where pictures stand
-            micro_batch = replace(micro_batch, vision=micro_batch.vision.without_contents())
-        micro_batch = to_device(micro_batch, parallel.device)
+        if not core.pre_process:
+            micro_batch = replace(micro_batch, vision=None)
+        micro_batch = to_device(micro_batch, parallel.device, config.params_dtype)
 
         def loss_of(hidden_TH: Tensor) -> tuple[Tensor, Tensor, Metrics]:
             weight = core.output_weight()
@@ -92,15 +93,17 @@ def _finalize(
     finalize_model_grads(chunks, None, **options)
 
 
-def to_device(record: Record, device: torch.device) -> Record:
-    """The record with all its tensors on the device."""
+def to_device(record: Record, device: torch.device, dtype: torch.dtype) -> Record:
+    """The record with all its tensors on the device and what pictures are made of end to end; patches in `dtype`, the tower's."""
     moved = {}
     for name in record.__dataclass_fields__:
         value = getattr(record, name)
         if isinstance(value, Tensor):
-            moved[name] = value.to(device, non_blocking=True)
+            moved[name] = runtime.to_device(value, device)
         elif isinstance(value, VisionBatch | ContextShare):
-            moved[name] = to_device(value, device)
+            moved[name] = to_device(value, device, dtype)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            moved[name] = runtime.join_on_device(value, device, dtype if name == "patches_PD" else value[0].dtype)
     return replace(record, **moved)
 
 
@@ -130,7 +133,7 @@ def full_logits(
     hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel
 ) -> tuple[Tensor, Metrics]:
     """A `LossFunction` that reports the logits of the whole vocabulary, "logits_TV" in fp32. For checks of small models only."""
-    logits = (hidden_TH @ weight_VH.T).float()
+    logits = token_logits(hidden_TH, weight_VH)
     parts = [torch.empty_like(logits) for _ in range(parallel.tensor.size)]
     if parallel.tensor.size > 1:
         dist.all_gather(parts, logits.contiguous(), group=parallel.tensor.group)
@@ -170,18 +173,12 @@ def policy_inputs(
         ref_logprobs_T=batch.ref_logprobs_T,
         rollout_logprobs_T=batch.rollout_logprobs_T,
         entropy_T=entropy,
-        has_image_T=_has_image(batch),
+        has_image_T=batch.has_image_T,
+        # Each id that a micro-batch holds is below this; rows of an empty one count as sequence 0.
+        sequences=max(len(batch.lengths), 1),
         global_tokens=global_tokens,
         global_sequences=global_sequences,
     )
-
-
-def _has_image(batch: MicroBatch) -> Tensor:
-    """bool [T]: the row's sequence shows a picture."""
-    ids = batch.sequence_ids_T
-    if batch.vision is None:
-        return torch.zeros_like(ids, dtype=torch.bool)
-    return torch.isin(ids, ids[batch.vision.placement_E].unique())
 
 
 def reduce_over_data(parts: Iterable[Metrics], parallel: Parallel) -> Metrics:

@@ -94,7 +94,7 @@ def test_context_shares() -> None:
     pair = torch.cat((key, value), dim=-1)[torch.cat(rows).to(device())]  # as gathered from both ranks
     for rank in range(2):
         share = ContextShare(rank, 2, rows[rank].to(device()), order)
-        out = context._flash(query[share.rows_t], pair, context.query_chunks(LENGTHS, share), order)
+        out = context._flash(query[share.rows_t], pair, context.query_plan(LENGTHS, share))
         ours = errors([out], [exact[share.rows_t]])[0]
         print(f"rank {rank}: ours {ours:.1e}, torch {theirs:.1e}")
         assert ours <= 3 * theirs

@@ -59,12 +59,14 @@ def test_bf16_follows_fp32(tiny_dir: Path, layout: dict, world: int) -> None:
 
 
 def vision_features(rank: int, directory: str, sample: Sample, dtype: str) -> torch.Tensor:
+    from eureka_megatron.train.step import to_device
     from eureka_megatron.train.trainer import PolicyTrainer
 
     parallel = init_parallel(rank=rank, world_size=1)
     tower = unwrap_model(PolicyTrainer(directory, parallel, dtype=dtype).chunks[0]).vision
     with torch.no_grad():
-        return tower(pack([sample], [0]).vision).float()
+        vision = to_device(pack([sample], [0]).vision, parallel.device, tower.config.params_dtype)
+        return tower(vision).float()
 
 
 def test_vision_tower_in_bf16_is_as_exact_as_transformers(tiny_dir: Path) -> None:

@@ -43,7 +43,7 @@ def test_context_shares_in_the_variable_length_kernel() -> None:
     query, key, value = states(ROWS // 2, heads, groups, groups, size=size)
     share = ContextShare(1, 2, torch.arange(ROWS // 2), torch.arange(ROWS, device="meta"))
     pair = torch.cat((key, value), dim=-1).repeat(2, 1, 1)  # as gathered from two ranks
-    out = context._flash(query, pair, context.query_chunks(LENGTHS, share), share.order_T)
+    out = context._flash(query, pair, context.query_plan(LENGTHS, share))
     out.backward(torch.empty_like(out))
     assert out.shape == query.shape
     assert value.grad.shape == value.shape

@@ -75,6 +75,7 @@ def test_values_move_to_the_row_that_predicts_their_token_and_back() -> None:
     assert batch.advantages_T.tolist() == [1, 2, 0, 1, 2, 3, 4, 0]
     assert batch.mask_T.tolist() == [1, 1, 0, 0, 1, 1, 1, 0]
     assert batch.cu_seqlens.tolist() == [0, 3, 8]
+    assert batch.segments == (3, 5)
     assert batch.sequence_ids_T.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     back = unshift(batch.advantages_T, batch)
     assert [one.tolist() for one in back] == [[0, 1, 2], [0, 1, 2, 3, 4]]
@@ -102,8 +103,10 @@ def test_a_shared_picture_is_encoded_once_and_placed_in_reading_order_everywhere
     vision = pack(samples, [0, 1]).vision
     assert vision is not None
     assert vision.units == 5
-    assert len(vision.patches_PD) == 20
+    assert [len(patches) for patches in vision.patches_PD] == [12, 8]
+    assert all(patches is p.patches_PD for patches, p in zip(vision.patches_PD, (a, b), strict=True)), "not copied"
     assert vision.cu_frames.tolist() == [0, 12, 20]
+    assert vision.frames == (12, 8)
     # Unit at window place u is unit 2−u (or 1−u) in reading order; sample 1 starts at row 8.
     assert vision.source_E.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert vision.placement_E.tolist() == [4, 3, 2, 10, 9, 15, 14, 13]
@@ -128,6 +131,27 @@ def test_context_ranks_share_every_sequence_in_mirrored_chunks() -> None:
     assert (empty.tokens, len(empty.context.rows_t)) == (4, 2)
 
 
+def test_context_ranks_know_which_embeddings_stand_in_their_rows() -> None:
+    a, b = picture("a", 3), picture("b", 2)
+    samples = [sample(8, pictures=(a,), offsets=(2,)), sample(9, pictures=(b,), offsets=(6,))]
+    whole = pack(samples, [0, 1], RowLayout(align=4, context_size=2)).vision
+    expected = dict(zip(whole.placement_E.tolist(), whole.source_E.tolist(), strict=True))
+    found: dict[int, int] = {}
+    for rank in range(2):
+        one = pack(samples, [0, 1], RowLayout(align=4, context_rank=rank, context_size=2))
+        source, place = one.vision.shown_2L
+        found |= dict(zip(one.context.rows_t[place].tolist(), source.tolist(), strict=True))
+    assert found == expected
+    assert len(expected) == 5
+
+
+def test_rows_know_whether_their_sample_shows_a_picture() -> None:
+    samples = [sample(5), sample(7, pictures=(picture("a", 2),), offsets=(1,))]
+    batch = pack(samples, [0, 1], RowLayout(align=8))
+    assert batch.has_image_T.tolist() == [False] * 5 + [True] * 7 + [False] * 4
+    assert not pack(samples, [], RowLayout(align=8)).has_image_T.any()
+
+
 def test_tensor_ranks_share_the_pictures_by_cost() -> None:
     pictures = [picture(name, units) for name, units in (("a", 3), ("b", 7), ("c", 4))]
     samples = [
@@ -136,22 +160,21 @@ def test_tensor_ranks_share_the_pictures_by_cost() -> None:
     ]
     first, second = (pack(samples, [0, 1], RowLayout(picture_rank=rank, picture_ranks=2)).vision for rank in range(2))
     assert first.units_R == second.units_R == (7, 7), "b alone against a and c"
-    assert (len(first.patches_PD), len(second.patches_PD)) == (28, 28)
-    assert set(first.patches_PD.unique().tolist()) == {float(ord("b"))}
+    assert [[chr(int(patches[0, 0])) for patches in one.patches_PD] for one in (first, second)] == [["b"], ["a", "c"]]
     # In the gathered order b stands first, then a and c; sample 1 shows a once more.
     assert first.source_E.tolist() == [7, 8, 9, *range(7), 10, 11, 12, 13, 7, 8, 9]
     alone = pack(samples, [1], RowLayout(picture_rank=1, picture_ranks=2)).vision
-    assert (alone.units_R, len(alone.patches_PD)) == ((3, 0), 0)
+    assert (alone.units_R, alone.patches_PD) == ((3, 0), ())
 
 
 def test_features_take_the_place_of_patches() -> None:
     a, b = picture("a", 3), picture("b", 2)
     samples = [sample(8, pictures=(a,), offsets=(2,)), sample(9, pictures=(b, a), offsets=(1, 5))]
     known = {"a": torch.full((3, 4), 1.0), "b": torch.full((2, 4), 2.0)}
-    features = Features(known, merged=True, nothing=torch.zeros(0, 4))
+    features = Features(known, merged=True)
     vision = pack(samples, [0, 1], RowLayout(picture_ranks=2), features).vision
-    assert vision.units_UO[:, 0].tolist() == [1, 1, 1, 2, 2]
-    assert (len(vision.patches_PD), vision.units_R) == (0, None)
+    assert all(units is known[key] for units, key in zip(vision.units_UO, "ab", strict=True)), "not copied"
+    assert (vision.patches_PD, vision.units_R) == (None, None)
     assert vision.source_E.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
 
 

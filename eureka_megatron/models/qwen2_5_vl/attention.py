@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from eureka_megatron.models.qwen2_5_vl.context import attend
+from eureka_megatron.models.qwen2_5_vl.context import QueryPlan, attend, query_plan
 from eureka_megatron.models.qwen2_5_vl.rope import Rotation
+from eureka_megatron.parallel.runtime import to_device
 from eureka_megatron.types import ContextShare
 
 # Score elements up to which CPU attention is written out: 64 MiB in fp32.
@@ -57,16 +59,25 @@ class Segments:
     rotation: Rotation  # of the rows that are here
     share: ContextShare | None = None  # which rows are here, when context-parallel ranks share them
     qkv_format: str = "sbhd"
+    lengths_B: tuple[int, ...] | None = (
+        None  # of the segments, known on the host; None: the device is asked, and stalls
+    )
 
     @cached_property
-    def lengths(self) -> list[int]:
-        return self.cu_seqlens.diff().tolist()
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self.cu_seqlens.diff().tolist()) if self.lengths_B is None else self.lengths_B
+
+    @cached_property
+    def queries(self) -> QueryPlan:
+        """Of this rank's rows, when they are shared."""
+        assert self.share is not None
+        return query_plan(self.lengths, self.share)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
         """Segments of like length side by side, so that padding stays under a third of the work."""
-        starts = self.cu_seqlens[:-1].tolist()
-        order = sorted((length, start) for length, start in zip(self.lengths, starts, strict=True) if length)
+        starts = accumulate(self.lengths, initial=0)
+        order = sorted((length, start) for length, start in zip(self.lengths, starts, strict=False) if length)
         buckets = []
         while order:
             longest = order[-1][0]
@@ -91,13 +102,14 @@ class Bucket:
 
 
 def _bucket(segments: list[tuple[int, int]], longest: int, device: torch.device) -> Bucket:
-    lengths = torch.tensor([length for length, _ in segments], device=device)
-    starts = torch.tensor([start for _, start in segments], device=device)
-    column = torch.arange(longest, device=device)
+    """Worked out on the host, which knows the lengths: the device would have to be asked how many places there are."""
+    lengths = torch.tensor([length for length, _ in segments])
+    starts = torch.tensor([start for _, start in segments])
+    column = torch.arange(longest)
     valid = column < lengths[:, None]
     rows = starts[:, None] + torch.minimum(column, lengths[:, None] - 1)
-    mask = None if bool(valid.all()) else valid[:, None, None, :]
-    return Bucket(rows, mask, valid.flatten().nonzero()[:, 0])
+    mask = None if bool(valid.all()) else to_device(valid[:, None, None, :], device)
+    return Bucket(to_device(rows, device), mask, to_device(valid.flatten().nonzero()[:, 0], device))
 
 
 class SegmentAttention(MegatronModule):
@@ -124,7 +136,7 @@ class SegmentAttention(MegatronModule):
         query, key = packed_seq_params.rotation(query), packed_seq_params.rotation(key)
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if packed_seq_params.share is not None:
-            context = attend(query, key, value, packed_seq_params.lengths, packed_seq_params.share, self.context_group)
+            context = attend(query, key, value, packed_seq_params.queries, self.context_group)
         elif query.is_cuda and query.dtype != torch.float32:
             context = self._flash(query, key, value, packed_seq_params)
         else:

@@ -7,7 +7,9 @@ forward and one backward are all there is to it (as in Llama 3, arXiv:2407.21783
 Shapes: T rows of the packed row, t = T / ranks rows of this rank, N query and K key-value heads of this rank, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -15,30 +17,40 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from eureka_megatron.parallel.runtime import to_device
 from eureka_megatron.types import ContextShare
 
 
 @dataclass(frozen=True)
-class QueryChunk:
-    """Queries `start … end` of this rank's rows; they end where the first `keys` rows from `first` on of the packed row end."""
+class QueryPlan:
+    """This rank's queries in chunks, two a sequence, each with the keys it sees; the last query of a chunk sees the last of its keys.
 
-    start: int
-    end: int
-    first: int
-    keys: int
+    Lengths are known on the host and there once a micro-batch: every layer uses the same plan.
+    """
+
+    queries: tuple[int, ...]  # rows of each chunk, in the order of this rank's rows
+    keys: tuple[int, ...]
+    rows: Tensor  # int64 [sum of keys]: where the chunks' keys stand when the ranks' rows are laid end to end
+    cu_queries: Tensor  # int32: the same lengths, cumulative, on the device
+    cu_keys: Tensor
 
 
-def query_chunks(segments: list[int], share: ContextShare) -> list[QueryChunk]:
-    """Two a sequence, in the order of this rank's rows; `segments` are the sequences' lengths."""
-    chunks, first, start = [], 0, 0
+def query_plan(segments: Sequence[int], share: ContextShare) -> QueryPlan:
+    """For a packed row of sequences of these lengths."""
+    queries, keys, rows, first = [], [], [], 0
     for length in segments:
         size = length // (2 * share.size)
         for place in (share.rank, 2 * share.size - 1 - share.rank):
             if size:
-                chunks.append(QueryChunk(start, start + size, first, (place + 1) * size))
-                start += size
+                queries.append(size)
+                keys.append((place + 1) * size)
+                rows.append(share.order_T[first : first + keys[-1]])
         first += length
-    return chunks
+
+    def cumulative(lengths: list[int]) -> Tensor:
+        return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), share.order_T.device)
+
+    return QueryPlan(tuple(queries), tuple(keys), torch.cat(rows), cumulative(queries), cumulative(keys))
 
 
 def gather_context(rows_t: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -46,19 +58,15 @@ def gather_context(rows_t: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gather_from_sequence_parallel_region(rows_t, tensor_parallel_output_grad=True, group=group)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, segments: list[int], share: ContextShare, group: dist.ProcessGroup
-) -> Tensor:
-    """query [t, N, D], key and value [t, K, D] of this rank's rows → [t, N, D]. Causal within each of the `segments`."""
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: QueryPlan, group: dist.ProcessGroup) -> Tensor:
+    """query [t, N, D], key and value [t, K, D] of this rank's rows → [t, N, D]. Causal within each sequence of the plan."""
     pair = gather_context(torch.cat((key, value), dim=-1), group)  # one collective for both
-    order = share.order_T
-    chunks = query_chunks(segments, share)
     if query.is_cuda and query.dtype != torch.float32:
-        return _flash(query, pair, chunks, order)
+        return _flash(query, pair, plan)
     parts = []
-    for chunk in chunks:
-        keys, values = pair.index_select(0, order[chunk.first : chunk.first + chunk.keys]).chunk(2, dim=-1)
-        parts.append(_one(query[chunk.start : chunk.end], keys, values))
+    for own, rows in zip(query.split(plan.queries), plan.rows.split(plan.keys), strict=True):
+        keys, values = pair.index_select(0, rows).chunk(2, dim=-1)
+        parts.append(_one(own, keys, values))
     return torch.cat(parts)
 
 
@@ -72,17 +80,10 @@ def _one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def _flash(query: Tensor, pair: Tensor, chunks: list[QueryChunk], order: Tensor) -> Tensor:
+def _flash(query: Tensor, pair: Tensor, plan: QueryPlan) -> Tensor:
     """The same by variable-length flash attention, which aligns causality at the end of the keys. Not yet run on hardware."""
     from eureka_megatron.models.qwen2_5_vl.varlen import varlen_attention  # seconds to import: only where it is used
 
-    rows = torch.cat([order[chunk.first : chunk.first + chunk.keys] for chunk in chunks])
-    key, value = pair.index_select(0, rows).chunk(2, dim=-1)
-
-    def cumulative(lengths: list[int]) -> Tensor:
-        return F.pad(torch.tensor(lengths, device=query.device).cumsum(0), (1, 0)).int()
-
-    queries, keys = [chunk.end - chunk.start for chunk in chunks], [chunk.keys for chunk in chunks]
-    return varlen_attention(
-        query, key, value, cumulative(queries), cumulative(keys), max(queries), max(keys), causal=True
-    )
+    key, value = pair.index_select(0, plan.rows).chunk(2, dim=-1)
+    longest = max(plan.queries), max(plan.keys)
+    return varlen_attention(query, key, value, plan.cu_queries, plan.cu_keys, *longest, causal=True)

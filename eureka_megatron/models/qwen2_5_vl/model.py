@@ -148,7 +148,9 @@ class QwenVLModel(LanguageModule):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            packed_seq_params=Segments(batch.cu_seqlens, Rotation.of(angles, self.config.params_dtype), share),
+            packed_seq_params=Segments(
+                batch.cu_seqlens, Rotation.of(angles, self.config.params_dtype), share, lengths_B=batch.segments
+            ),
         )
         if not self.post_process:
             return hidden
@@ -168,11 +170,8 @@ class QwenVLModel(LanguageModule):
         hidden = self.embedding(input_ids=tokens[None], position_ids=None)
         if batch.vision is not None:
             units = self._pictures(batch.vision).to(hidden.dtype)
-            source, placement = batch.vision.source_E, batch.vision.placement_E
-            if share is not None:
-                local = share.order_T[placement] - share.rank * len(tokens)
-                here = (local >= 0) & (local < len(tokens))
-                source, placement = source[here], local[here]
+            whole = batch.vision.source_E, batch.vision.placement_E
+            source, placement = whole if share is None else batch.vision.shown_2L
             hidden = hidden[:, 0].index_copy(0, placement, units.index_select(0, source))[:, None]
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)

@@ -49,8 +49,9 @@ def text_angles(positions_3T: Tensor, head_dim: int, theta: float, mrope_section
     """
     device = positions_3T.device
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    axis = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(mrope_section, device=device))
-    return positions_3T.float()[axis].T * inverse
+    # Slices, no table of axes: its length would depend on values, and the host would wait for the GPU to know it.
+    axes = [axis[:, None].expand(-1, pairs) for axis, pairs in zip(positions_3T, mrope_section, strict=True)]
+    return torch.cat(axes, dim=1).float() * inverse
 
 
 def vision_angles(coordinates_P2: Tensor, head_dim: int, theta: float = 10000.0) -> Tensor:

@@ -64,7 +64,7 @@ class SegmentDotProductAttention(TEDotProductAttention):
         query, key = segments.rotation(query)[:, 0], segments.rotation(key)[:, 0]
         value = value[:, 0]
         if segments.share is not None:
-            context = attend(query, key, value, segments.lengths, segments.share, self.context_group).flatten(1)
+            context = attend(query, key, value, segments.queries, self.context_group).flatten(1)
         else:
             context = super().forward(
                 query, key, value, None, attn_mask_type=attn_mask_type, packed_seq_params=packed(segments)

@@ -85,9 +85,10 @@ class VisionTower(MegatronModule):
 
     def encode(self, batch: VisionBatch) -> Tensor:
         """→ [P, 1, H], what leaves the blocks and enters the merger."""
-        hidden = self.patch_embed(batch.patches_PD.to(self.patch_embed.weight.dtype))[:, None]
+        hidden = self.patch_embed(batch.patches_PD)[:, None]
         rotation = Rotation.of(vision_angles(batch.coordinates_P2, self.config.kv_channels), torch.float32)
-        windows, frames = Segments(batch.cu_windows, rotation), Segments(batch.cu_frames, rotation)
+        windows = Segments(batch.cu_windows, rotation, lengths_B=batch.windows)
+        frames = Segments(batch.cu_frames, rotation, lengths_B=batch.frames)
         for index, layer in enumerate(self.decoder.layers):
             segments = frames if index in self.vision.fullatt_block_indexes else windows
             if self.config.recompute_granularity == "full" and self.training:
