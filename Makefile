@@ -38,16 +38,14 @@ $(GPU_STAMP): requirements/gpu.txt setup.py
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Optional, for model.backend: te. Its torch half is compiled here against the torch of .venv (hence no build isolation) and takes minutes:
-# it wants nvcc of CUDA 13 (CUDA_HOME, PATH or /usr/local/cuda), a C++ compiler and, from .venv, the headers of cuDNN and NCCL. The build is untested;
-# if it fails, make install-te TE=2.20.2.
+# Optional, for model.backend: te. Its torch half is compiled here against the torch of .venv (hence no build isolation), with the headers of
+# CUDA, cuDNN and NCCL that .venv holds, unless CUDA_HOME names a toolkit: minutes, and a C++ compiler. If it fails: make install-te TE=2.20.2.
 install-te: $(GPU_STAMP)
-	test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc >/dev/null || { echo "error: no nvcc; install the CUDA 13.0 toolkit or set CUDA_HOME" >&2; exit 1; }
 	$(PIP) install --quiet wheel==0.48.0
-	SITE=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	CPATH="$$SITE/nvidia/cudnn/include:$$SITE/nvidia/nccl/include$${CPATH:+:$$CPATH}" \
-	$(PIP) install --no-build-isolation --constraint requirements/gpu.txt 'transformer-engine[pytorch,core_cu13]==$(TE)'
-	$(BIN)/python -c 'import transformer_engine.pytorch; print("Transformer Engine", transformer_engine.__version__, "imports")'
+	nvidia=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia; \
+	export CUDA_HOME="$${CUDA_HOME:-$$nvidia/cu13}" CPATH="$$nvidia/cudnn/include:$$nvidia/nccl/include$${CPATH:+:$$CPATH}"; \
+	$(PIP) install --no-build-isolation --constraint requirements/gpu.txt 'transformer-engine[pytorch,core-cu13]==$(TE)'
+	$(BIN)/python -c 'import transformer_engine.pytorch; print("Transformer Engine $(TE) imports")'
 
 demo: $(STAMP)
 	$(BIN)/eureka demo --out demo
