@@ -1,6 +1,6 @@
-"""Results as they come, one JSON object a line, into the file that GPU_CHECK_RESULTS names: a run cut short keeps what it saw.
+"""fp32 on GPUs means fp32; and results as they come, so that a run cut short keeps what it saw.
 
-tools/gpu_check.sh sets it. Example line: {"test": "tests/gpu/test_attention.py::test_context_shares", "result": "passed", "seconds": 0.4,
+Each test's result goes, as one JSON object a line, into the file that GPU_CHECK_RESULTS names (tools/gpu_check.sh sets it). Example: {"test": "tests/gpu/test_attention.py::test_context_shares", "result": "passed", "seconds": 0.4,
 "printed": ["rank 0: ours 3.1e-03, torch 2.9e-03"]}.
 """
 
@@ -9,6 +9,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Images and users switch TF32 on (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, set_float32_matmul_precision): 1e-3 where these tests ask for 1e-5.
+# cuBLAS and cuDNN read this when they start, in the ranks' processes too, and no setting of torch's overrules it.
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
