@@ -5,10 +5,10 @@
 #   tools/gpu_check.sh --fetch DIR             before, where there is a network: download the wheels for --wheels
 #   tools/gpu_check.sh --device cpu --tiny     try this script without a GPU: the tests skip, the benchmark runs in toy sizes
 #
-# Needs Python 3.12 with torch, transformers and pytest, and no network. What else the tests need (under 60 MB, mostly Megatron-Core and
-# pydantic) is carried along: --wheels DIR installs it into a temporary venv above the packages that are there. After make install-gpu
-# give --python .venv/bin/python instead. A part that fails or takes too long does not keep the others from running; the exit code is
-# then 1. DIR (default gpu-check) holds gpu_check.json, gpu_check.md and the logs.
+# Needs Python 3.12 with torch, its torchvision, transformers and pytest, and no network. What else the tests need (13 MB: Megatron-Core,
+# pydantic, pillow …) is carried along: --wheels DIR installs it into a temporary venv above the packages that are there. After
+# make install-gpu give --python .venv/bin/python instead. A part that fails or takes too long does not keep the others from running; the
+# exit code is then 1. DIR (default gpu-check) holds gpu_check.json, gpu_check.md and the logs.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -80,8 +80,9 @@ if [[ $wheels ]]; then
     compgen -G "$wheels/*.whl" >/dev/null || die "no wheels in $wheels; make them by --fetch"
     "$python" -m venv --without-pip --system-site-packages "$temporary/venv" || exit 1
     site=$("$temporary/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    # A venv made from a venv's Python sees the packages of the Python below both, not the parent's: name these.
-    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sep="\n")' >"$site/parent.pth"
+    # A venv made from a venv's Python sees the packages of the Python below both, not the parent's: add those, with their own .pth files.
+    "$python" -c 'import sysconfig as s; print(*(f"import site; site.addsitedir({p!r})" for p in {s.get_path("purelib"), s.get_path("platlib")}), sep="\n")' \
+        >"$site/parent.pth"
     part install 60 "$python" -m pip --disable-pip-version-check install --quiet --no-index --no-deps --target "$site" "$wheels"/*.whl
     python=$temporary/venv/bin/python
 fi
@@ -90,7 +91,8 @@ cd "$root" || exit 1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 GPU_CHECK_RESULTS=$out/tests.jsonl PYTHONUNBUFFERED=1
 part tests $(((seconds - SECONDS) * 55 / 100)) "$python" tests/run.py tests/gpu -q
 left=$((seconds - SECONDS - 15))
-part benchmark "$left" "$python" -W ignore tools/benchmark/gpu.py --json "$out/benchmark.json" --seconds $((left - 30)) "${benchmark[@]}"
+left=$((left > 5 ? left : 5)) # 0 would mean no limit
+part benchmark "$left" "$python" -W ignore tools/benchmark/gpu.py --json "$out/benchmark.json" --seconds $((left * 9 / 10 - 10)) "${benchmark[@]}"
 "$python" tools/gpu_report.py "$out" "${commit[@]}"
 code=$?
 echo "== $out/gpu_check.md"

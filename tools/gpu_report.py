@@ -55,7 +55,8 @@ def collect(folder: Path, commit_name: str | None) -> dict[str, Any]:
     return {
         "commit": commit_name or commit() or "unknown",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": answer("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader") or "no GPU",
+        "device": answer("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+        or "no GPU",
         "versions": versions(),
         "parts": [
             {"part": name, "result": MEANING.get(int(code), f"exit code {code}"), "seconds": int(seconds)}
@@ -80,7 +81,9 @@ def markdown(found: dict[str, Any]) -> str:
     lines += _table(("test", "result", "seconds", "measured, or why"), rows)
     benchmark = found["benchmark"] or {"parts": [], "complete": False}
     lines += ["", "## Benchmark" + ("" if benchmark["complete"] else " (incomplete)"), ""]
-    lines += _table(("part", "size", "shape", "ms", "TFLOP/s", "of peak", "peak GiB"), map(_figures, benchmark["parts"]))
+    lines += _table(
+        ("part", "size", "shape", "ms", "TFLOP/s", "of peak", "peak GiB"), map(_figures, benchmark["parts"])
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +114,9 @@ def main() -> int:
     parser.add_argument("--commit", help="where the tree is no git checkout")
     options = parser.parse_args()
     found = collect(options.folder, options.commit)
-    (options.folder / "gpu_check.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (options.folder / "gpu_check.json").write_text(
+        json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (options.folder / "gpu_check.md").write_text(markdown(found), encoding="utf-8")
     failed = [part["part"] for part in found["parts"] if part["result"] != "ok"]
     if failed:
