@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 from eureka_megatron.doctor.finding import Finding
@@ -72,7 +74,23 @@ def machine_findings(folder: Path) -> list[Finding]:
             lost="the installation takes 4 GiB; a 7B checkpoint with optimizer takes about 100 GiB",
             fix="run.output=DIR on a larger file system",
         ),
+        _compiler(),
     ]
+
+
+def _compiler() -> Finding:
+    """Triton builds the launcher of every kernel with it, against the interpreter's headers; many images have neither."""
+    name = os.environ.get("CC") or next((name for name in ("gcc", "clang") if shutil.which(name)), None)
+    headers = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    version = "{}.{}".format(*sys.version_info)
+    return Finding(
+        "C compiler",
+        "absent" if name is None else ("present" if headers else "limited"),
+        f"{name or 'none'}" + ("" if headers else f"; no Python.h of Python {version}"),
+        required=False,
+        lost="on GPUs Triton's kernels, which vLLM runs with",
+        fix=f"sudo apt-get install gcc python{version}-dev",
+    )
 
 
 def usable_cores() -> int:

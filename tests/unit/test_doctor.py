@@ -26,6 +26,7 @@ OPTIONAL = (
     "Slurm",
     "wandb login",
     "CUDA devices",
+    "C compiler",
     "NVIDIA driver",
     "pinned versions",
 )
@@ -65,6 +66,21 @@ def test_resources_are_measured(findings):
     assert resources.usable_memory_bytes() > resources.GIB
     assert findings["free disk here"].found.endswith("GiB")
     assert findings["/dev/shm"].found.endswith("GiB")
+
+
+def test_a_machine_without_a_c_compiler_or_pythons_headers_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = resources._compiler()
+    assert (row.status, row.found.partition(";")[0]) == ("absent", "none")
+    (tmp_path / "clang").write_text("#!/bin/sh\n")
+    (tmp_path / "clang").chmod(0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    row = resources._compiler()
+    assert row.status == "limited"
+    assert row.found.startswith("clang; no Python.h of Python 3.")
+    (tmp_path / "Python.h").write_text("")
+    assert resources._compiler().status == "present"
 
 
 def test_json_is_complete_and_the_exit_code_is_0():
