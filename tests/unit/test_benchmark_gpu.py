@@ -1,6 +1,7 @@
 """What the GPU benchmark counts is what torch counts, and without a GPU it says so. Its times come from hardware only."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,55 @@ def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["error: no GPU is visible to torch; this benchmark measures GPU kernels"]
+
+
+def test_every_part_runs_on_a_cpu_in_toy_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--tiny", "--json", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text())
+    assert report["complete"]
+    parts = {row["part"] for row in report["parts"]}
+    for wanted in ("text attention", "text layers", "recompute full", "log-probabilities", "learning", "frozen"):
+        assert any(wanted in part for part in parts), wanted
+    assert all(f"  {row['part']} " in done.stdout for row in report["parts"])
+
+
+def test_without_time_nothing_starts_and_the_report_says_it_is_incomplete(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--tiny", "--json", path, "--seconds", "0"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    assert json.loads(path.read_text())["complete"] is False
+    assert json.loads(path.read_text())["parts"] == []
+
+
+def test_a_part_that_fails_is_a_row_with_its_error() -> None:
+    gpu = benchmark()
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    row = gpu.measure(gpu.Case("text layers", "7b", "4 × 4096 tokens", 16384, fail), torch.device("cpu"), None)
+    assert row["error"] == "OutOfMemoryError: CUDA out of memory."
+    assert "failed: OutOfMemoryError" in gpu.line(row)
+
+
+def test_operations_of_log_probabilities_are_counted_right() -> None:
+    gpu = benchmark()
+    size = gpu.Size(gpu.TINY.text, gpu.TINY.vision, 512)
+    for learns, passes in ((False, 1), (True, 4)):  # the backward pass computes the logits again
+        run, flops = gpu.logprobs(size, 32, torch.device("cpu"), learns=learns)
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert counter.get_total_flops() == passes * flops
+
+
+def test_the_median_is_bounded_in_time() -> None:
+    gpu = benchmark()
+    calls = []
+    assert gpu.seconds(lambda: calls.append(1), repetitions=5, warmup=2) < 1
+    assert len(calls) == 7
+    calls.clear()
+    gpu.seconds(lambda: calls.append(1), repetitions=5, warmup=2, limit=0.0)
+    assert len(calls) == 3  # the warm-up and one that counts

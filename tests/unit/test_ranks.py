@@ -24,6 +24,10 @@ def _tensor(rank: int) -> torch.Tensor:
     return torch.full((2,), rank)
 
 
+def _gpus(rank: int) -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def _fail_on_one(rank: int) -> None:
     if rank == 1:
         raise KeyError("the third weight")
@@ -54,6 +58,11 @@ def test_tensors_and_prints_come_back(capsys):
     results = run_ranks(_tensor, 2)
     assert [result.tolist() for result in results] == [[0, 0], [1, 1]]
     assert "[rank 1] hello from 1" in capsys.readouterr().out
+
+
+def test_gloo_ranks_see_no_gpu_so_that_they_do_the_same_on_a_gpu_machine(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert run_ranks(_gpus, 2) == ["", ""]
 
 
 def test_a_failure_names_rank_and_traceback_and_does_not_wait_for_the_others():

@@ -1,22 +1,27 @@
-"""Attention and layer throughput in the 3B model's shapes on one GPU, and the share of the GPU's peak that is (MFU).
+"""Throughput of the policy's parts on one GPU, in the shapes of the 3B and the 7B model, and the share of the GPU's peak that is (MFU).
 
-    python tools/benchmark/gpu.py [--tokens 16384] [--sequence 2048] [--backend local|te] [--fp8 hybrid] [--recompute full] [--json FILE]
+    python tools/benchmark/gpu.py [--sizes 3b 7b] [--sequences 1024 4096 8192] [--backend local|te] [--fp8 hybrid] [--only TEXT] [--json FILE]
 
-Rows are packed from sequences of equal length; pictures are square. Times are medians over repetitions of forward plus backward, in bf16.
-Counted are the floating-point operations that the model needs (backward: twice the forward pass; causal attention: the lower triangle), not
-those that recomputation or a kernel adds. FP8 runs are compared with the bf16 peak too. The attention part needs torch alone, the layers
-Megatron-Core. Not yet run on hardware.
+Parts: the variable-length attention kernel; text layers on packed rows, without and with recomputation; the vision tower learning (forward
+and backward) and frozen (forward alone); log-probabilities over the vocabulary. Rows are packed from sequences of equal length; pictures
+are square. Times are medians, in bf16. Counted are the floating-point operations that the model needs (backward: twice the forward pass;
+causal attention: the lower triangle), not those that recomputation or a kernel adds. FP8 runs are compared with the bf16 peak too.
+A part that fails is reported with its error and the others go on; the JSON file is written after every part. `--only attention` needs
+torch alone, the layers Megatron-Core. `--device cpu --tiny` runs all parts in toy sizes, to try the script itself: its times mean nothing.
+Not yet run on hardware.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,30 +58,64 @@ class Tower:
         return 4.0 * self.heads * self.size * pairs
 
 
-TEXT = Tower(heads=16, groups=2, size=128, hidden=2048, ffn=11008, layers=4)  # Qwen2.5-VL-3B, four of 36 layers
-VISION = Tower(
-    heads=16, groups=16, size=80, hidden=1280, ffn=3420, layers=8
-)  # eight of 32: one attends to whole frames
+@dataclass(frozen=True)
+class Size:
+    """A model: a few of its equal layers, its tower's, and its vocabulary."""
+
+    text: Tower
+    vision: Tower
+    vocabulary: int
 
 
-def seconds(run: Callable[[], None], repetitions: int = 20, warmup: int = 5) -> float:
-    """Median of one run, after warming up."""
+# Eight of the tower's 32 blocks, one of which attends to whole frames; four of the 36 (3B) or 28 (7B) text layers.
+VISION = Tower(heads=16, groups=16, size=80, hidden=1280, ffn=3420, layers=8)
+SIZES = {
+    "3b": Size(Tower(heads=16, groups=2, size=128, hidden=2048, ffn=11008, layers=4), VISION, 151936),
+    "7b": Size(Tower(heads=28, groups=4, size=128, hidden=3584, ffn=18944, layers=4), VISION, 152064),
+}
+TINY = Size(
+    Tower(heads=4, groups=2, size=16, hidden=64, ffn=96, layers=2),
+    Tower(heads=2, groups=2, size=16, hidden=32, ffn=48, layers=3),
+    1024,
+)
+
+# Work to time, the operations of its forward pass, and what its rows are counted by.
+Work = tuple[Callable[[], None], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the report. `passes`: 3 with the backward pass, 1 without."""
+
+    part: str
+    size: str
+    shape: str
+    rows: int
+    prepare: Callable[[], Work]
+    passes: int = 3
+
+
+def seconds(run: Callable[[], None], repetitions: int = 20, warmup: int = 3, limit: float = 6.0) -> float:
+    """Median of one run, after warming up; fewer repetitions when they would take longer than `limit` seconds."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times = []
-    for _ in range(warmup + repetitions):
+    times: list[float] = []
+    start = time.perf_counter()
+    for number in range(warmup + repetitions):
         wait()
         begin = time.perf_counter()
         run()
         wait()
-        times.append(time.perf_counter() - begin)
-    return sorted(times[warmup:])[repetitions // 2]
+        if number >= warmup:
+            times.append(time.perf_counter() - begin)
+        if times and time.perf_counter() - start > limit:
+            break
+    return sorted(times)[len(times) // 2]
 
 
-def figures(duration: float, forward_flops: float, rows: int) -> dict[str, float]:
-    """Of forward and backward together."""
+def figures(duration: float, flops: float, rows: int) -> dict[str, float]:
     return {
         "milliseconds": round(1000 * duration, 3),
-        "tflops": round(3 * forward_flops / duration / 1e12, 1),
+        "tflops": round(flops / duration / 1e12, 1),
         "rows_per_second": round(rows / duration),
     }
 
@@ -85,22 +124,50 @@ def cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
 
 
-def attention(tower: Tower, lengths: list[int], *, causal: bool) -> dict[str, float]:
-    """One call of the variable-length kernel."""
-    from eureka_megatron.models.qwen2_5_vl.varlen import varlen_attention
-
-    rows, longest, cu = sum(lengths), max(lengths), cumulative(lengths, torch.device("cuda"))
+def attention(tower: Tower, lengths: list[int], device: torch.device, *, causal: bool) -> Work:
+    """Forward and backward of one call of the variable-length kernel (on a CPU, which has none, of torch's attention a segment)."""
+    rows, longest, cu = sum(lengths), max(lengths), cumulative(lengths, device)
     query, key, value = (
-        torch.randn(rows, heads, tower.size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(rows, heads, tower.size, device=device, dtype=precision(device), requires_grad=True)
         for heads in (tower.heads, tower.groups, tower.groups)
     )
     gradient = torch.randn_like(query)
 
-    def run() -> None:
-        out = varlen_attention(query, key, value, cu, cu, longest, longest, causal=causal)
-        torch.autograd.grad(out, (query, key, value), gradient)
+    def call() -> torch.Tensor:
+        if device.type == "cuda":
+            from eureka_megatron.models.qwen2_5_vl.varlen import varlen_attention
 
-    return figures(seconds(run), tower.attention_flops(lengths, causal=causal), rows)
+            return varlen_attention(query, key, value, cu, cu, longest, longest, causal=causal)
+        parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        scaled = torch.nn.functional.scaled_dot_product_attention
+        return torch.cat([scaled(*part, is_causal=causal, enable_gqa=True) for part in parts], dim=1).transpose(0, 1)
+
+    def run() -> None:
+        torch.autograd.grad(call(), (query, key, value), gradient)
+
+    return run, tower.attention_flops(lengths, causal=causal)
+
+
+def logprobs(size: Size, tokens: int, device: torch.device, *, learns: bool) -> Work:
+    """Log-probabilities of taken tokens from hidden states and the whole output weight."""
+    from eureka_megatron.rl.logprobs import token_logprobs
+
+    hidden, weight = (
+        (torch.randn(rows, size.text.hidden, device=device) * 0.02).to(precision(device)).requires_grad_(learns)
+        for rows in (tokens, size.vocabulary)
+    )
+    labels = torch.randint(size.vocabulary, (tokens,), device=device)
+
+    def run() -> None:
+        values, _ = token_logprobs(hidden, weight, labels)
+        if learns:
+            torch.autograd.grad(values.sum(), (hidden, weight))
+
+    return run, 2.0 * tokens * size.text.hidden * size.vocabulary
+
+
+def precision(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def build(text: Tower, vision: Tower, rendezvous: Path, **options: Any) -> QwenVLModel:
@@ -150,7 +217,7 @@ def build(text: Tower, vision: Tower, rendezvous: Path, **options: Any) -> QwenV
     return model.train()
 
 
-def text_layers(model: QwenVLModel, tower: Tower, lengths: list[int]) -> tuple[Callable[[], None], float]:
+def text_layers(model: QwenVLModel, tower: Tower, lengths: list[int]) -> Work:
     """Forward and backward of all text layers on one packed row, and the operations of the forward pass."""
     from eureka_megatron.models.qwen2_5_vl.attention import Segments
     from eureka_megatron.models.qwen2_5_vl.rope import Rotation, text_angles
@@ -169,8 +236,9 @@ def text_layers(model: QwenVLModel, tower: Tower, lengths: list[int]) -> tuple[C
     return run, tower.layers * (tower.linear_flops(rows) + tower.attention_flops(lengths, causal=True))
 
 
-def vision_layers(model: QwenVLModel, tower: Tower, frames: list[int]) -> tuple[Callable[[], None], float]:
-    """Forward and backward of patch embedding and blocks on pictures of so many patches, and the operations of the blocks' forward pass."""
+def vision_layers(model: QwenVLModel, tower: Tower, frames: list[int], *, learns: bool = True) -> Work:
+    """Patch embedding and blocks on pictures of so many patches, forward and (where it learns) backward, and the operations of the blocks'
+    forward pass."""
     from eureka_megatron.types import VisionBatch
 
     weight, rows, windows = model.vision.patch_embed.weight, sum(frames), [WINDOW] * (sum(frames) // WINDOW)
@@ -188,65 +256,145 @@ def vision_layers(model: QwenVLModel, tower: Tower, frames: list[int]) -> tuple[
     gradient = torch.randn(rows, 1, tower.hidden).to(weight)
 
     def run() -> None:
-        model.vision.encode(batch).backward(gradient)
+        with torch.set_grad_enabled(learns):
+            hidden = model.vision.encode(batch)
+        if learns:
+            hidden.backward(gradient)
 
     attention_flops = (tower.layers - 1) * tower.attention_flops(windows, causal=False)
     attention_flops += tower.attention_flops(frames, causal=False)
     return run, tower.layers * tower.linear_flops(rows) + attention_flops
 
 
-def measure(options: argparse.Namespace, rendezvous: Path) -> dict[str, dict[str, float]]:
-    lengths = [options.sequence] * (options.tokens // options.sequence)
+def cases(options: argparse.Namespace, device: torch.device, rendezvous: Path) -> Iterator[Case]:
+    """What is measured, the kernels before the layers made of them."""
+    sizes = {"tiny": TINY} if options.tiny else {name: SIZES[name] for name in options.sizes}
+    packs = [[length] * (options.tokens // length) for length in options.sequences]
+
+    def model(size: Size, recompute: str) -> QwenVLModel:
+        chosen = {"backend": options.backend, "fp8": options.fp8, "fp8_recipe": options.fp8_recipe}
+        return build(size.text, size.vision, rendezvous, dtype=precision(device), recompute=recompute, **chosen)
+
+    def text(size: Size, lengths: list[int], recompute: str) -> Callable[[], Work]:
+        return lambda: text_layers(model(size, recompute), size.text, lengths)
+
+    def kernel(tower: Tower, lengths: list[int], causal: bool) -> Callable[[], Work]:
+        return lambda: attention(tower, lengths, device, causal=causal)
+
+    for name, size in sizes.items():
+        for lengths in packs:
+            shape = f"{len(lengths)} × {lengths[0]} tokens"
+            yield Case("text attention", name, shape, sum(lengths), kernel(size.text, lengths, True))
+            yield Case("text layers", name, shape, sum(lengths), text(size, lengths, "none"))
+        lengths = packs[len(packs) // 2]
+        for recompute in ("selective", "full"):
+            shape = f"{len(lengths)} × {lengths[0]} tokens"
+            yield Case(f"text layers, recompute {recompute}", name, shape, sum(lengths), text(size, lengths, recompute))
+        tokens = options.tokens // 2
+        for learns, passes in ((False, 1), (True, 3)):
+            part = "log-probabilities, " + ("forward and backward" if learns else "forward")
+            work = partial(logprobs, size, tokens, device, learns=learns)
+            yield Case(part, name, f"{tokens} tokens × {size.vocabulary} words", tokens, work, passes)
+
+    name, size = next(iter(sizes.items()))
     frames = [options.patches] * max(1, options.tokens // options.patches)
-    windows = [WINDOW] * (sum(frames) // WINDOW)
-    report = {
-        "text attention": attention(TEXT, lengths, causal=True),
-        "vision attention, windows": attention(VISION, windows, causal=False),
-        "vision attention, frames": attention(VISION, frames, causal=False),
-    }
-    if options.attention_only:
-        return report
-    chosen = {name: getattr(options, name) for name in ("backend", "recompute", "fp8", "fp8_recipe")}
-    model = build(TEXT, VISION, rendezvous, dtype=torch.bfloat16, **chosen)
-    for name, stack, tower, rows in (
-        ("text layers", text_layers, TEXT, lengths),
-        ("vision blocks", vision_layers, VISION, frames),
+    windows, shape = [WINDOW] * (sum(frames) // WINDOW), f"{len(frames)} × {options.patches} patches"
+    for part, lengths in (("windows", windows), ("frames", frames)):
+        yield Case(f"vision attention, {part}", "all", shape, sum(frames), kernel(size.vision, lengths, False))
+    for part, recompute, learns in (
+        ("learning", "none", True),
+        ("learning, recompute full", "full", True),
+        ("frozen", "none", False),
     ):
-        run, flops = stack(model, tower, rows)
+
+        def tower(recompute: str = recompute, learns: bool = learns) -> Work:
+            return vision_layers(model(size, recompute), size.vision, frames, learns=learns)
+
+        yield Case(f"vision tower, {part}", "all", shape, sum(frames), tower, 3 if learns else 1)
+
+
+def measure(case: Case, device: torch.device, peak: float | None) -> dict[str, Any]:
+    """The row of one case; its error when it fails, out of memory for instance."""
+    row: dict[str, Any] = {"part": case.part, "size": case.size, "shape": case.shape}
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        gc.collect()  # a model's modules refer to each other
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        found = figures(seconds(run), flops, sum(rows))
-        report[name] = found | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-    return report
+    try:
+        run, forward_flops = case.prepare()
+        row |= figures(seconds(run), case.passes * forward_flops, case.rows)
+    except Exception as error:
+        return row | {"error": (f"{type(error).__name__}: {error}".splitlines() or ["failed"])[0][:300]}
+    if on_gpu:
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return row | ({"mfu": round(row["tflops"] / peak, 4)} if peak else {})
 
 
-def main() -> int:
+def line(row: dict[str, Any]) -> str:
+    name = f"  {row['part']:<42} {row['size']:<5} {row['shape']:<30}"
+    if "error" in row:
+        return f"{name} failed: {row['error']}"
+    share = f" {row['mfu']:6.1%} of peak" if "mfu" in row else ""
+    memory = f" {row['peak_gib']:7.2f} GiB" if "peak_gib" in row else ""
+    return f"{name}{row['milliseconds']:10.2f} ms {row['tflops']:7.1f} TFLOP/s{share}{memory}"
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--tokens", type=int, default=16384, help="rows of a micro-batch")
-    parser.add_argument("--sequence", type=int, default=2048, help="tokens of each packed sequence")
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens of packed sequences"
+    )
     parser.add_argument("--patches", type=int, default=4096, help="of a picture: a multiple of 64 and a square")
     parser.add_argument("--backend", choices=("local", "te"), default="local")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--fp8", choices=("none", "hybrid", "e4m3"), default="none")
     parser.add_argument("--fp8-recipe", choices=("delayed", "tensorwise", "blockwise"), default="delayed")
-    parser.add_argument("--attention-only", action="store_true", help="needs no Megatron-Core")
+    parser.add_argument("--only", default="", metavar="TEXT", help="parts whose name holds this")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try this script")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no part after so long")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak, where the device is not known")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.tiny:
+        options.tokens, options.sequences, options.patches = 256, [32, 64, 128], 256
+    elif options.device == "cpu":
+        parser.error("--device cpu is for trying the script: give --tiny too")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    begin = time.monotonic()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("error: no GPU is visible to torch; this benchmark measures GPU kernels", file=sys.stderr)
         return 1
-    device = torch.cuda.get_device_name()
-    peak = options.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), None)
-    print(f"{device}, torch {torch.__version__}, {options.tokens} rows; peak {peak or 'unknown (--peak-tflops)'}")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = options.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    print(f"{name}, torch {torch.__version__}, {options.tokens} rows; peak {peak or 'unknown (--peak-tflops)'}")
+    report = {"device": name, "torch": torch.__version__, "peak_tflops": peak, "complete": False, "parts": []}
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(options, Path(folder) / "rendezvous")
-    for name, found in report.items():
-        share = f"{found['tflops'] / peak:7.1%} of peak" if peak else ""
-        memory = f"  {found['peak_gib']} GiB" if "peak_gib" in found else ""
-        print(f"  {name:<26}{found['milliseconds']:9.2f} ms {found['tflops']:8.1f} TFLOP/s {share}{memory}")
-    if options.json:
-        options.json.write_text(json.dumps({"device": device, "peak_tflops": peak, **report}, indent=2) + "\n")
-    return 0
+        for case in cases(options, device, Path(folder) / "rendezvous"):
+            if options.only not in case.part:
+                continue
+            if time.monotonic() - begin > options.seconds:
+                print(f"  {options.seconds:g} seconds are over: the rest is left out")
+                break
+            report["parts"].append(measure(case, device, peak))
+            print(line(report["parts"][-1]), flush=True)
+            write(options.json, report)
+        else:
+            report["complete"] = True
+    write(options.json, report)
+    return 0 if report["complete"] and not any("error" in row for row in report["parts"]) else 1
+
+
+def write(path: Path | None, report: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
