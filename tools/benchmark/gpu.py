@@ -227,10 +227,11 @@ def text_layers(model: QwenVLModel, tower: Tower, lengths: list[int]) -> Work:
     rotation = Rotation.of(text_angles(positions, text.head_dim, text.rope_theta, text.mrope_section), weight.dtype)
     hidden = torch.randn(rows, 1, tower.hidden).to(weight).requires_grad_()
     gradient = torch.randn_like(hidden)
-    cu_seqlens = cumulative(lengths, weight.device)
+    # Made once, as all layers of a micro-batch share it; its lengths are known, so nothing asks the device for them.
+    segments = Segments(cumulative(lengths, weight.device), rotation, lengths_B=tuple(lengths))
 
     def run() -> None:
-        out = model.decoder(hidden, attention_mask=None, packed_seq_params=Segments(cu_seqlens, rotation))
+        out = model.decoder(hidden, attention_mask=None, packed_seq_params=segments)
         out.backward(gradient)
 
     return run, tower.layers * (tower.linear_flops(rows) + tower.attention_flops(lengths, causal=True))
@@ -252,6 +253,8 @@ def vision_layers(model: QwenVLModel, tower: Tower, frames: list[int], *, learns
         units=rows // 4,
         source_E=nowhere,
         placement_E=nowhere,
+        windows=tuple(windows),
+        frames=tuple(frames),
     )
     gradient = torch.randn(rows, 1, tower.hidden).to(weight)
 

@@ -74,7 +74,7 @@ def check_backend(execution: Execution, parallel: Parallel) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model.backend='te' needs Transformer Engine, which cannot be imported ({reason}); "
-            "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9', or set model.backend to 'local'"
+            "make install-te builds it, or set model.backend to 'local'"
         ) from error
     if parallel.device.type != "cuda":
         raise ConfigError("model.backend='te' needs a GPU; set model.backend to 'local'")
