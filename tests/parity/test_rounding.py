@@ -123,7 +123,6 @@ def test_a_wrong_weight_is_seen_where_it_stands(job: Job, tmp_path: Path) -> Non
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     report = run_ranks(rank_body, 1, [replace(job, hf_dir=str(directory), grads=False)])[0][0]
     assert report["begins"] == "model.layers.2"
-    assert report["worst"]["worst_module"] == "model.layers.2"
     assert not report["passed"]
 
 
@@ -144,6 +143,5 @@ def test_the_command_says_so_and_by_its_exit_code(
     monkeypatch.setattr(command, "measure_rounding", broken_measure)
     assert main(words) == 1
     output = capsys.readouterr().out
-    lines = output.splitlines()
-    assert ["logprobs" in line for line in lines if "TOO LARGE" in line] == [True]
+    assert any("logprobs" in line for line in output.splitlines() if "TOO LARGE" in line)
     assert output.rstrip().endswith("FAILED")
