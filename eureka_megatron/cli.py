@@ -150,6 +150,12 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
         default="transformers",
         help="vllm: log-probabilities of a rollout engine (transformers)",
     )
+    verify.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: as it trains; no further from fp32 than transformers' own bf16 (float32)",
+    )
     verify.add_argument("--grads", action="store_true", help="compare the gradient of every parameter too")
     verify.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
@@ -319,7 +325,8 @@ def _verify(args: argparse.Namespace) -> int:
     from eureka_megatron.verify.layout import Layout
 
     layout = Layout(**{field.name: getattr(args, field.name) for field in fields(Layout)})
-    return run_verify(model_directory(args.hf), layout, against=args.against, grads=args.grads, as_json=args.json)
+    options = {"against": args.against, "dtype": args.dtype, "grads": args.grads, "as_json": args.json}
+    return run_verify(model_directory(args.hf), layout, **options)
 
 
 def _convert(args: argparse.Namespace) -> int:

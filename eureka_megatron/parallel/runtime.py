@@ -6,7 +6,8 @@ same groups as a `Parallel`. Code of this package takes the handle and never ask
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -147,6 +148,28 @@ def join_on_device(pieces: Sequence[torch.Tensor], device: torch.device, dtype: 
     rows = sum(map(len, pieces))
     pinned = torch.empty(rows, *pieces[0].shape[1:], dtype=dtype, pin_memory=True)
     return torch.cat(list(pieces), out=pinned).to(device, non_blocking=True)
+
+
+@contextmanager
+def patient(parallel: Parallel, limit: timedelta) -> Iterator[None]:
+    """While active, collectives of this rank may take until `limit`. For a stretch in which one rank works and the others wait for it.
+
+    A rank that only sends does not wait on a GPU: it queues its part and goes on to the next collective, whose time runs from then on.
+    Group by group, because Megatron's have other limits than the world.
+    """
+    axes = (parallel.world, parallel.tensor, parallel.pipeline, parallel.data, parallel.context)
+    before = {axis.group: _timeout(axis.group, parallel.device) for axis in axes if axis.group is not None}
+    for group in before:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
+    try:
+        yield
+    finally:
+        for group, usual in before.items():
+            dist.distributed_c10d._set_pg_timeout(usual, group)
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    return group._get_backend(device).options._timeout
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -39,6 +39,9 @@ BACKEND = "eureka"  # of vLLM's registry
 _ALIGNMENT = 64  # bytes: every tensor starts where any dtype may, and on a cache line
 _IN_STORE = 1  # buckets; with the one being packed that makes two in flight
 _DEADLINE_SECONDS = 900.0  # for one call of one engine
+# vLLM 0.32 keeps what has come of a layer until all of it is there, as views of the buffers it came in. With two buffers it would read
+# those of one stream on another without waiting for it; 0.33 waits.
+_PACKED_BUFFERS = 1
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,10 @@ def register_backend() -> str:
     class TransferEngine(NCCLWeightTransferEngine):
         """Start and finish (vLLM's layer-wise reload) are inherited."""
 
+        def init_transfer_engine(self, init_info: Any) -> None:
+            self.shutdown()  # of the group before, whose trainer or whose other engines are gone: vLLM would only forget it
+            super().init_transfer_engine(init_info)
+
         def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
             return Bucket(**update_dict) if "buffer" in update_dict else super().parse_update_info(update_dict)
 
@@ -282,6 +289,7 @@ class NcclTransfer:
             master_port=get_open_port(),
             world_size=1 + len(engines),
             packed_buffer_size_bytes=bucket_mib << 20,
+            packed_num_buffers=_PACKED_BUFFERS,  # the engines hear of it from here
             rank=rank,
         )
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=_vllm_source(source))
@@ -291,6 +299,8 @@ class NcclTransfer:
         start = time.perf_counter()
         metadata = self._source.metadata()
         self._client.announce(metadata, version, self._source.unchanged)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # vLLM reads on a stream of its own, which does not wait for the optimizer's
         self._engine.send_weights()
         prints = {}
         if with_fingerprints:

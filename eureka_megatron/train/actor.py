@@ -20,12 +20,16 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from eureka_megatron.checkpoint.release import run_card
-from eureka_megatron.checkpoint.saver import Report
+from eureka_megatron.checkpoint.saver import SLOWEST_DISK, Report
 from eureka_megatron.checkpoint.store import CHECKPOINTS
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError
+from eureka_megatron.parallel.runtime import init_parallel, patient
+from eureka_megatron.train.parcel import Parcel, unwrap, wrap
 from eureka_megatron.types import Batch, Sample
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name, which torch looks at first
 
 
 class TrainerRank:
@@ -45,7 +49,6 @@ class TrainerRank:
 
     def start(self, address: str) -> dict[str, int]:
         """Join the others and load the weights. → the layout."""
-        from eureka_megatron.parallel.runtime import init_parallel
         from eureka_megatron.train.checkpointing import Checkpointer
         from eureka_megatron.train.trainer import PolicyTrainer
 
@@ -96,20 +99,21 @@ class TrainerRank:
         """See PolicyTrainer.start_phase."""
         self.trainer.start_phase(section, total_updates)
 
-    def train(self, batch: Batch) -> list[dict[str, float]]:
-        """One rollout step's updates with the configured loss."""
+    def train(self, batch: Batch, parcel: Parcel) -> list[dict[str, float]]:
+        """One rollout step's updates with the configured loss. The batch's samples are in the parcel."""
+        batch = replace(batch, samples=tuple(unwrap(parcel)))
         algorithm, passes = self.config.algorithm, self.config.training.passes
         return self.trainer.train(
             batch, algorithm.loss, algorithm.all_loss_options(), algorithm.compat, passes, shaping_of(algorithm)
         )
 
-    def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def sft(self, parcel: Parcel) -> dict[str, float]:
         """See PolicyTrainer.sft."""
-        return self.trainer.sft(samples)
+        return self.trainer.sft(unwrap(parcel))
 
-    def logprobs(self, samples: Sequence[Sample]) -> list[Any] | None:
+    def logprobs(self, parcel: Parcel) -> list[Any] | None:
         """See PolicyTrainer.logprobs; numpy, on the reporting rank."""
-        values = self.trainer.logprobs(samples)
+        values = self.trainer.logprobs(unwrap(parcel))
         return None if values is None else [value.float().cpu().numpy() for value in values]
 
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
@@ -136,13 +140,15 @@ class TrainerRank:
         if self._nccl_engines != list(engines):  # the first time, and after an engine was replaced: a new NCCL group
             if self._nccl is not None:
                 self._nccl.shutdown()
+                self._nccl, self._nccl_engines = None, []
             self._nccl = ray_transfer.NcclTransfer(source, engines, rank=self.rank, bucket_mib=bucket_mib)
             self._nccl_engines = list(engines)
         return self._nccl.send(version, with_fingerprints=with_fingerprints)
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
         """Write a Hugging Face directory; collective, rank 0 writes."""
-        self.trainer.export(output, card)
+        with patient(self.trainer.parallel, SLOWEST_DISK):
+            self.trainer.export(output, card)
 
     def save(self, step: int, texts: dict[str, str], state: dict[str, Any]) -> None:
         """See Checkpointer.save."""
@@ -172,9 +178,8 @@ class TrainerGroup:
         self.config = config
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        threads = max(1, (os.cpu_count() or 1) // world)
         actor = ray.remote(TrainerRank).options(
-            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)}
         )
         self.ranks = [actor.remote(config, rank) for rank in range(world)]
         self.reporter = 0
@@ -192,15 +197,16 @@ class TrainerGroup:
 
     def train(self, batch: Batch) -> list[dict[str, float]]:
         """Metrics of each optimizer step of this rollout step."""
-        return self._all("train", ray.put(batch))[self.reporter]
+        parcel = ray.put(wrap(batch.samples))
+        return self._all("train", replace(batch, samples=()), parcel)[self.reporter]
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
-        return self._all("sft", ray.put(list(samples)))[self.reporter]
+        return self._all("sft", ray.put(wrap(samples)))[self.reporter]
 
     def logprobs(self, samples: Sequence[Sample]) -> list[Any]:
         """float32 [S] each: log-probability of every token of the samples, index 0 is 0."""
-        return self._all("logprobs", ray.put(list(samples)))[self.reporter]
+        return self._all("logprobs", ray.put(wrap(samples)))[self.reporter]
 
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool = False) -> Any:
         """Send the present weights to the engines as `version`. → SyncReport."""
@@ -250,13 +256,32 @@ class TrainerGroup:
         return ray.get(calls)
 
 
+def environment_of_a_rank(world_size: int, *, on_gpu: bool) -> dict[str, str]:
+    """Variables of the trainer ranks' processes. On GPUs what this process has set counts, on a cluster too.
+
+    Of the trainers only: vLLM's sleep mode and expandable segments exclude each other.
+    """
+    found = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world_size))}
+    if on_gpu:
+        # One queue to the GPU: a collective that was started before a matrix product also runs before it (Megatron relies on that).
+        found["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # Rows of changing lengths would break fixed segments of memory into pieces too small to use.
+        own = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+        found |= own or {ALLOCATOR[0]: "expandable_segments:True"}
+    return found
+
+
 def model_card(config: RunConfig, scores: dict[str, float] | None = None, stage: str = "train") -> dict[str, Any]:
     """What a release says of the run it comes from, `eureka train` or `eureka sft`."""
     return run_card(config.model_dump(mode="json"), scores, stage)
 
 
 def start_ray(stack: ExitStack) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a private one on this machine that ends with the stack."""
+    """Join the cluster of RAY_ADDRESS, or start a private one on this machine that ends with the stack.
+
+    Its object store may take Ray's usual share of the memory and of /dev/shm; RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION and
+    RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES say otherwise.
+    """
     if ray.is_initialized():
         return
     quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
@@ -267,5 +292,5 @@ def start_ray(stack: ExitStack) -> None:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # A short path: Ray's sockets lie below it, and the system limits their length.
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eureka-", ignore_cleanup_errors=True))
-        ray.init(_temp_dir=folder, object_store_memory=512 << 20, **quiet)
+        ray.init(_temp_dir=folder, **quiet)
     stack.callback(ray.shutdown)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 ADAM = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"  # Megatron's spelling
+STAGING_BYTES = 64 * 2**20
 SHARED_BYTES = 4 * 2**20  # smaller weights are written by one of their copies, larger ones by all, in equal parts
 
 
@@ -70,6 +71,7 @@ class Checkpointer:
 
     def __init__(self, trainer: PolicyTrainer, folder: Path, *, keep_last: int = 1, keep_every: int = 0) -> None:
         self.trainer = trainer
+        self.staging = Staging(STAGING_BYTES) if trainer.parallel.device.type == "cuda" else None
         self.saver = Saver(folder, trainer.parallel, keep_last=keep_last, keep_every=keep_every)
 
     def save(self, step: int, texts: Mapping[str, str] | None = None, **state: Any) -> None:
@@ -93,7 +95,7 @@ class Checkpointer:
         }
         contents = Contents(
             step=step,
-            blocks=_blocks(trainer),
+            blocks=_blocks(trainer, self.staging),
             random=random_state(),
             texts={**(texts or {}), store.STATE_FILE: store.as_json({**ours, **state})},
             model=trainer.model_path,
@@ -204,7 +206,7 @@ def _copies(row: Row, parallel: Parallel, *, over_data: bool) -> tuple[int, int]
 # --- saving ---
 
 
-def _blocks(trainer: PolicyTrainer) -> list[Block]:
+def _blocks(trainer: PolicyTrainer, staging: Staging | None) -> list[Block]:
     """Copies, in host memory, of what this rank writes."""
     stored = {row.megatron: (row, place, layers) for row, place, layers in stored_rows(patterns_of(trainer.chunks))}
     order = {name: number for number, name in enumerate(stored)}
@@ -219,9 +221,7 @@ def _blocks(trainer: PolicyTrainer) -> list[Block]:
         bounds = piece.start + begin, piece.start + end
         for part, offsets, sizes in rectangles(row, place, tensor.rank, tensor.size, *bounds):
             values = piece.values[part.start - piece.start : part.stop - piece.start].view(sizes)
-            blocks.append(Block(key, stored_shape(row, place, layers), offsets, _to_host(values)))
-    if trainer.parallel.device.type == "cuda":
-        torch.cuda.synchronize()
+            blocks.append(Block(key, stored_shape(row, place, layers), offsets, to_host(values, staging)))
     return blocks
 
 
@@ -233,10 +233,32 @@ def _share(piece: Piece, number: int) -> tuple[int, int]:
     return count * piece.copy // piece.copies, count * (piece.copy + 1) // piece.copies
 
 
-def _to_host(values: Tensor) -> Tensor:
-    """A copy that owns its memory; pinned, and still on its way, when it comes from a GPU."""
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    return host.copy_(values, non_blocking=True)
+class Staging:
+    """One buffer of pinned memory that all copies from the GPU go through, so that the copies themselves need not be pinned.
+
+    Pinned memory cannot be paged out, and torch keeps what it once got: 27 GB a rank for 7B at TP 4, 53 while the save before is written.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+    def fill(self, host: Tensor, values: Tensor) -> None:
+        """Bit for bit. Both contiguous, of one shape and dtype. Done when it returns."""
+        source, target = (tensor.view(-1).view(torch.uint8) for tensor in (values, host))
+        size = len(self.buffer)
+        for part, place in zip(source.split(size), target.split(size), strict=True):
+            staged = self.buffer[: len(part)]
+            staged.copy_(part)
+            place.copy_(staged)
+
+
+def to_host(values: Tensor, staging: Staging | None) -> Tensor:
+    """A copy in ordinary host memory, through `staging` if there is one."""
+    host = torch.empty(values.shape, dtype=values.dtype)
+    if staging is None:
+        return host.copy_(values)
+    staging.fill(host, values)
+    return host
 
 
 # --- loading ---

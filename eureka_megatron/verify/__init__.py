@@ -1,6 +1,6 @@
-"""`eureka verify`: the native model at a parallel layout against transformers, on the same checkpoint, in fp32.
+"""`eureka verify`: the native model at a parallel layout against transformers, on the same checkpoint, in fp32 or as it trains, in bf16.
 
-`samples` makes them up, `reference` lets transformers compute them, `measure` compares on every rank of a `layout`, `command` is what
+`samples` makes them up, `reference` lets transformers compute them, `measure` (or `rounding`) compares on every rank of a `layout`, `command` is what
 the command line calls.
 """
 

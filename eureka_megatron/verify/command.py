@@ -2,12 +2,12 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
-from itertools import groupby
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.verify.engine import engine_report, native_logprobs
 from eureka_megatron.verify.layout import Job, Layout
-from eureka_megatron.verify.measure import BARS, measure
+from eureka_megatron.verify.measure import measure
 from eureka_megatron.verify.reference import write_reference
+from eureka_megatron.verify.rounding import PICTURES, measure_rounding, write_rounded_references
 from eureka_megatron.verify.samples import made_up_samples
 
 # Arguments of `check_layout` besides tensor and pipeline.
@@ -28,12 +29,19 @@ LAYOUT_CHECKED = ("virtual_pipeline", "layers_first_stage", "layers_last_stage",
 
 
 def run_verify(
-    hf_dir: Path, layout: Layout, *, against: str = "transformers", grads: bool = False, as_json: bool = False
+    hf_dir: Path,
+    layout: Layout,
+    *,
+    against: str = "transformers",
+    dtype: str = "float32",
+    grads: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Print the figures. → exit code 0 when all are within their bars, else 1.
 
     Args:
         against: "transformers", or "vllm" for log-probabilities alone, see `engine`.
+        dtype: "float32", or "bfloat16" for the kernels that train, see `rounding`.
         grads: compare gradients too.
 
     Raises:
@@ -47,11 +55,15 @@ def run_verify(
     check_layout(read_hf_config(hf_dir), layout.tensor, layout.pipeline, **options)
     with tempfile.TemporaryDirectory(prefix="eureka-verify-") as folder:
         reference = Path(folder) / "reference.safetensors"
-        samples = made_up_samples(hf_dir)
-        job = Job(str(hf_dir), str(reference), tuple(samples), grads=grads, **asdict(layout))
-        if against == "transformers":
+        samples = made_up_samples(hf_dir, pictures=() if dtype == "float32" else PICTURES)
+        job = Job(str(hf_dir), str(reference), tuple(samples), grads=grads, dtype=dtype, **asdict(layout))
+        if against == "transformers" and dtype == "float32":
             write_reference(hf_dir, reference, samples, grads=grads)
             report = _on_ranks(measure, job, Path(folder))
+        elif against == "transformers":
+            job = replace(job, rounded=str(Path(folder) / "rounded.safetensors"))
+            write_rounded_references(job)
+            report = _on_ranks(measure_rounding, job, Path(folder))
         else:
             report = engine_report(job, _on_ranks(native_logprobs, job, Path(folder)))
     report = {"against": against, "layout": asdict(layout)} | report
@@ -72,7 +84,7 @@ def _require_hf_files(directory: Path) -> None:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as a few lines of text."""
-    lines = [f"{report['hf']} at {Layout(**report['layout'])}, against {report['against']}"]
+    lines = [f"{report['hf']} at {Layout(**report['layout'])}, against {report['against']}, in {report['dtype']}"]
     lines += (_engine_lines if report["against"] == "vllm" else _figure_lines)(report)
     return "\n".join([*lines, "passed" if report["passed"] else "FAILED"])
 
@@ -80,33 +92,43 @@ def describe(report: dict[str, Any]) -> str:
 def _engine_lines(report: dict[str, Any]) -> list[str]:
     lines = ["  log-probabilities, absolute differences in nats:"]
     for kind, one in report["figures"].items():
-        verdict = "ok" if one["max"] <= report["bar"] else "TOO LARGE"
-        numbers = f"max {one['max']:.2e}  mean {one['mean']:.2e}  (bar {report['bar']:.0e})"
+        verdict = "ok" if all(one[name] <= bar for name, bar in report["bars"].items()) else "TOO LARGE"
+        numbers = "  ".join(f"{name} {one[name]:.2e} (bar {bar:.0e})" for name, bar in report["bars"].items())
         lines.append(f"    {kind:<14} {numbers}  {verdict}  {one['tokens']} tokens")
     return lines
 
 
 def _figure_lines(report: dict[str, Any]) -> list[str]:
-    lines = []
+    lines, of_transformers = [], report.get("transformers", {})
     for name, value in report["figures"].items():
         where = f"  worst: {report['worst'][name]}" if name in report["worst"] else ""
-        verdict = "ok" if value <= BARS[name] else "TOO LARGE"
-        lines.append(f"  {name:<11} {value:.2e}  (bar {BARS[name]:.0e})  {verdict}{where}")
-    lines += ["  largest relative difference of what leaves each module:", *_depth_lines(report["depths"])]
+        beside = f"transformers {of_transformers[name]:.2e}, " if name in of_transformers else ""
+        bar = report["bars"][name]
+        verdict = "ok" if value <= bar else "TOO LARGE"
+        lines.append(f"  {name:<14} {value:.2e}  ({beside}bar {bar:.{2 if beside else 0}e})  {verdict}{where}")
+    if of_transformers:
+        lines.append("  error of what leaves each module, as a multiple of transformers':")
+        ratios = {
+            name: value / max(report["depths_transformers"][name], 1e-30) for name, value in report["depths"].items()
+        }
+        lines += _depth_lines(ratios, ".2f")
+    else:
+        lines += ["  largest relative difference of what leaves each module:", *_depth_lines(report["depths"])]
     if report["begins"] is not None:
         lines.append(f"  the difference begins at {report['begins']}")
     return lines
 
 
-def _depth_lines(depths: dict[str, float]) -> list[str]:
+def _depth_lines(depths: dict[str, float], form: str = ".1e") -> list[str]:
     """Modules of a list side by side, eight a line."""
-    lines: list[str] = []
-    for kind, group in groupby(depths.items(), key=lambda item: item[0].rstrip("0123456789")):
-        values = [f"{value:.1e}" for _, value in group]
-        for start in range(0, len(values), 8):
-            label = f"{kind}{start}" if kind.endswith(".") else kind
-            lines.append(f"    {label:<19}" + " ".join(values[start : start + 8]))
-    return lines
+    kinds: dict[str, list[str]] = {}
+    for name, value in depths.items():
+        kinds.setdefault(re.sub(r"\d+", "{}", name), []).append(f"{value:{form}}")
+    return [
+        f"    {kind.format(start):<25}" + " ".join(values[start : start + 8])
+        for kind, values in kinds.items()
+        for start in range(0, len(values), 8)
+    ]
 
 
 def _on_ranks(body: Callable[[int, Job, str], Any], job: Job, folder: Path) -> Any:

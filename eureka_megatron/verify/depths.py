@@ -6,6 +6,9 @@ Depths carry the names of transformers' modules in hub naming, in the order in w
     model.embed_tokens                                           with the pictures placed: [S, H]
     model.layers.N, model.norm                                   [S, H]
 
+and, where asked for, what each attention adds: visual.blocks.N.attn, model.layers.N.self_attn. Beside the rounding of the sum it is added to,
+an error of attention can be too small to see.
+
 Each model has its hooks; both sides are brought to these shapes, one tensor a sample, before they are compared. Native activations come in
 packed rows, in window order, split over tensor-, sequence- and context-parallel ranks and pipeline stages; every rank undoes that for the
 modules it has.
@@ -21,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eureka_megatron.checkpoint.convert import unwrap
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
 from eureka_megatron.parallel import packing
 from eureka_megatron.parallel.collectives import gather_rows, gather_units
@@ -28,10 +32,15 @@ from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.types import MicroBatch, Sample
 
 
-def depth_names(config: QwenVLConfig) -> list[str]:
+def depth_names(config: QwenVLConfig, *, attention: bool = False) -> list[str]:
     """All depths, in order."""
-    blocks = (f"visual.blocks.{number}" for number in range(config.vision_config.depth))
-    layers = (f"model.layers.{number}" for number in range(config.text_config.num_hidden_layers))
+
+    def many(kind: str, own: str, count: int) -> list[str]:
+        suffixes = (own, "") if attention else ("",)
+        return [f"{kind}.{number}{suffix}" for number in range(count) for suffix in suffixes]
+
+    blocks = many("visual.blocks", ".attn", config.vision_config.depth)
+    layers = many("model.layers", ".self_attn", config.text_config.num_hidden_layers)
     return ["visual.patch_embed", *blocks, "visual.merger", "model.embed_tokens", *layers, "model.norm"]
 
 
@@ -49,8 +58,10 @@ def watch_reference(model: Any) -> Iterator[dict[str, Tensor]]:
     modules = {
         "visual.patch_embed": visual.patch_embed,
         **{f"visual.blocks.{number}": block for number, block in enumerate(visual.blocks)},
+        **{f"visual.blocks.{number}.attn": block.attn for number, block in enumerate(visual.blocks)},
         "visual.merger": visual.merger,
         **{f"model.layers.{number}": layer for number, layer in enumerate(text.layers)},
+        **{f"model.layers.{number}.self_attn": layer.self_attn for number, layer in enumerate(text.layers)},
         "model.norm": text.norm,
     }
 
@@ -88,11 +99,13 @@ class NativeDepths:
     """Hooks on the chunks of this rank for as long as it is entered; forwards meanwhile are recorded.
 
     Args:
-        chunks: the rank's pipeline chunks (models.qwen2_5_vl.model.QwenVLModel).
+        chunks: the rank's pipeline chunks (models.qwen2_5_vl.model.QwenVLModel), wrapped or not.
+        attention: record what each attention adds, too.
     """
 
-    def __init__(self, chunks: Sequence[Any], parallel: Parallel) -> None:
-        self.chunks, self.parallel = chunks, parallel
+    def __init__(self, chunks: Sequence[Any], parallel: Parallel, *, attention: bool = False) -> None:
+        self.chunks, self.parallel = [unwrap(chunk) for chunk in chunks], parallel
+        self._attention = attention
         self._stack = ExitStack()
         self._widths: list[dict[str, int]] = []  # of each chunk's modules: values a row or a merge unit
         self._batches: list[list[MicroBatch]] = []
@@ -124,16 +137,21 @@ class NativeDepths:
             widths[name] = width
             return lambda output: seen[-1].__setitem__(name, output.detach())
 
+        def keep_layer(layer: Any, name: str, width: int, attention: str) -> None:
+            _hook(self._stack, layer, keep(name, width))
+            if self._attention:
+                _hook(self._stack, layer.self_attention, keep(f"{name}.{attention}", width), with_bias=True)
+
         _hook_input(self._stack, chunk, begin)
         if chunk.pre_process:
             tower = chunk.vision
             _hook(self._stack, tower.patch_embed, keep("visual.patch_embed", merged))
             for number, layer in enumerate(tower.decoder.layers):
-                _hook(self._stack, layer, keep(f"visual.blocks.{number}", merged))
+                keep_layer(layer, f"visual.blocks.{number}", merged, "attn")
             _hook(self._stack, tower.merger, keep("visual.merger", vision.out_hidden_size))
             _hook_input(self._stack, chunk.decoder, keep("model.embed_tokens", text.hidden_size))
         for layer in chunk.decoder.layers:  # Megatron counts them over all stages, from 1
-            _hook(self._stack, layer, keep(f"model.layers.{layer.layer_number - 1}", text.hidden_size))
+            keep_layer(layer, f"model.layers.{layer.layer_number - 1}", text.hidden_size, "self_attn")
         if chunk.post_process:
             _hook(self._stack, chunk.decoder.final_layernorm, keep("model.norm", text.hidden_size))
 
@@ -173,11 +191,16 @@ class NativeDepths:
         return [units[places[places >= 0]] for places in packing.split(unit_of_row, batch)]
 
 
-def _hook(stack: ExitStack, module: torch.nn.Module, keep: Callable[[Tensor], None]) -> None:
-    """Layers return their output alone or first of a tuple."""
+def _hook(
+    stack: ExitStack, module: torch.nn.Module, keep: Callable[[Tensor], None], *, with_bias: bool = False
+) -> None:
+    """Layers return their output alone or first of a tuple; Megatron's attention with a bias, or None, that is yet to be added to it."""
 
     def hook(_: Any, __: Any, output: Any) -> None:
-        keep(output[0] if isinstance(output, tuple) else output)
+        first = output[0] if isinstance(output, tuple) else output
+        if with_bias:  # a copy in any case: without a gradient the residual is added in place
+            first = first.clone() if output[1] is None else first.float() + output[1].float()
+        keep(first)
 
     stack.callback(module.register_forward_hook(hook).remove)
 
@@ -199,8 +222,19 @@ def relative(a: Tensor, b: Tensor, scale: Tensor | None = None) -> float:
     return error if error == error else float("inf")
 
 
-def depth_errors(native: NativeDepths, reference: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
-    """{depth: largest relative difference over the samples}, in order, on every rank; infinite where a module was never seen.
+def distance(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖; NaN counts as infinite."""
+    error = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def depth_errors(
+    native: NativeDepths,
+    reference: Mapping[str, Tensor],
+    names: Sequence[str],
+    measure: Callable[[Tensor, Tensor], float] = relative,
+) -> dict[str, float]:
+    """{depth: largest difference over the samples}, in order, on every rank; infinite where a module was never seen.
 
     Args:
         reference: "depth.<sample>.<depth>", see `reference_depths`.
@@ -208,7 +242,7 @@ def depth_errors(native: NativeDepths, reference: Mapping[str, Tensor], names: S
     own: dict[str, float] = {}
     for name, index, value in native.whole():
         expected = reference[f"depth.{index}.{name}"]
-        own[name] = max(own.get(name, 0.0), relative(value.float().cpu().view_as(expected), expected))
+        own[name] = max(own.get(name, 0.0), measure(value.float().cpu().view_as(expected), expected))
     parts: list[dict[str, float] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     known = [{} if part is None else part for part in parts]

@@ -54,10 +54,13 @@ _DEFAULTS = {field.name: field.default for field in fields(Layout)}
 
 @dataclass(frozen=True)
 class Job(Layout):
-    """What every rank needs to know. `reference` is the file of transformers' outputs on the samples, see `write_reference`."""
+    """What every rank needs to know. `reference` is the file of transformers' outputs on the samples, see `write_reference`;
+    `rounded` is another, of transformers computing in `dtype` where that is not fp32 (`rounding`)."""
 
     hf_dir: str
     reference: str
     samples: tuple[Sample, ...]
     grads: bool = True
     max_tokens: int = 4096
+    dtype: str = "float32"
+    rounded: str = ""

@@ -8,6 +8,7 @@ The weights must also come back bitwise through the table. Along the depth of th
 Every figure is max |a − b| / max |b| over one tensor; `BARS` says how large it may be.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         **job.model_options,
     )
     worst: dict[str, str] = {}
-    before = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
-    with NativeDepths([chunk.module for chunk in trainer.chunks], parallel) as native:
+    before = on_host(trainer.hf_weights())
+    with NativeDepths(trainer.chunks, parallel) as native:
         logits = trainer.logits(samples)
     depths = depth_errors(native, reference, depth_names(trainer.hf_config))
     shared: dict[str, float] = {}
@@ -60,7 +61,7 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         metrics, compared = trainer.accumulate(samples), {}
     if "loss" in metrics:
         shared["loss"] = abs(metrics["loss"] - reference["loss"].item()) / reference["loss"].item()
-    figures = _largest_over_ranks(shared, ("logits", "loss"))
+    figures = largest_over_ranks(shared, ("logits", "loss"))
     for figure, errors_by_name in compared.items():
         if errors_by_name:
             worst[figure], figures[figure] = max(errors_by_name.items(), key=lambda item: item[1])
@@ -68,10 +69,11 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         figures["grad_norm"] = abs(metrics["grad_norm"] - norm) / norm
     if rank:
         return None
-    figures["round_trip"] = _round_trip(job.hf_dir, before)
+    figures["round_trip"] = round_trip(job.hf_dir, before)
     depths["lm_head"] = figures["logits"]
     return {
         "hf": job.hf_dir,
+        "dtype": job.dtype,
         "figures": figures,
         "worst": worst,
         "bars": {name: BARS[name] for name in figures},
@@ -81,7 +83,12 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     }
 
 
-def _largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+def on_host(weights: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that this rank receives, in host memory: a whole model in fp32 has no room beside its share on the GPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in weights if tensor is not None}
+
+
+def largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
     """Ranks of the last stage know the figures; everyone else learns them."""
     table = torch.tensor([values.get(name, -1.0) for name in names], dtype=torch.float64)
     if torch.distributed.get_backend() == "nccl":
@@ -117,7 +124,7 @@ def _step_errors(trainer: Any, reference: Reference, before: dict[str, torch.Ten
         if after is not None:
             step = -rate * reference[f"grad.{name}"].to(after.device)
             # The weight that was expected, not the difference of weights: rounding of the start must not show.
-            errors[name] = relative(after, before[name] + step, scale=step)
+            errors[name] = relative(after, before[name].to(after.device) + step, scale=step)
     return errors
 
 
@@ -126,12 +133,11 @@ def _file_tensors(hf_dir: Path | str) -> dict[str, torch.Tensor]:
     return {hub_name(name): tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def _round_trip(hf_dir: Path | str, exported: dict[str, torch.Tensor]) -> float:
+def round_trip(hf_dir: Path | str, exported: dict[str, torch.Tensor]) -> float:
     """0.0 when every tensor of the checkpoint comes back bit for bit, else the number of tensors that do not."""
     original = _file_tensors(hf_dir)
     wrong = original.keys() ^ exported.keys()
     for name in original.keys() & exported.keys():
-        back = exported[name].cpu().to(original[name].dtype)
-        if not torch.equal(back, original[name]):
+        if not torch.equal(exported[name], original[name].to(exported[name].dtype)):
             wrong.add(name)
     return float(len(wrong))

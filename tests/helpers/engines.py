@@ -17,13 +17,14 @@ MERGED_PATCH = 28  # pixels a side of one vision embedding
 
 
 @contextmanager
-def private_ray(cpus: int = 2, store_mib: int = 256) -> Iterator[None]:
-    """A Ray instance of this process only, with a bounded object store."""
+def private_ray(cpus: int = 2, store_mib: int = 256, gpus: int = 0) -> Iterator[None]:
+    """A Ray instance of this process only, with a bounded object store. It believes to have `gpus` GPUs."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="eureka-", ignore_cleanup_errors=True) as folder:
         ray.init(
             num_cpus=cpus,
+            num_gpus=gpus,
             object_store_memory=store_mib << 20,
             include_dashboard=False,
             log_to_driver=False,

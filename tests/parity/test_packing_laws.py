@@ -73,7 +73,9 @@ def test_packed_samples_give_what_each_gives_alone(tiny_dir: Path, layout: Layou
     assert 2 * min(map(len, samples)) > longest + 1, "two of them would fit into a row made for one"
     variants = [(samples, 4096), (samples, longest + longest % 2)]
     found = errors(run_ranks(results, layout.world_size, str(tiny_dir), layout, variants))
-    assert max(found.values()) <= 2e-6  # measured 1.03e-6 (gradient of a key bias), on another processor 5.5e-7; the rest 4e-7
+    assert (
+        max(found.values()) <= 2e-6
+    )  # measured 1.03e-6 (gradient of a key bias), on another processor 5.5e-7; the rest 4e-7
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -1,0 +1,131 @@
+"""The trainer ranks' processes as Ray starts them: their environment, their memory, the object store."""
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eureka_megatron.train.parcel import Parcel, unwrap, wrap
+from eureka_megatron.verify.samples import made_up_samples
+from tests.helpers.engines import run_config
+
+EXPANDABLE = "expandable_segments:True"
+
+
+class Idle:
+    """In place of an engine, which would load vLLM first: the process is what is looked at."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
+def environment(_: Any) -> dict[str, str]:
+    return dict(os.environ)
+
+
+def memory_mib(name: str) -> float:
+    """Of this process, by the kernel's name: RssAnon is its own, RssShmem shared."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def own_memory_of_a_rank(_: Any, parcel: Parcel) -> tuple[float, float]:
+    """MiB (own, shared) that the rank's process has more after it has read every patch."""
+    before = [memory_mib(name) for name in ("RssAnon", "RssShmem")]
+    total = sum(float(picture.patches_PD.sum()) for sample in unwrap(parcel) for picture in sample.pictures)
+    assert total != 0
+    return tuple(memory_mib(name) - old for name, old in zip(("RssAnon", "RssShmem"), before, strict=True))
+
+
+@pytest.fixture(scope="module")
+def ray_with_gpus() -> Any:
+    """Ray that believes to have two GPUs."""
+    import ray
+
+    from tests.helpers.engines import private_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            patch.delenv(name, raising=False)
+        with private_ray(gpus=2):
+            yield ray
+
+
+def test_trainers_get_their_gpu_settings_and_engines_do_not(
+    ray_with_gpus: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eureka_megatron.rollout.pool import RolloutPool
+    from eureka_megatron.train.actor import TrainerGroup
+
+    ray, config = ray_with_gpus, run_config(tiny_dir, engines=1)
+    with ExitStack() as stack:
+
+        def rank_environment() -> dict[str, str]:
+            group = TrainerGroup(config)
+            stack.callback(group.close)
+            found = ray.get(group.ranks[0].__ray_call__.remote(environment))
+            group.close()
+            return found
+
+        ours = rank_environment()
+        assert ours["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+        assert ours["PYTORCH_ALLOC_CONF"] == EXPANDABLE
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+        theirs = rank_environment()
+        assert theirs["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+        assert theirs["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
+        assert "PYTORCH_ALLOC_CONF" not in theirs
+        pool = RolloutPool(config, engine_class=Idle)
+        stack.callback(pool.shutdown)
+        engine = ray.get(pool.actors[0].__ray_call__.remote(environment))
+        assert not {"CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & engine.keys()
+
+
+def test_a_rank_maps_a_batchs_patches_instead_of_copying_them(ray_with_gpus: Any, tiny_dir: Path) -> None:
+    ray = ray_with_gpus
+    samples = made_up_samples(tiny_dir, pictures=[((40, 60),)])
+    patches = samples[0].pictures[0].patches_PD.nbytes / 2**20
+    actor = ray.remote(num_cpus=0)(Idle).remote()
+    ray.get(actor.__ray_call__.remote(own_memory_of_a_rank, wrap(made_up_samples(tiny_dir))))  # imports are done
+    own, shared = ray.get(actor.__ray_call__.remote(own_memory_of_a_rank, ray.put(wrap(samples))))
+    print(f"patches {patches:.1f} MiB; own memory {own:.1f}, shared {shared:.1f}")
+    assert shared >= 0.95 * patches
+    assert own <= 0.25 * patches  # measured 0.02; 1.0 and more as torch tensors
+
+
+STORE = """
+import sys
+from contextlib import ExitStack
+import ray
+from eureka_megatron.train.actor import start_ray
+with ExitStack() as stack:
+    start_ray(stack)
+    print("store", int(ray.cluster_resources()["object_store_memory"]))
+"""
+
+
+@pytest.mark.parametrize("limit", [None, 300_000_000])
+def test_the_object_store_is_a_share_of_the_machine_or_what_rays_environment_says(limit: int | None) -> None:
+    shared = os.statvfs("/dev/shm")
+    memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), shared.f_blocks * shared.f_frsize)
+    extra = {} if limit is None else {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(limit)}
+    done = subprocess.run(
+        [sys.executable, "-c", STORE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | extra,
+    )
+    assert done.returncode == 0, done.stderr
+    found = int(done.stdout.split()[-1])
+    print(f"{found / 2**30:.2f} GiB of {memory / 2**30:.1f}")
+    if limit is not None:
+        assert found == pytest.approx(limit, rel=0.01)
+    else:
+        assert 512 << 20 < found < 0.5 * memory  # Ray takes 30 % of what is free at the start
