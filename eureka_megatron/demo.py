@@ -27,7 +27,6 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.inputs import open_dataset, reward_rules
 from eureka_megatron.loop import Run, reinforce
 from eureka_megatron.models.qwen2_5_vl.forms import build_published
-from eureka_megatron.places import settle
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
@@ -57,7 +56,7 @@ def run_demo(out: Path, overrides: list[str]) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()  # flashes of a hundred tiny tensors
     started = time.monotonic()
     _claim(out)
-    config = settle(demo_config(out, overrides))
+    config = demo_config(out.absolute(), overrides)  # workers start in folders of their own
     with PeakMemory() as memory:
         write_counting(
             out / "data", train=TRAIN_PICTURES, test=TEST_PICTURES, seed=config.run.seed, noise=TEACHER_NOISE
