@@ -1,5 +1,6 @@
-"""Every published form of checkpoint through every command: imitation, its release into an engine, a checked step of RL, conversion, parity.
+"""Every published form of checkpoint through imitation, its release into an engine, a checked step of RL, and conversion there and back.
 
+Parity with transformers is tests/parity/test_forms.py.
 The small models are built in the forms (models/qwen2_5_vl/forms.py), since the published weights are not here; half of them are tied.
 The chain per form: published directory → sft → release → train (a vLLM engine and trainer ranks load that release) → release.
 """
@@ -20,8 +21,6 @@ from eureka_megatron.loop import train
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.forms import FORMS, build_published
 from eureka_megatron.sft import run_sft
-from eureka_megatron.verify.command import run_verify
-from eureka_megatron.verify.layout import Layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 
@@ -42,7 +41,6 @@ def configuration(model: Path, output: Path, data: Path) -> RunConfig:
         {
             "run": {"output": str(output)},
             "model": {"path": str(model), "dtype": "float32"},
-            "parallel": {"tensor": 2},
             "data": {"train": str(data / "train.jsonl"), "min_pixels": 784, "max_pixels": 50176, **tokens},
             "rollout": {
                 "samples_per_prompt": 4,
@@ -103,8 +101,6 @@ def test_a_published_form_goes_through_every_command(form: str, data: Path, tmp_
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
     assert differences(describe(source), describe(tmp_path / "back")) == []
-
-    assert run_verify(source, Layout(tensor=2, pipeline=2, sequence_parallel=True)) == 0
 
     run_sft(configuration(source, tmp_path / "sft", data))
     release = tmp_path / "sft" / "hf"
