@@ -17,23 +17,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 TOKENS, ROWS = 151936, 152064  # of the tokenizer, and of the 7B model's embedding
 RESPONSE, UNITS = 1000, 640
-MEMORY_GIB = 7.5  # of all processes; measured 6.05, and the logits held at once would add 4.5 or twice that
+MEMORY_GIB = 7.0  # of all processes; measured 5.9, and logits held at once would add 2.3 in the forward pass and more in the backward
 BAR = 1e-5  # nats between trainer and engine, fp32; measured at most 1.9e-6
 
 
 def write_rows(folder: Path) -> Path:
-    """Two questions about a noisy picture of 20 × 32 merge units, 560 × 896 pixels: nothing is resized away."""
+    """A question about a noisy picture of 20 × 32 merge units, 560 × 896 pixels: nothing is resized away."""
     pixels = np.random.default_rng(0).integers(0, 256, (560, 896, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "noise.png")
-    rows = []
-    for number in range(2):
-        content = [
-            {"type": "image", "image": "noise.png"},
-            {"type": "text", "text": f"What is shown in place {number}?"},
-        ]
-        rows.append({"id": str(number), "message": [{"role": "user", "content": content}], "answer": "7"})
+    content = [{"type": "image", "image": "noise.png"}, {"type": "text", "text": "What is shown?"}]
+    row = {"id": "0", "message": [{"role": "user", "content": content}], "answer": "7"}
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(json.dumps(row) + "\n")
     return path
 
 
@@ -50,8 +45,8 @@ def test_one_step_at_the_size_of_the_real_thing(tmp_path: Path, capsys: pytest.C
             "algorithm": {"filter": {"enabled": False}},
             "training": {
                 "steps": 1,
-                "prompts_per_step": 2,
-                "responses_per_update": 8,
+                "prompts_per_step": 1,
+                "responses_per_update": 4,
                 "max_tokens_per_micro_batch": 8192,
             },
             "sync": {"check_every": 1},
@@ -71,7 +66,7 @@ def test_one_step_at_the_size_of_the_real_thing(tmp_path: Path, capsys: pytest.C
     with PeakMemory() as memory:
         train(config)
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    logits_bytes = 8 * RESPONSE * ROWS * 4
+    logits_bytes = 4 * RESPONSE * ROWS * 4
     with capsys.disabled():
         print(
             f"\n{RESPONSE} tokens of {ROWS} words, a picture of {UNITS} units: trainer against engine "
