@@ -198,6 +198,25 @@ def test_layouts_table_and_rl_know_no_configuration_and_start_no_groups():
     complain(problems, "rl/ and the layouts are pure:")
 
 
+def test_published_configurations_are_read_in_one_place():
+    """What transformers and vLLM make of a config.json depends on its form: nobody else asks their objects."""
+    problems = []
+    for path in modules().values():
+        if path.relative_to(ROOT / PACKAGE).parts[0] == "models":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
+            wrong = [alias.name for alias in node.names if alias.name.endswith("Config")] if imported else []
+            if isinstance(node, ast.Attribute):
+                owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+                theirs = node.attr in ("get_text_config", "hf_text_config") or (
+                    node.attr == "config" and owner == "model"
+                )
+                wrong += [f"{owner}.{node.attr}"] if theirs else []
+            problems += [f"{path.relative_to(ROOT)}:{node.lineno} uses {name}" for name in wrong]
+    complain(problems, "read_hf_config is the way to a checkpoint's numbers:")
+
+
 def test_no_file_is_too_long():
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(PACKAGE, "tools")}
     problems = [f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > MAX_FILE_LINES]
