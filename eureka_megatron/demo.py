@@ -182,6 +182,7 @@ def _generate_with_transformers(config: RunConfig, prompts: list[Prompt], batch_
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
+                repetition_penalty=1.0,  # all of it said here: published sampling defaults would go before
                 max_new_tokens=config.rollout.max_response_tokens,
             )
         answers = output[:, inputs["input_ids"].shape[1] :]
