@@ -133,7 +133,7 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
     config = json.loads((source / "config.json").read_text())
     name = str(dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = name  # transformers loads in what it finds here
-    for part in (config[key] for key in ("text_config", "vision_config") if key in config):
+    for part in (config[key] for key in ("text_config", "vision_config") if config.get(key)):
         part.update({key: name for key in ("dtype", "torch_dtype") if key in part})
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in COPIED_FILES:

@@ -56,7 +56,7 @@ def test_an_empty_card_is_still_a_card():
 def test_companions_are_copied_by_known_name_only_and_config_says_the_dtype(tmp_path, key):
     source = build_published(tmp_path / "source", weights=False)
     config = json.loads((source / "config.json").read_text())
-    config[key] = config.pop("torch_dtype")
+    config |= {key: config.pop("torch_dtype"), "text_config": None}
     (source / "config.json").write_text(json.dumps(config))
     for stray in ("optimizer.pt", "modeling_evil.py", "pytorch_model.bin", "notes.txt"):
         (source / stray).write_text("x")
