@@ -169,7 +169,7 @@ MEGATRON_DAMAGES = {
     ),
     "wrong shape": (
         change_config(vocab_size=416),
-        ["embedding.word_embeddings.weight (.metadata) is (384, 128), expected"],
+        ["embedding.word_embeddings.weight (.metadata) is (400, 128), expected (416, 128)"],
     ),
     "unknown architecture": (change_config(model_type="llama"), ["config.json", "'llama'"]),
 }
