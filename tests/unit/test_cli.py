@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,14 @@ def test_ctrl_c_ends_with_130(tmp_path):
         "--train",
         "99999",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    # A shell starts what runs in the background with Ctrl-C ignored, and so would everything below it: not here.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "images").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
