@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 TOKENS, ROWS = 151936, 152064  # of the tokenizer, and of the 7B model's embedding
 RESPONSE, UNITS = 1000, 640
-MEMORY_GIB = 7.0  # of all processes; measured 5.9, and logits held at once would add 2.3 in the forward pass and more in the backward
+MEMORY_GIB = 6.5  # of all processes but for what this one held before; measured 5.3, and logits held at once would add 2.3 in the forward pass and more in the backward
 BAR = 1e-5  # nats between trainer and engine, fp32; measured at most 1.9e-6
 
 
@@ -63,17 +64,19 @@ def test_one_step_at_the_size_of_the_real_thing(tmp_path: Path, capsys: pytest.C
     assert (
         prompt.positions_3S.max() < len(prompt.tokens_S) - UNITS + 32 + 1
     )  # a picture takes its longer side of positions, not its units
+    before = psutil.Process().memory_full_info().pss
     with PeakMemory() as memory:
         train(config)
+    peak_gib = (memory.peak_bytes - before) / 2**30
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     logits_bytes = 4 * RESPONSE * ROWS * 4
     with capsys.disabled():
         print(
             f"\n{RESPONSE} tokens of {ROWS} words, a picture of {UNITS} units: trainer against engine "
-            f"{metrics['train/logprob_abs_diff_max']:.1e}, all processes together {memory.peak_bytes / 2**30:.2f} GiB "
+            f"{metrics['train/logprob_abs_diff_max']:.1e}, all processes together {peak_gib:.2f} GiB "
             f"(the batch's logits alone would be {logits_bytes / 2**30:.2f} GiB in fp32), "
             f"rollout {metrics['time/rollout']:.1f} s, train {metrics['time/train']:.1f} s"
         )
     assert metrics["train/response_length"] > RESPONSE / 2  # random models rarely end a turn
     assert metrics["train/logprob_abs_diff_max"] < BAR
-    assert memory.peak_bytes < MEMORY_GIB * 2**30
+    assert peak_gib < MEMORY_GIB
