@@ -151,6 +151,8 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, pool: Any) -> No
     from eureka_megatron.rollout.pool import RolloutPool
 
     broken = RolloutPool(run_config(tmp_path))
-    with pytest.raises(UserError, match=rf"rollout engine 0 did not start: .*{tmp_path.name}.* has no config.json"):
+    with pytest.raises(
+        UserError, match=rf"rollout engine 0 did not start: .*{tmp_path.name}/config.json does not exist"
+    ):
         broken.start()
     broken.shutdown()
