@@ -67,12 +67,15 @@ def _absolute(path: Path) -> Path:
 
 def _snapshot(repository: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     options = {"revision": revision, "allow_patterns": list(FILES)}
     try:
         cached = snapshot_download(repository, local_files_only=True, **options)
-    except LocalEntryNotFoundError as error:  # also of a snapshot that lacks files nobody needs, such as a licence
+    except (
+        LocalEntryNotFoundError,
+        HFValidationError,
+    ) as error:  # the first also where only files lack that nobody needs
         cached = getattr(error, "snapshot_path", None)
     lacking = "it is not in the cache"
     if cached:

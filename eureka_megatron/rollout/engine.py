@@ -10,7 +10,7 @@ Decisions a reader may wonder about:
   be taken for a picture by the next training pass.
 - Every request has its own seed, made from the call's seed and the prompt's id: a response depends neither on which engine
   sampled it nor on its neighbours in the batch (up to floating-point noise).
-- On GPUs vLLM runs its Model Runner V2, on CPUs (so in the tests) V1; what is used here is read to be alike in both, and
+- On GPUs vLLM runs its Model Runner V2, on CPUs (so in the tests) V1; what is used here is alike in both (tests/unit/test_runner_v2.py), and
   VLLM_USE_V2_MODEL_RUNNER=0 is the way back to V1.
 - The engine runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): its caller is already a process of its own.
 
@@ -104,9 +104,8 @@ class Engine:
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
-            hf_overrides={
-                "architectures": [ARCHITECTURE]
-            },  # some files name none; vLLM would take a model without a head
+            # Some files name none, and vLLM would take a model without an output layer.
+            hf_overrides={"architectures": [ARCHITECTURE]},
             dtype=options.dtype,
             max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
             max_num_seqs=options.max_concurrent,

@@ -73,6 +73,13 @@ def test_what_cannot_be_had_offline_is_one_line_with_the_way_to_get_it(cache: Pa
         model_directory(REPOSITORY)
 
 
+def test_a_name_that_no_repository_can_have_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for offline in (True, False):  # refused before anything is asked
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(UserError, match=r"runs/model\.\.7b is neither a directory nor"):
+            model_directory("runs/model..7b")
+
+
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = run("convert", "inspect", "someone/model", env=env)
