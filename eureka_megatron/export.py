@@ -21,7 +21,7 @@ from eureka_megatron.checkpoint import store
 from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
 from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.checkpoint.offline import Progress, megatron_to_hf
-from eureka_megatron.checkpoint.release import REPOSITORY, model_card, run_card
+from eureka_megatron.checkpoint.release import REPOSITORY, model_card, public, run_card
 from eureka_megatron.config import RunConfig, make_config
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor, make_processor
@@ -121,7 +121,9 @@ def _card(state: Mapping[str, Any], checkpoint: Path, options: ExportOptions) ->
 
 
 def _known_base(checkpoint: Path) -> str | None:
-    return json.loads((checkpoint / "config.json").read_text()).get("_name_or_path") or None
+    """What transformers 4 noted in config.json: a hub id, or a folder of whoever saved it."""
+    name = json.loads((checkpoint / "config.json").read_text()).get("_name_or_path")
+    return public(name) if name else None
 
 
 # --- FP8 ---

@@ -190,12 +190,6 @@ def run_card(
     """
     algorithm = config["algorithm"]
 
-    def public(path: str) -> str:
-        """Where something lay on the machine that trained is nobody's business."""
-        if origin := hub_origin(path):
-            return origin[0]
-        return Path(path).name if Path(path).is_absolute() else path
-
     origin = hub_origin(config["model"]["path"])
     card = {
         "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
@@ -214,6 +208,13 @@ def run_card(
     if stage == "sft":
         card |= {"title": "Qwen2.5-VL after a supervised cold start", "algorithm": "supervised fine-tuning", "tags": []}
     return card
+
+
+def public(path: str) -> str:
+    """What a card calls a file or model: where it lay on the machine that trained is nobody's business."""
+    if origin := hub_origin(path):
+        return origin[0]
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _card_table(title: str, columns: tuple[str, str], values: Mapping[str, Any] | None) -> list[str]:

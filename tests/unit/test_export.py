@@ -105,6 +105,19 @@ def test_a_converted_checkpoint_and_another_dtype_go_out_too(tiny_dir: Path, tmp
 # --- FP8 ---
 
 
+@pytest.mark.parametrize("noted", ["Qwen/Qwen2.5-VL-7B-Instruct", "/home/someone/secret/best-model"])
+def test_a_card_names_the_base_that_config_json_notes_but_no_folder_of_its_machine(
+    tiny_dir: Path, tmp_path: Path, noted: str
+) -> None:
+    hf_to_megatron(tiny_dir, tmp_path / "megatron")
+    path = tmp_path / "megatron" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": noted}))
+    assert run("export", tmp_path / "megatron", "--output", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"**Base model**: {noted.removeprefix('/home/someone/secret/')}" in card
+    assert "secret" not in card
+
+
 @pytest.fixture(scope="module")
 def quantized(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("fp8") / "release"
