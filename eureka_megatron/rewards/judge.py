@@ -11,17 +11,22 @@ that dies is replaced, and the answers it had not reached go back to the queue.
 import collections
 import contextlib
 import json
+import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from eureka_megatron.rewards.scoring import score
 
+log = logging.getLogger(__name__)
+
+LARGEST_REWARD = 1e18  # sums of squares of rewards stay finite in float32
 _START_SECONDS = 120.0  # a cold file system, many ranks importing at once
 _GRACE_SECONDS = 2.0  # the worker's own alarm comes first; the parent steps in only if that fails
 _CHUNK = 64
@@ -76,7 +81,10 @@ class JudgePool:
         """Verdicts in the order of the samples.
 
         samples: (response, answer) pairs, or the dictionaries a user function takes; anything JSON can carry.
-        options: keyword arguments of `rewards.score`. A sample that broke a limit gets zeros and counts in `timeouts`.
+        options: keyword arguments of `rewards.score`. A sample that broke a limit gets zeros and counts in `timeouts`;
+            one warning a batch tells how many and the commonest reason.
+
+        Raises RuntimeError when a user's function cannot be loaded or fails on every sample.
         """
         if self._closed:
             raise ValueError("the JudgePool is closed")
@@ -86,10 +94,11 @@ class JudgePool:
             run = _Run(list(samples), options, self._workers, self._limits)
             verdicts = run.finish()
         self.timeouts += run.failures
-        if run.last_error and run.failures == len(samples) > 0:
-            raise RuntimeError(
-                f"the reward function failed on every one of {len(samples)} answers; last: {run.last_error}"
-            )
+        if run.failures:
+            ((reason, _),) = run.reasons.most_common(1)
+            if self._limits["user_function"] and run.failures == len(samples):
+                raise RuntimeError(f"the reward function failed on every one of {len(samples)} answers: {reason}")
+            log.warning("%d of %d answers could not be judged and got 0: %s", run.failures, len(samples), reason)
         return verdicts
 
 
@@ -104,8 +113,9 @@ class _Worker:
             [sys.executable, "-m", "eureka_megatron.rewards.worker", json.dumps(limits)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if limits["user_function"] else subprocess.DEVNULL,
+            stderr=None if limits["user_function"] else subprocess.DEVNULL,  # what a user's function prints
             env=environment,
+            process_group=0,  # with what a user's function starts: `kill` ends them all
         )
         self.ready = False
         self.pending: collections.deque[int] = collections.deque()
@@ -131,12 +141,12 @@ class _Worker:
         return complete
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # unsent bytes of a dead worker
-                    pipe.close()
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # unsent bytes of a dead worker
+                pipe.close()
 
 
 class _Run:
@@ -150,7 +160,7 @@ class _Run:
         self.verdicts: list[dict[str, float] | None] = [None] * len(samples)
         self.open = len(samples)
         self.failures = 0
-        self.last_error: str | None = None
+        self.reasons: collections.Counter[str] = collections.Counter()
         # Small enough chunks that all workers finish together.
         self.chunk = max(1, min(_CHUNK, len(samples) // (4 * len(workers)) + 1))
 
@@ -163,7 +173,7 @@ class _Run:
                 for key, _ in selector.select(max(min(w.deadline for w in self._busy()) - now, 0.0)):
                     self._receive(selector, key.data)
                 for worker in [w for w in self._busy() if w.deadline < time.monotonic()]:
-                    self._replace(selector, worker)
+                    self._replace(selector, worker, overdue=True)
         names = next((verdict.keys() for verdict in self.verdicts if verdict), ("accuracy", "format", "total"))
         return [verdict if verdict is not None else dict.fromkeys(names, 0.0) for verdict in self.verdicts]
 
@@ -200,33 +210,41 @@ class _Run:
         for line in lines:
             message = json.loads(line)
             if not worker.ready:
+                if "error" in message:
+                    self._not_started(message["error"])
                 worker.ready = True
                 continue
             index, verdict, error = message
-            self.last_error = error or self.last_error
             assert worker.pending.popleft() == index, "a judge worker answers in order"
-            self._settle(index, verdict)
+            self._settle(index, verdict, error)
         worker.touch()
         if not worker.pending:
             self._feed(selector, worker)
 
-    def _settle(self, index: int, verdict: dict[str, float] | None) -> None:
+    def _settle(self, index: int, verdict: dict[str, float] | None, reason: str | None) -> None:
         self.verdicts[index] = verdict
-        self.failures += verdict is None
+        if reason is not None:
+            self.failures += 1
+            self.reasons[reason] += 1
         self.open -= 1
 
-    def _replace(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+    def _not_started(self, reason: str) -> NoReturn:
+        function = self.limits["user_function"]
+        what = f"the reward function {function!r} cannot be loaded" if function else "a judge worker did not start"
+        raise RuntimeError(f"{what}: {reason}")
+
+    def _replace(self, selector: selectors.BaseSelector, worker: _Worker, overdue: bool = False) -> None:
         """The worker died or overran: its current answer gets 0, the others go back to the front of the queue."""
         selector.unregister(worker.process.stdout)
-        if not worker.ready:
-            reason = worker.process.stderr.read().decode(errors="replace")[-2000:] if worker.process.stderr else ""
-            worker.kill()
-            raise RuntimeError(
-                f"a judge worker did not start (exit code {worker.process.returncode}). {reason}".strip()
-            )
         worker.kill()
+        code = worker.process.returncode
+        overdue = overdue or code == -signal.SIGALRM
+        end = f"was ended by a signal: {signal.strsignal(-code)}" if code < 0 else f"ended with exit code {code}"
+        if not worker.ready:
+            self._not_started(f"its process was not ready in {_START_SECONDS:g} seconds" if overdue else f"it {end}")
         if worker.pending:
-            self._settle(worker.pending.popleft(), None)
+            reason = f"it took longer than {self.limits['time_limit_seconds']:g} seconds"
+            self._settle(worker.pending.popleft(), None, reason if overdue else f"the judge process {end}")
             self.queue.extendleft(reversed(worker.pending))
         fresh = _Worker(self.limits)
         self.workers[self.workers.index(worker)] = fresh

@@ -25,7 +25,8 @@ class RewardRules:
     Attributes:
         options: keyword options of `rewards.score`, for the rules.
         function: "package.module:function" or "path.py:function" to call instead of the rules; it gets a list with one dictionary
-            {"id", "prompt", "response", "answer", "length_tokens"} and returns a list with one of numbers, "accuracy" among them.
+            {"id", "prompt", "response", "answer", "length_tokens"} and returns a list with one of numbers, "accuracy" among them
+            (see rewards.worker). What it prints goes to the run's stderr.
         urls: reward services to ask instead (see rewards.remote).
         repetition: largest penalty for repeated n-grams of `repetition_ngram` words; 0: none.
         overlong_buffer_tokens: DAPO's penalty grows over the last so many tokens before `max_response_tokens`; 0: none.
@@ -94,7 +95,7 @@ class Rewarder:
         return 0 if self._pool is None else self._pool.timeouts
 
     def judge(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-        """Rewards by name, in order: "accuracy", "total" and what else there is.
+        """Rewards by name, in order: "accuracy", "total" and what else there is, the same names for every sample.
 
         Args:
             samples: each with "id", "prompt" (its text), "response", "answer" and "length_tokens" (of the response).
@@ -111,7 +112,13 @@ class Rewarder:
                 verdicts = self._judge.judge(pairs, **self.rules.options)
         except RuntimeError as error:
             raise UserError(f"rewards: {error}") from error
-        return [self._penalised(verdict, sample) for verdict, sample in zip(verdicts, samples, strict=True)]
+        names = [name for verdict in verdicts for name in verdict]
+        absent = dict.fromkeys(
+            names, 0.0
+        )  # a function may give a part to some answers only, one service of two its format
+        return [
+            self._penalised({**absent, **verdict}, sample) for verdict, sample in zip(verdicts, samples, strict=True)
+        ]
 
     def _penalised(self, verdict: dict[str, float], sample: Mapping[str, Any]) -> dict[str, float]:
         rules, penalties = self.rules, {}

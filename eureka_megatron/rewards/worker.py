@@ -13,9 +13,11 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+from eureka_megatron.rewards.judge import LARGEST_REWARD
 from eureka_megatron.rewards.scoring import score
 
 _RECURSION_LIMIT = 3000
@@ -33,6 +35,7 @@ def load_function(path: str) -> Callable[[list[dict[str, Any]]], list[dict[str, 
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(where)
@@ -44,22 +47,32 @@ def load_function(path: str) -> Callable[[list[dict[str, Any]]], list[dict[str, 
 
 def main() -> None:
     limits = json.loads(sys.argv[1])
-    # Whatever a user's function prints must not mix with the verdicts.
-    verdicts = os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
+    # A user's function may print and read: that must touch neither the verdicts nor the work.
+    work, verdicts = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.setrecursionlimit(_RECURSION_LIMIT)
-    user = load_function(limits["user_function"]) if limits["user_function"] else None
-    if user is None:
-        score("<think>x</think><answer>$\\begin{pmatrix}1\\end{pmatrix}$</answer>", "\\begin{pmatrix}2\\end{pmatrix}")
+    user = None
+    try:
+        if limits["user_function"]:
+            user = load_function(limits["user_function"])
+        else:
+            score(
+                "<think>x</think><answer>$\\begin{pmatrix}1\\end{pmatrix}$</answer>", "\\begin{pmatrix}2\\end{pmatrix}"
+            )
+    except BaseException as error:  # whatever the user's module does, sys.exit() included
+        verdicts.write(json.dumps({"error": _told(error)}) + "\n")
+        return
     # On top of what is mapped now: a user's module may have brought large libraries.
     with open("/proc/self/statm", encoding="ascii") as statm:
         mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + limits["memory_limit_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     verdicts.write('{"ready": true}\n')
-    for line in sys.stdin.buffer:
+    for line in work:
         for index, sample, options in json.loads(line):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # each time: a user's function may have alarms of its own
             signal.setitimer(signal.ITIMER_REAL, limits["time_limit_seconds"])
             verdict, error = _judge(sample, options, user)
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -74,20 +87,40 @@ def _judge(sample: Any, options: dict[str, Any], user: Callable | None) -> tuple
         if isinstance(sample, list):
             sample = {"response": sample[0], "answer": sample[1]}
         return _checked(user([sample])), None
-    except Exception as error:
-        return None, f"{type(error).__name__}: {str(error)[:500]}"
+    except BaseException as error:  # sys.exit() too is this answer's failure only
+        return None, _told(error)
+
+
+def _told(error: BaseException) -> str:
+    """The error on one line, with the last place outside of Python, packages and our own files: the user's."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    places = [f"{frame.f_code.co_filename}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)]
+    others = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<frozen")
+    users = [place for place in places if not place.startswith(others) and "-packages" not in place]
+    return f"{users[-1]}: {text}" if users else text
 
 
 def _checked(result: Any) -> dict[str, float]:
-    """A user's verdict: needs "accuracy" (the online filter compares it); "total" defaults to the sum."""
+    """A user's verdict: needs "accuracy" (the online filter compares it); "total" defaults to the sum.
+
+    A number is what `float` takes, text excepted: numpy's and torch's scalars too, and True and False as 1 and 0.
+    """
     if not isinstance(result, list) or len(result) != 1 or not isinstance(result[0], dict):
-        raise TypeError(f"a reward function returns one dictionary a sample, got {type(result).__name__}")
-    verdict = {str(name): float(value) for name, value in result[0].items()}
+        raise TypeError(f"a reward function returns a list with one dictionary for each sample, got {result!r:.100}")
+    verdict = {str(name): _number(str(name), value) for name, value in result[0].items()}
     if "accuracy" not in verdict:
-        raise KeyError(f"a reward function's dictionary needs 'accuracy', got {sorted(verdict)}")
-    if not all(math.isfinite(value) for value in verdict.values()):
-        raise ValueError(f"a reward is not finite: {verdict}")
+        raise ValueError(f"a reward function's dictionary needs 'accuracy', got {sorted(verdict)}")
     return {**verdict, "total": verdict.get("total", sum(verdict.values()))}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except Exception:  # a tensor of two elements raises RuntimeError, other types what they like
+        number = math.nan
+    if not abs(number) <= LARGEST_REWARD:
+        raise ValueError(f"a reward function's {name!r} must be a finite number, got {value!r:.100}")
+    return number
 
 
 if __name__ == "__main__":

@@ -1,25 +1,44 @@
-"""The judge pool: order, limits, replacement of workers, user functions, a remote service. Real processes throughout."""
+"""The judge pool: order, limits, replacement of workers, user functions. Real processes throughout."""
 
-import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
-from eureka_megatron.rewards import JudgePool, RemoteReward, score
+from eureka_megatron.rewards import JudgePool, score
 from tests.unit.malicious import pairs
 
 NASTY = """
-import os, sys, time
+from __future__ import annotations
+
+import os, signal, subprocess, sys, time
+from dataclasses import dataclass
+
+@dataclass
+class Looked:                       # needs its module to be registered
+    up: str
 
 def reward(samples):
     (sample,) = samples
     text = sample["response"]
-    print("noise on stdout")
+    print("noise on stdout", text)
+    if text == "much noise":
+        print("x" * 200_000)
+    if text == "half a pair":
+        print("\\ud800")
+    if text == "reads":
+        assert sys.stdin.read() == ""
+    if text == "own alarm":
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    if text == "sys.exit":
+        sys.exit("no more")
+    if text == "child":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        time.sleep(1000)
     if text == "hang":
         time.sleep(1000)
     if text == "spin":
@@ -36,6 +55,25 @@ def reward(samples):
 
 def wrong_shape(samples):
     return 1.0
+
+def leaves(samples):
+    os._exit(3)
+
+def sleeps(samples):
+    time.sleep(1000)
+
+def numbers(samples):
+    import numpy as np
+    import torch
+
+    values = {"np": np.float32(0.5), "np int": np.int64(1), "np bool": np.True_, "torch": torch.tensor(0.5), "one": torch.ones(1),
+              "bool": True, "int": 1, "None": None, "text": "1.0", "bytes": b"1", "inf": float("inf"), "huge": 10**400,
+              "beyond float32": 1e30, "list": [1.0], "two": torch.ones(2), "np nan": np.float64("nan"), "complex": 1j}
+    return [{"accuracy": values[samples[0]["response"]]}]
+
+def shapes(samples):
+    return {"none": None, "dict": {"accuracy": 1.0}, "empty": [], "two": [{"accuracy": 1.0}] * 2, "number": [1.0],
+            "no accuracy": [{"total": 1.0}], "right": [{"accuracy": 1.0}]}[samples[0]["response"]]
 """
 ZERO = {"accuracy": 0.0, "format": 0.0, "total": 0.0}
 
@@ -43,6 +81,14 @@ ZERO = {"accuracy": 0.0, "format": 0.0, "total": 0.0}
 @pytest.fixture(scope="module")
 def pool() -> Iterator[JudgePool]:
     with JudgePool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JudgePool]:
+    file = tmp_path_factory.mktemp("numbers") / "nasty.py"
+    file.write_text("import torch\n" + NASTY.replace("from __future__ import annotations", ""))
+    with JudgePool(1, user_function=f"{file}:numbers") as pool:
         yield pool
 
 
@@ -92,7 +138,7 @@ def test_threads_share_a_pool(pool: JudgePool):
     assert all(verdict["accuracy"] == 1.0 for verdicts in results.values() for verdict in verdicts)
 
 
-@pytest.mark.parametrize("way", ["hang", "spin", "exit", "memory", "raise", "nan"])
+@pytest.mark.parametrize("way", ["hang", "spin", "exit", "sys.exit", "memory", "raise", "nan", "child"])
 def test_a_broken_judgement_costs_that_one_answer(nasty: str, way: str):
     """Whatever happens to one answer, the others are judged, also those in the same chunk."""
     with JudgePool(2, time_limit_seconds=1.0, memory_limit_bytes=2 * 1024**3, user_function=f"{nasty}:reward") as pool:
@@ -107,6 +153,74 @@ def test_a_broken_judgement_costs_that_one_answer(nasty: str, way: str):
         assert pool.judge([("a", "gold")])[0]["accuracy"] == 1.0  # and the pool goes on
 
 
+def test_what_a_function_prints_reads_or_does_to_signals_harms_nobody(nasty: str):
+    """More output than a pipe holds, text that no terminal takes, the work's own pipe, a deaf ear for the alarm."""
+    texts = ["much noise", "half a pair", "reads", "own alarm", "hang", "a"]
+    with JudgePool(1, time_limit_seconds=2.0, user_function=f"{nasty}:reward") as pool:
+        assert [v["accuracy"] for v in pool.judge([(text, "") for text in texts])] == [1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "accuracy"),
+    [("np", 0.5), ("np int", 1.0), ("np bool", 1.0), ("torch", 0.5), ("one", 1.0), ("bool", 1.0), ("int", 1.0)]
+    + [(name, None) for name in ("None", "text", "bytes", "inf", "huge", "beyond float32", "list", "two", "np nan")]
+    + [("complex", None)],
+)
+def test_a_number_is_what_float_takes_and_float32_can_square(numbers: JudgePool, value: str, accuracy: float | None):
+    if accuracy is None:
+        with pytest.raises(RuntimeError, match="'accuracy' must be a finite number, got"):
+            numbers.judge([(value, "")])
+    else:
+        assert numbers.judge([(value, "")]) == [{"accuracy": accuracy, "total": accuracy}]
+
+
+@pytest.mark.parametrize("shape", ["none", "dict", "empty", "two", "number", "no accuracy"])
+def test_a_wrong_shape_costs_that_answer_and_is_logged(nasty: str, shape: str, caplog: pytest.LogCaptureFixture):
+    with JudgePool(1, user_function=f"{nasty}:shapes") as pool, caplog.at_level(logging.WARNING):
+        assert [v["accuracy"] for v in pool.judge([("right", ""), (shape, "")])] == [1.0, 0.0]
+        assert pool.timeouts == 1
+    (told,) = caplog.messages
+    assert told.startswith("1 of 2 answers could not be judged and got 0: ")
+    assert "a reward function" in told
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"), [("leaves", "ended with exit code 3"), ("sleeps", "took longer than 0.3 seconds")]
+)
+def test_a_function_that_never_comes_back_is_told_too(nasty: str, function: str, reason: str):
+    with (
+        JudgePool(1, time_limit_seconds=0.3, user_function=f"{nasty}:{function}") as pool,
+        pytest.raises(RuntimeError, match=f"failed on every one of 2 answers: .*{reason}"),
+    ):
+        pool.judge([("a", "b"), ("c", "d")])
+
+
+def test_rules_that_break_a_limit_on_every_answer_do_not_end_a_run(caplog: pytest.LogCaptureFixture):
+    with JudgePool(1, time_limit_seconds=1e-6) as pool, caplog.at_level(logging.WARNING):
+        assert pool.judge([("<answer>1</answer>", "1")]) == [ZERO]
+    assert caplog.messages == ["1 of 1 answers could not be judged and got 0: it took longer than 1e-06 seconds"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import no_such_module\n", r"mine\.py:1: ModuleNotFoundError: No module named 'no_such_module'$"),
+        ("print('x' * 200_000)\nraise ValueError('two\\nlines')\n", r"mine\.py:2: ValueError: two lines$"),
+        ("import sys\nsys.exit(4)\n", r"mine\.py:2: SystemExit: 4$"),
+        ("def f(:\n", r"SyntaxError: .*mine\.py, line 1\)$"),
+        ("import os\nos._exit(5)\n", "ended with exit code 5$"),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_one_line(tmp_path: Path, text: str, reason: str):
+    (tmp_path / "mine.py").write_text(text)
+    with (
+        JudgePool(1, user_function=f"{tmp_path / 'mine.py'}:f") as pool,
+        pytest.raises(RuntimeError, match=reason) as error,
+    ):
+        pool.judge([("a", "b")])
+    assert "\n" not in str(error.value)
+
+
 def test_many_hangs_are_counted_each(nasty: str):
     with JudgePool(2, time_limit_seconds=0.3, user_function=f"{nasty}:reward") as pool:
         verdicts = pool.judge([("hang" if index % 4 == 0 else "a", "") for index in range(16)])
@@ -117,7 +231,7 @@ def test_many_hangs_are_counted_each(nasty: str):
 def test_a_user_function_that_always_fails_raises_with_its_error(nasty: str):
     with (
         JudgePool(1, user_function=f"{nasty}:wrong_shape") as pool,
-        pytest.raises(RuntimeError, match="one dictionary"),
+        pytest.raises(RuntimeError, match=r"failed on every one of 2 answers: .*one dictionary"),
     ):
         pool.judge([("a", "b"), ("c", "d")])
     with JudgePool(1, user_function=f"{nasty}:reward") as pool, pytest.raises(RuntimeError, match="broken"):
@@ -142,8 +256,16 @@ def test_samples_may_be_records_for_a_user_function(tmp_path: Path):
     assert [verdict["accuracy"] for verdict in verdicts] == [1.0, 0.0]
 
 
-def test_closing_leaves_no_process_behind():
+def test_closing_leaves_no_process_behind(nasty: str):
     before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with JudgePool(1, time_limit_seconds=2.0, user_function=f"{nasty}:reward") as pool:
+        started: set[int] = set()
+        judging = threading.Thread(target=pool.judge, args=([("a", ""), ("child", "")],))
+        judging.start()
+        while judging.is_alive():
+            started |= {child.pid for child in psutil.Process().children(recursive=True)} - before
+        assert len(started) >= 3  # a worker, what its function started, the next worker
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started)
     with JudgePool(2) as pool:
         pool.judge([("<answer>1</answer>", "1")])
         assert len({child.pid for child in psutil.Process().children(recursive=True)} - before) == 2
@@ -166,70 +288,3 @@ def test_ten_thousand_malicious_answers_do_no_harm():
         rewarded = [(response, gold) for (response, gold), v in zip(samples, verdicts, strict=True) if v["accuracy"]]
     # Right can only be who repeats the gold, or random text that happens to hold the value: a handful.
     assert len(rewarded) < len(samples) * 0.12
-
-
-class _Service(BaseHTTPRequestHandler):
-    """Scores by length; answers the first `failures` requests with 500."""
-
-    failures = 0
-    requests: list[dict]
-    answer = staticmethod(lambda request: {"rewards": [float(len(text)) for text in request["query"]]})
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).requests.append(request)
-        failed = type(self).failures > 0
-        type(self).failures -= failed
-        body = json.dumps(type(self).answer(request)).encode()
-        self.send_response(500 if failed else 200)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[_Service], str]]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler = type("Handler", (_Service,), {"requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield handler, f"http://127.0.0.1:{server.server_port}/get_reward"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_remote_service_gets_the_originals_request_and_order_is_kept(service: tuple[type[_Service], str]):
-    handler, url = service
-    remote = RemoteReward([url, url + "2"], backoff_seconds=0.01)
-    samples = [{"query": "q" * n, "prompt": f"p{n}", "response": "r", "answer": str(n)} for n in range(1, 6)]
-    assert [verdict["total"] for verdict in remote.judge(samples)] == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert len(handler.requests) == 2
-    assert all(set(request) == {"query", "prompts", "labels"} for request in handler.requests)
-    assert sorted(label for request in handler.requests for label in request["labels"]) == ["1", "2", "3", "4", "5"]
-
-
-def test_a_remote_service_is_retried_and_components_are_passed_on(service: tuple[type[_Service], str]):
-    handler, url = service
-    handler.failures = 2
-    handler.answer = staticmethod(
-        lambda request: {"rewards": [1.5, 0.5], "accuracy_rewards": [1.0, 0.0], "format_rewards": [0.5, 0.5]}
-    )
-    verdicts = RemoteReward(url, attempts=3, backoff_seconds=0.01).judge([("a", "1"), ("b", "2")])
-    assert verdicts == [{"total": 1.5, "accuracy": 1.0, "format": 0.5}, {"total": 0.5, "accuracy": 0.0, "format": 0.5}]
-    assert len(handler.requests) == 3
-
-
-def test_another_url_takes_over_and_a_dead_or_odd_service_is_named(service: tuple[type[_Service], str]):
-    handler, url = service
-    dead = "http://127.0.0.1:9/get_reward"
-    assert RemoteReward([dead, url], backoff_seconds=0.01).judge([("abc", "1")])[0]["total"] == 3.0
-    with pytest.raises(RuntimeError, match=r"127\.0\.0\.1:9"):
-        RemoteReward(dead, attempts=2, backoff_seconds=0.01).judge([("abc", "1")])
-    handler.answer = staticmethod(lambda request: {"rewards": []})
-    with pytest.raises(RuntimeError, match="expected 1 values"):
-        RemoteReward(url, attempts=1).judge([("abc", "1")])
-    with pytest.raises(ValueError, match="https://"):
-        RemoteReward("file:///etc/passwd")
