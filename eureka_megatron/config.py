@@ -135,13 +135,13 @@ class RewardsSection(_Section):
     format_weight: float = 0.5
     think: Literal["required", "optional"] = "required"
     strict_ends: bool = False
-    repetition_penalty: float = Field(0.0, ge=0)  # largest, for repeated n-grams of words; 0: none
-    repetition_ngram: int = Field(20, ge=1)
+    repetition_penalty: float = Field(0.0, ge=0)  # largest, for repeated n-grams; 0: none
+    repetition_ngram: int = Field(20, ge=1)  # words; characters of Chinese or Japanese, fours of them of Thai or Khmer
     overlong_buffer_tokens: int = Field(0, ge=0)  # DAPO: from 0 to -1 over the last so many response tokens; 0: none
     function: str | None = None  # package.module:function or path.py:function that judges instead of the rules
     urls: tuple[str, ...] = ()  # reward services that judge instead, with the original's request and answer
     remote_attempts: int = Field(5, ge=1)  # of each URL, with growing pauses
-    remote_timeout_seconds: float = Field(180.0, gt=0)
+    remote_timeout_seconds: float = Field(180.0, gt=0)  # of one request, up to the last byte of its answer
     workers: int = Field(2, ge=1)  # judge processes
     time_limit_seconds: float = Field(10.0, gt=0)  # of one answer
 

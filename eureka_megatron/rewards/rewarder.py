@@ -28,7 +28,7 @@ class RewardRules:
             {"id", "prompt", "response", "answer", "length_tokens"} and returns a list with one of numbers, "accuracy" among them
             (see rewards.worker). What it prints goes to the run's stderr.
         urls: reward services to ask instead (see rewards.remote).
-        repetition: largest penalty for repeated n-grams of `repetition_ngram` words; 0: none.
+        repetition: largest penalty for repeated n-grams of `repetition_ngram` items (see rewards.length); 0: none.
         overlong_buffer_tokens: DAPO's penalty grows over the last so many tokens before `max_response_tokens`; 0: none.
     """
 

@@ -264,6 +264,7 @@ def test_closing_leaves_no_process_behind(nasty: str):
         judging.start()
         while judging.is_alive():
             started |= {child.pid for child in psutil.Process().children(recursive=True)} - before
+        started |= {child.pid for child in psutil.Process().children(recursive=True)} - before
         assert len(started) >= 3  # a worker, what its function started, the next worker
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in started)
     with JudgePool(2) as pool:
