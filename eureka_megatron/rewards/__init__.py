@@ -6,7 +6,7 @@ package imports torch: judge workers start in a fraction of a second.
 """
 
 from eureka_megatron.rewards.judge import JudgePool
-from eureka_megatron.rewards.math import parseable_gold
+from eureka_megatron.rewards.examine import parseable_gold
 from eureka_megatron.rewards.remote import RemoteReward
 from eureka_megatron.rewards.rewarder import Rewarder, RewardRules
 from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, is_right, score

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from eureka_megatron.rewards import format as form
-from eureka_megatron.rewards import latex, length
-from eureka_megatron.rewards.math import matches
+from eureka_megatron.rewards import length
+from eureka_megatron.rewards.examine import examine
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"accuracy": 1.0, "format": 0.5, "repetition": 1.0, "overlong": 1.0}
 
@@ -67,9 +67,4 @@ def is_right(response: str, answer: object, *, untagged: str = "reject") -> bool
     """Whether the response's answer is right, as a fair examiner would say."""
     if untagged not in ("reject", "boxed"):
         raise ValueError(f"untagged must be 'reject' or 'boxed', got {untagged!r}")
-    response = latex.strip_end_tokens(response)
-    span = latex.answer_span(response)
-    if span is None and untagged == "boxed":
-        parts = latex.boxed(response)
-        span = f"\\boxed{{{parts[-1][2]}}}" if parts else None
-    return span is not None and matches(answer, span)
+    return examine(response, answer, untagged=untagged).right

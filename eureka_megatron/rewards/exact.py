@@ -1,0 +1,425 @@
+r"""The exact core: do two canonical answers say the same? Lists, solutions, regions, equations, quantities, expressions.
+
+A comparison goes from the outside in, and each view says yes, no, or that it does not apply:
+
+    "(1) 30^\circ; (2) 5"             numbered parts, in order
+    "x<1 or x>3", "(-\infty,1)\cup…"  regions, as sets of numbers
+    "p=2,q=7;p=3,q=7", "(2,7),(3,7)"  solutions: values of unknowns, against tuples in the unknowns' order
+    "3, -1", "\{1,2\}", "\pm 3"       lists, in any order
+    "y=2x+1", "\angle A=60^\circ"     relations: equal up to a factor, or the value of what is named
+    "12 cm^2", "(1,2)", "3:4"         quantities, tuples, ratios, and at the bottom expressions by their values
+
+What the bottom cannot evaluate goes to `otherwise` (math-verify). By default nothing is rounded and no unit converted.
+"""
+
+import itertools
+import re
+from collections.abc import Callable
+
+from eureka_megatron.rewards import expression, regions, text, units
+from eureka_megatron.rewards.expression import Unbounded, Unsupported
+
+_SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
+_LOOSE_SEPARATOR = re.compile(r"[;]|,(?!\d{3}(?!\d))|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
+_CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.和与及]|and)+")
+_PART = re.compile(r"\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)|([\u2460-\u2469])|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)")
+_NUMERALS = ("i", "ii", "iii", "iv", "v")
+_RELATION = re.compile(r"\\leq|\\geq|\\neq|(?<![\\<>])[<>=]|\\(?:approx|equiv|sim|cong|parallel|perp|in|Rightarrow)(?![a-zA-Z])")
+_FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
+_GEOMETRY = ("\\parallel", "\\perp", "\\sim", "\\cong")
+_NAME = re.compile(
+    r"(?:\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat)\s*)?\{?\s*(?:[A-Za-z]{1,2}|[A-Z]{3,4}|\\[a-zA-Z]+)'*\s*\}?"
+    r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?(?:\s*\(\s*[A-Za-z\d]{1,2}\s*\))?"
+)
+_NAMES = re.compile(r"(?:\\(?:frac|angle|triangle|sin|cos|tan|overline|overrightarrow|vec|widehat|[a-z]+)(?![a-z])|[A-Za-z]'*|[|(){}+:/,\s-])+")
+_WORDS = re.compile(r"[A-Za-z\s\u4e00-\u9fff\\']+")
+_FUNCTION_CALL = re.compile(r"(?<![A-Za-z])[A-Za-z](?:_\{?\w+\}?)?\s*\([^()]*\)|\\angle\s*\d|_\s*(?:\{[^{}]*\}|\w)")
+_POINT_NAME = re.compile(r"^(?:\\(?:vec|overrightarrow)\s*)?\{?[A-Za-z]{1,2}\}?'*(?:_\{?\w\}?)?\s*=?\s*(?=[(\[])")
+_MATRIX = re.compile(r"\\begin\{([pvV])matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}", re.DOTALL)
+_BASE = re.compile(r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(\d+|[a-z]+)\s*\)?\s*\}?|base (\w+))")
+_CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
+_DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
+_CONDITION = re.compile(r"(?<=[\w)}\]])\s*(\([^()]*(?:<|>|\\leq|\\geq|\\neq)[^()]*\))$")
+_DIGITS = re.compile(r"-?\d*\.(\d+)")
+
+Otherwise = Callable[[str, str], bool]
+
+
+class Comparison:
+    """rounded: a decimal of at least four digits equals what it rounds. converted: 1 m is 100 cm."""
+
+    def __init__(self, otherwise: Otherwise, *, rounded: bool = False, converted: bool = False) -> None:
+        self.otherwise, self.rounded, self.converted = otherwise, rounded, converted
+
+    def equal(self, gold: str, prediction: str) -> bool:
+        """Whether both say the same. Raises Unbounded for what nobody should try to compute."""
+        if text.same(gold, prediction):
+            return True
+        for view in (self._circled, self._parts, self._regions, self._solutions):
+            verdict = view(gold, prediction)
+            if verdict is not None:
+                return verdict
+        return self._lists(gold, prediction)
+
+    # --- several things: each view gives a verdict, or None where it does not apply ---
+
+    def _circled(self, gold: str, prediction: str) -> bool | None:
+        if not (_CIRCLED.fullmatch(gold) and _CIRCLED.fullmatch(prediction)):
+            return None
+        left, right = (re.findall("[\u2460-\u2473]", side) for side in (gold, prediction))
+        return sorted(left) == sorted(right) and bool(left)
+
+    def _parts(self, gold: str, prediction: str) -> bool | None:
+        left, right = parts(gold), parts(prediction)
+        if not left and not right:
+            return None
+        left, right = left or items(gold), right or items(prediction)
+        return len(left) == len(right) and all(self.equal(*pair) for pair in zip(left, right, strict=True))
+
+    def _regions(self, gold: str, prediction: str) -> bool | None:
+        if max(len(gold), len(prediction)) > 300:
+            return None
+        left, right = regions.parse(gold), regions.parse(prediction)
+        if left is None or right is None or not (left.sure or right.sure):
+            return None
+        if left.name and right.name and left.name != right.name:  # a > b is b < a
+            return False if left.is_constant and right.is_constant else None
+        return _matched(left.intervals, right.intervals, self._same_interval)
+
+    def _same_interval(self, a: regions.Interval, b: regions.Interval) -> bool:
+        closed = (a.has_low, a.has_high) == (b.has_low, b.has_high)
+        return closed and self._values(a.low, b.low) and self._values(a.high, b.high)
+
+    def _solutions(self, gold: str, prediction: str) -> bool | None:
+        """Values of unknowns against such values, or against bare values and tuples in the order of the unknowns."""
+        left_items, right_items = items(gold), items(prediction)
+        left, right = _assignments(left_items), _assignments(right_items)
+        if left and right:
+            if len(left) == len(right) == len(left[0]) == len(right[0]) == 1:
+                return None
+            return _matched(left, right, self._same_solution)
+        named, bare = (left, right_items) if left else (right, left_items)
+        if not named or any(_RELATION.search(item) for item in bare):
+            return None
+        count = len(named[0])
+        if len(named) == count == 1 or any(len(solution) != count for solution in named):
+            return None
+        orders = [list(named[0])] + ([sorted(named[0])] if set(named[0]) <= set("xyzt") else [])
+        tuples = [_elements(item) for item in bare]
+        if len(named) == 1 and len(bare) == count:  # x=1, y=2 against 1, 2
+            tuples = [bare]
+        elif count == 1:
+            tuples = [[item] for item in _opened(bare)]
+        for order in orders:
+            rows = [[solution.get(name, "") for name in order] for solution in named]
+            pair = (rows, tuples) if left else (tuples, rows)
+            if _matched(*pair, self._same_row):
+                return True
+        return False
+
+    def _same_solution(self, a: dict[str, str], b: dict[str, str]) -> bool:
+        return a.keys() == b.keys() and all(self._single(value, b[name]) for name, value in a.items())
+
+    def _same_row(self, a: list[str], b: list[str]) -> bool:
+        return len(a) == len(b) and all(self._single(*pair) for pair in zip(a, b, strict=True))
+
+    def _lists(self, gold: str, prediction: str) -> bool:
+        left, right = items(gold), items(prediction)
+        if len(left) == len(right) == 1:
+            return self._single(gold if left == [gold] else left[0], prediction if right == [prediction] else right[0])
+        if len(left) != len(right):
+            left, right = _opened(left), _opened(right)
+        if {len(left), len(right)} == {1, 2} and self._decimal_comma(gold, prediction):
+            return True
+        if len(left) != len(right):  # the same value in several forms counts once
+            left, right = self._distinct(left), self._distinct(right)
+        if len(left) == len(right) == 1:
+            return self._single(left[0], right[0])
+        return _matched(left, right, self._single)
+
+    def _distinct(self, values: list[str]) -> list[str]:
+        found: list[str] = []
+        for value in values[:12]:
+            if not any(self._single(other, value) for other in found):
+                found.append(value)
+        return found + values[12:]
+
+    def _decimal_comma(self, gold: str, prediction: str) -> bool:
+        """2,5 against a single 2.5: as a list it could not be meant."""
+        if not self._same_units(units.split(gold)[1], units.split(prediction)[1]):
+            return False
+        values = [_DECIMAL_COMMA.sub(r"\1.\2", units.split(side)[0]) for side in (gold, prediction)]
+        return all(re.fullmatch(r"-?\d+\.\d+", value) for value in values) and self._values(*values)
+
+    # --- one thing ---
+
+    def _single(self, gold: str, prediction: str) -> bool:
+        if text.same(gold, prediction):
+            return True
+        left, right = (text.split(side, _RELATION, keep=True) for side in (gold, prediction))
+        if len(left) == len(right) == 1:
+            return self._quantities(gold, prediction)
+        signs = set(left[1::2]) | set(right[1::2])
+        if signs <= {"=", "\\approx"}:
+            return self._equations(_precise(left), _precise(right), (gold, prediction))
+        if len(left) == len(right) == 3 and left[1] == right[1] and left[1] in _GEOMETRY:
+            return _same_geometry(left, right)
+        return self._inequalities(left, right) if signs <= {"<", ">", "\\leq", "\\geq", "\\neq"} else False
+
+    def _equations(self, gold: list[str], sides: list[str], whole: tuple[str, str]) -> bool:
+        if len(gold) == 1:
+            if any(text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1]):
+                return False
+            constants = [side for side in sides if expression.is_constant(side)]
+            if any(not self._values(side, constants[0]) for side in constants[1:]):
+                return False  # 2*3 = 5 states something false
+            return self._quantities(gold[0], sides[-1]) or (not _is_named(sides[0]) and self._quantities(gold[0], sides[0]))
+        if len(sides) == 1:
+            named = [other for side, other in (gold[::-1], gold) if _is_named(side)] if len(gold) == 2 else [gold[-1]]
+            plain = gold[-1:] if all(map(expression.is_constant, gold)) else []
+            return any(self._quantities(value, sides[0]) for value in named or plain)
+        first, last = (gold[0], gold[-1]), (sides[0], sides[-1])
+        if _is_named(gold[0]) and _is_named(sides[0]) and (_same_name(gold[0], sides[0])):
+            return self._quantities(gold[-1], sides[-1])
+        if first in (last, last[::-1]):
+            return True
+        for a, b in ((sides[0], sides[-1]), (sides[-1], sides[0])):  # AB = 5 and 5 = BA; m:n = 3:5
+            if _is_named(gold[0]) and _is_named(a) and not text.is_wordy(a + gold[0]) and self._known(gold[0], a):
+                return self._quantities(gold[-1], b)
+        try:
+            return expression.proportion(*(f"({a})-({b})" for a, b in (first, last))) is not None
+        except Unbounded:
+            raise
+        except Unsupported:
+            return self.otherwise(*whole)
+
+    def _known(self, gold: str, prediction: str) -> bool:
+        try:
+            return expression.equal(gold, prediction)
+        except Unsupported:
+            return False
+
+    def _inequalities(self, gold: list[str], parts: list[str]) -> bool:
+        if len(gold) != len(parts) or len(gold) == 1:
+            return False
+        for candidate in (parts, [_FLIP.get(part, part) for part in reversed(parts)]):
+            same_signs = candidate[1::2] == gold[1::2]
+            if same_signs and all(self._quantities(a, b) for a, b in zip(gold[::2], candidate[::2], strict=True)):
+                return True
+        if len(gold) == 3:  # 2x > 6 is x > 3: the same up to a factor, whose sign may turn the relation
+            try:
+                factor = expression.proportion(*(f"({side[0]})-({side[2]})" for side in (gold, parts)))
+            except Unbounded:
+                raise
+            except Unsupported:
+                return False
+            if factor is not None and not isinstance(factor, expression.MP.mpc):
+                return gold[1] == (parts[1] if factor > 0 else _FLIP.get(parts[1], parts[1]))
+        return False
+
+    def _quantities(self, gold: str, prediction: str) -> bool:
+        if text.same(gold, prediction):
+            return True
+        bases = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
+        if any(base and base[1].isalnum() and base[1][0].isdigit() for base in bases):
+            return all(bases) and _same_base(*bases)  # a dropped base is another number
+        if (structure := self._structures(gold, prediction)) is not None:
+            return structure
+        (gold_value, gold_unit), (value, unit) = units.split(gold), units.split(prediction)
+        if not self._same_units(gold_unit, unit):
+            # 3m against m*3: the letter was no unit
+            return (gold_unit is None) != (unit is None) and self._known(gold, prediction)
+        percent = units.unit("%")
+        if percent in (gold_unit, unit) and gold_unit != unit:  # 25% is 0.25; a percent sign may be missing in the answer only
+            bare = gold_unit == percent and self._values(gold_value, value)
+            return bare or self._values(*(f"({v})/100" if u == percent else v for v, u in ((gold_value, gold_unit), (value, unit))))
+        if self.converted and gold_unit and unit and gold_unit.factor != unit.factor:
+            value = f"({value})*({unit.factor})/({gold_unit.factor})"
+        if text.is_wordy(gold_value) or text.is_wordy(value):
+            return text.same_words(gold_value, value)
+        if (gold_unit or unit) and (structure := self._structures(gold_value, value)) is not None:
+            return structure
+        return self._values(gold_value, value) or (
+            (gold_unit is None) != (unit is None) and self._known(gold, prediction)
+        )
+
+    def _same_units(self, gold: units.Unit | None, unit: units.Unit | None) -> bool:
+        """A missing unit is forgiven."""
+        if gold is None or unit is None or gold == unit:
+            return True
+        return self.converted and gold.powers == unit.powers
+
+    def _structures(self, gold: str, prediction: str) -> bool | None:
+        gold, prediction = (_POINT_NAME.sub("", side) if "," in side else side for side in (gold, prediction))
+        first, second = text.bracketed(gold), text.bracketed(prediction)
+        if first and second and ("," in first[1] + second[1] or "\\{" in (first[0], second[0])):
+            left, right = items(first[1], loose=True), items(second[1], loose=True)
+            if (first[0], first[2]) != (second[0], second[2]) or len(left) != len(right):
+                return False
+            if first[0] == "\\{":
+                return _matched(left, right, self._single)
+            return all(self._single(a, b) for a, b in zip(left, right, strict=True))
+        if first and first[0] == "\\{" and second is None and "|" not in first[1]:
+            return self._single(first[1], prediction)
+        matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
+        if all(matrices):
+            return matrices[0][1] == matrices[1][1] == "p" and self._matrices(*(matrix[2] for matrix in matrices)) or None
+        if ":" in gold or ":" in prediction:
+            return self._ratios(gold, prediction)
+        empty = [side == "\\emptyset" for side in (gold, prediction)]
+        return all(empty) if any(empty) else None
+
+    def _matrices(self, gold: str, prediction: str) -> bool:
+        rows, others = ([row.split("&") for row in side.strip(" \\").split("\\\\")] for side in (gold, prediction))
+        if [len(row) for row in rows] != [len(row) for row in others]:
+            return False
+        cells = zip(itertools.chain(*rows), itertools.chain(*others), strict=True)
+        return all(self._single(a.strip(), b.strip()) for a, b in cells)
+
+    def _ratios(self, gold: str, prediction: str) -> bool | None:
+        (gold, gold_unit), (prediction, unit) = units.split(gold), units.split(prediction)
+        if text.is_wordy(gold) or text.is_wordy(prediction):
+            return None
+        first, second = gold.split(":"), prediction.split(":")
+        clocks = [bool(_CLOCK.fullmatch(side.replace(" ", ""))) for side in (gold, prediction)]
+        if any(re.fullmatch(r"\s*0\d*\s*", part) for part in first + second) or (gold_unit or unit):
+            return all(clocks) and self._same_units(gold_unit, unit) and [*map(int, first)] == [*map(int, second)]
+        if len(first) != len(second):
+            return len(first) + len(second) == 3 and self._values(*(side.replace(":", "/") for side in (gold, prediction)))
+        return all(self._values(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in zip(first, second, strict=True))
+
+    def _values(self, gold: str, prediction: str) -> bool:
+        """Expressions by their values; math-verify for what the grammar does not know."""
+        if text.same(gold, prediction):
+            return True
+        try:
+            left, right = expression.values(gold), expression.values(prediction)
+        except Unbounded:
+            raise
+        except Unsupported as reason:
+            return "division by zero" not in str(reason) and self.otherwise(gold, prediction)
+        if expression.equal(gold, prediction):
+            return True
+        digits = _DIGITS.fullmatch(prediction) or (_DIGITS.fullmatch(gold) and _DIGITS.fullmatch(gold))
+        if self.rounded and digits and len(left) == len(right) == 1 and len(digits[1].rstrip("0") + "0") > 4:
+            return bool(abs(left[0] - right[0]) <= expression.MP.mpf(f"0.5e-{len(digits[1])}"))
+        return False
+
+
+def items(answer: str, *, loose: bool = False) -> list[str]:
+    r"""Items between commas, semicolons, "and", "or" outside of brackets; 1,234 is one number; a \pm b is two items.
+
+    loose: 1,234 may be two numbers, for it stands in brackets.
+    """
+    answer = _CONDITION.sub(r", \1", answer)
+    pieces = [piece for piece in text.split(answer, _SEPARATOR if loose else _LOOSE_SEPARATOR) if piece]
+    if not loose and any(re.search(r"(?<!\d)(?:\d{4,}|0),\d{3}(?!\d)", piece) for piece in pieces):
+        pieces = [piece for piece in text.split(answer, _SEPARATOR) if piece]
+    return list(itertools.chain.from_iterable(_signed(piece) for piece in pieces)) or [answer]
+
+
+def _signed(item: str) -> list[str]:
+    if ("\\pm" not in item and "\\mp" not in item) or item.count("\\pm") + item.count("\\mp") > 3:
+        return [item]
+    upper, lower = (item.replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+"))
+    return [re.sub(r"(^|[=(,])\s*\+\s*", r"\1", upper), lower]
+
+
+def parts(answer: str) -> list[str]:
+    """The contents of (1) … (2) …, a) … b) …, ① … ② … when the text is so numbered from its start; otherwise nothing."""
+    marks = list(_PART.finditer(answer))
+    labels = [next(group for group in mark.groups() if group) for mark in marks]
+    orders = ("123456789", "abcde", _NUMERALS, "①②③④⑤⑥⑦⑧⑨")
+    if len(marks) < 2 or marks[0].start() or not any(labels == list(order[: len(labels)]) for order in orders):
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(answer)]
+    pieces = [answer[mark.end() : end].strip(" ,;.:") for mark, end in zip(marks, ends, strict=True)]
+    return [re.sub(r"(?:,|;|\band\b)\s*$", "", piece).strip() for piece in pieces] if all(pieces) else []
+
+
+def _opened(values: list[str]) -> list[str]:
+    r"""\{1,2\} as 1, 2: the braces of a set may be missing."""
+    inner = text.bracketed(values[0]) if len(values) == 1 else None
+    return items(inner[1]) if inner and inner[0] == "\\{" and "|" not in inner[1] else values
+
+
+def _elements(item: str) -> list[str]:
+    inner = text.bracketed(_POINT_NAME.sub("", item))
+    return items(inner[1], loose=True) if inner and inner[0] + inner[2] == "()" else [item]
+
+
+def _assignments(pieces: list[str]) -> list[dict[str, str]]:
+    """Values by unknown, a new solution where an unknown comes again; empty when an item assigns nothing.
+
+    x=1, y=2 and x_1=1, y_1=2, x_2=3, y_2=4 and (a,b)=(2,9) and x=1, x=3 (two solutions)
+    """
+    found: list[dict[str, str]] = [{}]
+    for piece in pieces:
+        inner = text.bracketed(piece)
+        if inner and inner[0] == "(" and "=" in inner[1]:
+            inside = _assignments(items(inner[1]))
+            if not inside:
+                return []
+            found += inside
+            continue
+        sides = text.split(piece, _RELATION, keep=True)
+        if len(sides) != 3 or sides[1] != "=":
+            return []
+        names, values = _elements(sides[0]), _elements(sides[2])
+        if len(names) != len(values) or (len(names) == 1 and sides[2] != values[0]):
+            names, values = [sides[0]], [sides[2]]
+        for name, value in zip(names, values, strict=True):
+            if not _NAME.fullmatch(name) or text.is_wordy(name):
+                return []
+            key = re.sub(r"^([xyzt])\s*_\s*(?:\{[^{}]*\}|\w)$", r"\1", name).replace(" ", "")
+            if key in found[-1]:
+                found.append({})
+            found[-1][key] = value
+    return [solution for solution in found if solution]
+
+
+def _precise(relations: list[str]) -> list[str]:
+    r"""The sides of x = 1/3 \approx 0.33 without what is only about equal."""
+    return [relations[0]] + [b for a, b in zip(relations[1::2], relations[2::2], strict=True) if a == "=" or len(relations) == 3 and not expression.is_constant(relations[0])]
+
+
+def _is_named(side: str) -> bool:
+    r"""Whether this names a quantity, whose value can be given alone: x, AB, f(2), |CD|, \frac{EF}{GH}, m:n; not 2x, x+y."""
+    if _NAME.fullmatch(side) or (text.is_wordy(side) and _WORDS.fullmatch(side)):
+        return True
+    bare = _FUNCTION_CALL.sub("A", side)
+    unknowns = set(re.findall(r"(?<![\\A-Za-z])[xyz](?![A-Za-z])", bare))
+    return bool(_NAMES.fullmatch(bare)) and (len(unknowns) < 2 or any(mark in bare for mark in (":", ",", "/", "\\frac")))
+
+
+def _same_name(a: str, b: str) -> bool:
+    a, b = (re.sub(r"[\s{}]", "", side) for side in (a, b))
+    return a == b or (sorted((a, b))[1] == "y" and bool(re.fullmatch(r"[a-z]\(x\)", min(a, b, key=lambda side: side == "y"))))
+
+
+def _same_base(a: re.Match, b: re.Match) -> bool:
+    words = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+    (digits, base), (others, other) = ((m[1].lstrip("0"), words.get(m[2] or m[3], m[2] or m[3])) for m in (a, b))
+    return digits == others and base == other
+
+
+def _same_geometry(gold: list[str], parts: list[str]) -> bool:
+    r"""AB\parallel CD is DC\parallel BA; \triangle ABC\cong\triangle DEF keeps which corner goes with which."""
+    left, right = ([re.sub(r"\\[a-z]+|[\s{}]", "", side) for side in sides[::2]] for sides in (gold, parts))
+    if gold[1] in ("\\parallel", "\\perp"):
+        return sorted("".join(sorted(side)) for side in left) == sorted("".join(sorted(side)) for side in right)
+    if len({len(side) for side in left + right}) != 1:
+        return False
+    corners = set(zip(*left, strict=True))
+    return corners in (set(zip(*right, strict=True)), set(zip(*right[::-1], strict=True)))
+
+
+def _matched(left: list, right: list, same: Callable[..., bool]) -> bool:
+    """Whether both hold the same things in any order."""
+    rest = list(right)
+    for wanted in left:
+        found = next((index for index, other in enumerate(rest) if same(wanted, other)), None)
+        if found is None:
+            return False
+        rest.pop(found)
+    return not rest

@@ -1,0 +1,92 @@
+"""Small questions about canonical text: where it splits, whether it is words, whether two texts are the same words."""
+
+import functools
+import itertools
+import re
+
+_GENOTYPE = re.compile(r"(?:([A-Za-z])(?i:\1))+")
+_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+_CHEMICAL = re.compile(r"(?:\d*(?:[A-Z][a-z]?|[()])(?:_\{?\d{1,3}\}?|\d{1,3})?){1,20}")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]*\}|\\[a-zA-Z]+")
+_NAMED = re.compile(r"\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat|square)\s*\{?\s*[A-Za-z]+'?")
+_SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|[A-Za-z0-9])")
+_AND_OR = re.compile(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
+_CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]")
+_RUN = re.compile(r"[A-Za-z]{2,}")
+_SIGNED = re.compile(r"-?\d+(?:\.\d+)?|[<>=≠]|\\[a-z]+")
+# Runs of three and more letters are words, unless they are a product of usual variables.
+_PRODUCTS = tuple(frozenset(group) for group in ("abc", "xyz", "pqr", "mnk", "ijk", "rst"))
+_SHORT_WORDS = {"no", "up", "on", "is", "it", "to", "of", "we", "he"}
+_OPENING = ("\\{", "(", "[")
+_CLOSING = ("\\}", ")", "]")
+
+
+def split(text: str, separator: re.Pattern[str], *, keep: bool = False) -> list[str]:
+    """The pieces between separators outside of brackets, of any kind for "(0,1]" is one; keep: separators as well."""
+    pieces: list[str] = []
+    depth = start = position = 0
+    while position < len(text):
+        depth += (text[position] in "([{") - (text[position] in ")]}")
+        match = separator.match(text, position) if depth == 0 else None
+        if match and match.end() > position:
+            pieces += [text[start:position].strip(), match[0]] if keep else [text[start:position].strip()]
+            position = start = match.end()
+        else:
+            position += 1
+    return [*pieces, text[start:].strip()]
+
+
+def bracketed(text: str) -> tuple[str, str, str] | None:
+    """(opening, content, closing) when one pair of brackets, of either kind, encloses the whole text."""
+    opening = next((mark for mark in _OPENING if text.startswith(mark)), None)
+    closing = next((mark for mark in _CLOSING if text.endswith(mark)), None)
+    if opening is None or closing is None or len(text) <= len(opening) + len(closing):
+        return None
+    content = text[len(opening) : len(text) - len(closing)]
+    depth = 0
+    for character in content:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return None
+    return (opening, content.strip(), closing) if depth == 0 else None
+
+
+@functools.lru_cache(maxsize=8192)
+def is_wordy(text: str) -> bool:
+    """Whether the answer is (partly) a word, to be compared as text: never a product of letters (AAS is not ASA)."""
+    text = _AND_OR.sub(" ", text)
+    if _CJK.search(text):
+        return True
+    for run in _RUN.findall(_COMMAND.sub(" ", _NAMED.sub(" ", _SUBSCRIPT.sub(" ", text)))):
+        if run.casefold() in _SHORT_WORDS or (len(run) >= 3 and not any(frozenset(run) <= p for p in _PRODUCTS)):
+            return True
+    return False
+
+
+def same(gold: str, prediction: str) -> bool:
+    """Equal up to blanks, and for words up to letter case; a genotype or formula keeps its case."""
+    left, right = _SPACE.sub("", gold), _SPACE.sub("", prediction)
+    if left == right:
+        return bool(left)
+    if _CHEMICAL.fullmatch(left) and _CHEMICAL.fullmatch(right) and "_" in left + right:
+        return re.sub(r"[_{}]", "", left) == re.sub(r"[_{}]", "", right)  # H_2O and H2O
+    if left.casefold() != right.casefold() or not is_wordy(gold):
+        return False
+    return all(_natural_case(word) for word in itertools.chain(gold.split(), prediction.split()))
+
+
+def _natural_case(word: str) -> bool:
+    letters = re.sub(r"[^A-Za-z]", "", word)
+    if len(letters) > 1 and _GENOTYPE.fullmatch(letters):
+        return False
+    return letters.islower() or letters.isupper() or letters.istitle() or not letters
+
+
+def same_words(gold: str, prediction: str) -> bool:
+    """Equal words up to articles, markup and punctuation; numbers in them keep their sign: slope 2 is not slope -2."""
+    return _SIGNED.findall(gold) == _SIGNED.findall(prediction) and same(_bare(gold), _bare(prediction))
+
+
+def _bare(text: str) -> str:
+    text = " ".join(re.sub(r"[{}\\_$\"',;:.!?()-]", " ", text).split())
+    return re.sub(r"^(?:an?|the)\s+(?=[A-Za-z]{2})", "", text, flags=re.IGNORECASE)
