@@ -5,7 +5,7 @@ Letters are never taken out of other words ("bus" is not B), and beyond D too. S
 
 import re
 
-from eureka_megatron.rewards.extract import boxes, undelimited, unboxed
+from eureka_megatron.rewards.extract import boxes, unboxed, undelimited
 from eureka_megatron.rewards.normalise import canonical
 
 _SEPARATOR = r"(?:\s*(?:,|;|/|&|\band\b|\bor\b|和|或|及|与)\s*|\s+)"
@@ -43,8 +43,7 @@ def letters(text: str) -> frozenset[str] | None:
         return None
     if parts := boxes(text):
         text = parts[-1][2]  # the box is the answer, whatever is said around it
-    text = canonical(unboxed(undelimited(text))).replace("*", "").strip(" \"'")
-    text = text.replace(")(", ") (")
+    text = canonical(unboxed(undelimited(text))).replace("*", "").replace(")(", ") (").strip(" \"'")
     if match := _ALONE.fullmatch(text):
         return frozenset(match[1].upper())
     if match := _JOINED.fullmatch(text):
@@ -84,7 +83,7 @@ def denies(text: str) -> bool:
 
 def gold_letters(gold: str) -> frozenset[str] | None:
     """The options a gold answer names, or None when it is no option: one capital, capitals in order, A,C, (A), A. text."""
-    text = canonical(gold).strip()
+    text = canonical(gold).replace(")(", ") (")
     if re.fullmatch(r"[(\[]?[A-Za-df-h][)\]]?\.?", text):
         return frozenset(_LETTERS.findall(text.upper()))
     if (match := _JOINED.fullmatch(text)) and list(match[1]) == sorted(set(match[1])) and match[1][-1] <= "J":

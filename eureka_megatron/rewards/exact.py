@@ -24,19 +24,23 @@ _LOOSE_SEPARATOR = re.compile(r"[;]|,(?!\d{3}(?!\d))|(?<![A-Za-z])(?:and|or)(?![
 _CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.和与及]|and)+")
 _PART = re.compile(r"\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)|([\u2460-\u2469])|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)")
 _NUMERALS = ("i", "ii", "iii", "iv", "v")
-_RELATION = re.compile(r"\\leq|\\geq|\\neq|(?<![\\<>])[<>=]|\\(?:approx|equiv|sim|cong|parallel|perp|in|Rightarrow)(?![a-zA-Z])")
+_RELATION = re.compile(
+    r"\\leq|\\geq|\\neq|(?<![\\<>])[<>=]|\\(?:approx|equiv|sim|cong|parallel|perp|in|Rightarrow)(?![a-zA-Z])"
+)
 _FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _GEOMETRY = ("\\parallel", "\\perp", "\\sim", "\\cong")
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat)\s*)?\{?\s*(?:[A-Za-z]{1,2}|[A-Z]{3,4}|\\[a-zA-Z]+)'*\s*\}?"
     r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?(?:\s*\(\s*[A-Za-z\d]{1,2}\s*\))?"
 )
-_NAMES = re.compile(r"(?:\\(?:frac|angle|triangle|sin|cos|tan|overline|overrightarrow|vec|widehat|[a-z]+)(?![a-z])|[A-Za-z]'*|[|(){}+:/,\s-])+")
+_NAMES = re.compile(
+    r"(?:\\(?:frac|angle|triangle|sin|cos|tan|overline|overrightarrow|vec|widehat|[a-z]+)(?![a-z])|[A-Za-z]'*|[|(){}+:/,\s-])+"
+)
 _WORDS = re.compile(r"[A-Za-z\s\u4e00-\u9fff\\']+")
 _FUNCTION_CALL = re.compile(r"(?<![A-Za-z])[A-Za-z](?:_\{?\w+\}?)?\s*\([^()]*\)|\\angle\s*\d|_\s*(?:\{[^{}]*\}|\w)")
 _POINT_NAME = re.compile(r"^(?:\\(?:vec|overrightarrow)\s*)?\{?[A-Za-z]{1,2}\}?'*(?:_\{?\w\}?)?\s*=?\s*(?=[(\[])")
 _MATRIX = re.compile(r"\\begin\{([pvV])matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}", re.DOTALL)
-_BASE = re.compile(r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(\d+|[a-z]+)\s*\)?\s*\}?|base (\w+))")
+_BASE = re.compile(r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(\d+|[a-z]+)\s*\)?\s*\}?|\(?base (\w+)\)?)")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
 _CONDITION = re.compile(r"(?<=[\w)}\]])\s*(\([^()]*(?:<|>|\\leq|\\geq|\\neq)[^()]*\))$")
@@ -173,7 +177,9 @@ class Comparison:
             constants = [side for side in sides if expression.is_constant(side)]
             if any(not self._values(side, constants[0]) for side in constants[1:]):
                 return False  # 2*3 = 5 states something false
-            return self._quantities(gold[0], sides[-1]) or (not _is_named(sides[0]) and self._quantities(gold[0], sides[0]))
+            return self._quantities(gold[0], sides[-1]) or (
+                not _is_named(sides[0]) and self._quantities(gold[0], sides[0])
+            )
         if len(sides) == 1:
             named = [other for side, other in (gold[::-1], gold) if _is_named(side)] if len(gold) == 2 else [gold[-1]]
             plain = gold[-1:] if all(map(expression.is_constant, gold)) else []
@@ -230,9 +236,13 @@ class Comparison:
             # 3m against m*3: the letter was no unit
             return (gold_unit is None) != (unit is None) and self._known(gold, prediction)
         percent = units.unit("%")
-        if percent in (gold_unit, unit) and gold_unit != unit:  # 25% is 0.25; a percent sign may be missing in the answer only
+        if (
+            percent in (gold_unit, unit) and gold_unit != unit
+        ):  # 25% is 0.25; a percent sign may be missing in the answer only
             bare = gold_unit == percent and self._values(gold_value, value)
-            return bare or self._values(*(f"({v})/100" if u == percent else v for v, u in ((gold_value, gold_unit), (value, unit))))
+            return bare or self._values(
+                *(f"({v})/100" if u == percent else v for v, u in ((gold_value, gold_unit), (value, unit)))
+            )
         if self.converted and gold_unit and unit and gold_unit.factor != unit.factor:
             value = f"({value})*({unit.factor})/({gold_unit.factor})"
         if text.is_wordy(gold_value) or text.is_wordy(value):
@@ -263,7 +273,9 @@ class Comparison:
             return self._single(first[1], prediction)
         matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
         if all(matrices):
-            return matrices[0][1] == matrices[1][1] == "p" and self._matrices(*(matrix[2] for matrix in matrices)) or None
+            return (
+                (matrices[0][1] == matrices[1][1] == "p" and self._matrices(*(matrix[2] for matrix in matrices))) or None
+            )
         if ":" in gold or ":" in prediction:
             return self._ratios(gold, prediction)
         empty = [side == "\\emptyset" for side in (gold, prediction)]
@@ -285,8 +297,12 @@ class Comparison:
         if any(re.fullmatch(r"\s*0\d*\s*", part) for part in first + second) or (gold_unit or unit):
             return all(clocks) and self._same_units(gold_unit, unit) and [*map(int, first)] == [*map(int, second)]
         if len(first) != len(second):
-            return len(first) + len(second) == 3 and self._values(*(side.replace(":", "/") for side in (gold, prediction)))
-        return all(self._values(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in zip(first, second, strict=True))
+            return len(first) + len(second) == 3 and self._values(
+                *(side.replace(":", "/") for side in (gold, prediction))
+            )
+        return all(
+            self._values(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in zip(first, second, strict=True)
+        )
 
     def _values(self, gold: str, prediction: str) -> bool:
         """Expressions by their values; math-verify for what the grammar does not know."""
@@ -354,6 +370,7 @@ def _assignments(pieces: list[str]) -> list[dict[str, str]]:
     x=1, y=2 and x_1=1, y_1=2, x_2=3, y_2=4 and (a,b)=(2,9) and x=1, x=3 (two solutions)
     """
     found: list[dict[str, str]] = [{}]
+    names: list[str] = []
     for piece in pieces:
         inner = text.bracketed(piece)
         if inner and inner[0] == "(" and "=" in inner[1]:
@@ -363,11 +380,11 @@ def _assignments(pieces: list[str]) -> list[dict[str, str]]:
             found += inside
             continue
         sides = text.split(piece, _RELATION, keep=True)
-        if len(sides) != 3 or sides[1] != "=":
+        if not (len(sides) == 1 and names) and (len(sides) != 3 or sides[1] != "="):
             return []
-        names, values = _elements(sides[0]), _elements(sides[2])
-        if len(names) != len(values) or (len(names) == 1 and sides[2] != values[0]):
-            names, values = [sides[0]], [sides[2]]
+        names, values = _elements(sides[0]) if len(sides) == 3 else names, _elements(sides[-1])  # x=1 or 2
+        if len(names) != len(values) or (len(names) == 1 and sides[-1] != values[0]):
+            names, values = [sides[0]], [sides[-1]]
         for name, value in zip(names, values, strict=True):
             if not _NAME.fullmatch(name) or text.is_wordy(name):
                 return []
@@ -380,7 +397,11 @@ def _assignments(pieces: list[str]) -> list[dict[str, str]]:
 
 def _precise(relations: list[str]) -> list[str]:
     r"""The sides of x = 1/3 \approx 0.33 without what is only about equal."""
-    return [relations[0]] + [b for a, b in zip(relations[1::2], relations[2::2], strict=True) if a == "=" or len(relations) == 3 and not expression.is_constant(relations[0])]
+    return [relations[0]] + [
+        b
+        for a, b in zip(relations[1::2], relations[2::2], strict=True)
+        if a == "=" or (len(relations) == 3 and not expression.is_constant(relations[0]))
+    ]
 
 
 def _is_named(side: str) -> bool:
@@ -389,16 +410,30 @@ def _is_named(side: str) -> bool:
         return True
     bare = _FUNCTION_CALL.sub("A", side)
     unknowns = set(re.findall(r"(?<![\\A-Za-z])[xyz](?![A-Za-z])", bare))
-    return bool(_NAMES.fullmatch(bare)) and (len(unknowns) < 2 or any(mark in bare for mark in (":", ",", "/", "\\frac")))
+    return bool(_NAMES.fullmatch(bare)) and (
+        len(unknowns) < 2 or any(mark in bare for mark in (":", ",", "/", "\\frac"))
+    )
 
 
 def _same_name(a: str, b: str) -> bool:
     a, b = (re.sub(r"[\s{}]", "", side) for side in (a, b))
-    return a == b or (sorted((a, b))[1] == "y" and bool(re.fullmatch(r"[a-z]\(x\)", min(a, b, key=lambda side: side == "y"))))
+    return a == b or (
+        sorted((a, b))[1] == "y" and bool(re.fullmatch(r"[a-z]\(x\)", min(a, b, key=lambda side: side == "y")))
+    )
 
 
 def _same_base(a: re.Match, b: re.Match) -> bool:
-    words = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+    words = {
+        "two": "2",
+        "three": "3",
+        "four": "4",
+        "five": "5",
+        "six": "6",
+        "seven": "7",
+        "eight": "8",
+        "nine": "9",
+        "ten": "10",
+    }
     (digits, base), (others, other) = ((m[1].lstrip("0"), words.get(m[2] or m[3], m[2] or m[3])) for m in (a, b))
     return digits == others and base == other
 

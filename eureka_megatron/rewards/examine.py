@@ -43,7 +43,9 @@ def examine(
     if options is not None:
         chosen = choice.letters(extract.settled(span))
         if chosen == options or len(options) > 1 or chosen:
-            return Verdict(chosen == options, "option", f"{''.join(sorted(chosen or ())) or 'none'} chosen, {gold} wanted")
+            return Verdict(
+                chosen == options, "option", f"{''.join(sorted(chosen or ())) or 'none'} chosen, {gold} wanted"
+            )
     verdicts = []
     for reading in readings:
         verdicts.append(compare(gold, reading, rounded, converted))
@@ -64,11 +66,17 @@ def compare(gold: str, prediction: str, rounded: bool = False, converted: bool =
         return len(asked) <= _MAX_QUESTIONS and symbolic.agrees(left, right)
 
     try:
-        right = len(prediction) <= _MAX_GOLD_CHARACTERS and Comparison(otherwise, rounded=rounded, converted=converted).equal(gold, prediction)
+        right = len(prediction) <= _MAX_GOLD_CHARACTERS and Comparison(
+            otherwise, rounded=rounded, converted=converted
+        ).equal(gold, prediction)
     except Unbounded as error:
         return Verdict(False, "exact", str(error))
     stage = "math-verify" if asked else "exact"
-    return Verdict(right, stage, f"{prediction} is {'' if right else 'not '}{gold}" + "".join(f" ({why})" for why in asked[:1] if why))
+    return Verdict(
+        right,
+        stage,
+        f"{prediction} is {'' if right else 'not '}{gold}" + "".join(f" ({why})" for why in asked[:1] if why),
+    )
 
 
 _MAX_QUESTIONS = 6  # math-verify may be asked for one answer: a list is compared item by item

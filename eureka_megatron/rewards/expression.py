@@ -44,10 +44,9 @@ _FUNCTIONS: dict[str, Callable] = {
 _LOGARITHMS = ("\\log", "\\ln", "\\lg")
 _GREEK = {
     f"\\{name}"
-    for name in "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi "
-    "varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell".split()
+    for name in ["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega", "ell"]
 }
-_OBJECTS = {f"\\{name}" for name in "angle triangle vec overrightarrow overline hat bar widehat odot square".split()}
+_OBJECTS = {f"\\{name}" for name in ["angle", "triangle", "vec", "overrightarrow", "overline", "hat", "bar", "widehat", "odot", "square"]}
 _CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
 _TIMES, _DIVIDED = ("*", "\\times", "\\cdot", "\\cdotp"), ("/", "\\div")
 _ADDITION, _PRODUCT, _FACTOR, _POWER = range(4)  # how tightly an operator binds
@@ -251,7 +250,13 @@ class _Parser:
             raise Unbounded("number too long")
         value = MP.mpf(text)
         ahead = [token for _, token in self.tokens[self.position : self.position + 7]]
-        if ahead[:2] == ["\\overline", "{"] and "." in text and len(ahead) > 3 and ahead[2].isdigit() and ahead[3] == "}":
+        if (
+            ahead[:2] == ["\\overline", "{"]
+            and "." in text
+            and len(ahead) > 3
+            and ahead[2].isdigit()
+            and ahead[3] == "}"
+        ):
             self.position += 4  # 0.1\overline{6}: the period over 9…9, shifted behind the digits before it
             return value + MP.mpf(int(ahead[2])) / ((10 ** len(ahead[2]) - 1) * 10 ** len(mantissa.partition(".")[2]))
         if mantissa.isdigit() and len(ahead) > 2 and ahead[1] == "/" and ahead[0].isdigit() and ahead[2].isdigit():
@@ -259,7 +264,9 @@ class _Parser:
             if int(ahead[0]) >= int(ahead[2]):
                 raise Unsupported("two numbers in a row")
             return value + MP.mpf(ahead[0]) / MP.mpf(ahead[2])
-        braced = len(ahead) > 6 and ahead[1] + ahead[3] + ahead[4] + ahead[6] == "{}{}" and (ahead[2] + ahead[5]).isdigit()
+        braced = (
+            len(ahead) > 6 and ahead[1] + ahead[3] + ahead[4] + ahead[6] == "{}{}" and (ahead[2] + ahead[5]).isdigit()
+        )
         if mantissa.isdigit() and ahead[:1] == ["\\frac"] and (braced or (len(ahead) > 1 and ahead[1].isdigit())):
             return value + self.command()  # 1\frac{1}{2}
         return value
@@ -357,7 +364,12 @@ def _power(base: Value, exponent: Value) -> Value:
         raise Unsupported("0 to a power below 1")
     if not MP.isfinite(exponent) or abs(exponent) > _MAX_EXPONENT or abs(base) > MP.mpf(10) ** 1000:
         raise Unbounded("power too large")
-    if isinstance(base, mpmath.mpf | MP.mpf) and base < 0 and same(exponent * 3, MP.nint(exponent * 3)) and exponent % 1:
+    if (
+        isinstance(base, mpmath.mpf | MP.mpf)
+        and base < 0
+        and same(exponent * 3, MP.nint(exponent * 3))
+        and exponent % 1
+    ):
         return _root(base, MP.mpf(3)) ** int(MP.nint(exponent * 3))
     return MP.power(base, exponent)
 

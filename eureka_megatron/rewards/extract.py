@@ -13,16 +13,21 @@ formula), never alternatives the response hedges between: those stay together as
 import re
 
 from eureka_megatron.rewards import units
-from eureka_megatron.rewards.exact import parts
 from eureka_megatron.rewards.normalise import balanced, canonical
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
 _MAX_CHARACTERS = 4000
-_MARKUP = re.compile(r"<br\s*/?>|</?(?:answer|b|p|i|strong|em|div|span|u)>|\*\*(?!\d)|(?<!\d)\*\*|^#+\s|__", re.IGNORECASE)
+_MARKUP = re.compile(
+    r"<br\s*/?>|</?(?:answer|b|p|i|strong|em|div|span|u)>|(?<![\w)\]}])\*\*(?=\S)|(?<=\S)\*\*(?![\w(\[{\\])|^#+\s",
+    re.IGNORECASE,
+)
 _BOX = re.compile(r"\\f?boxed?\s*\{")
 _CLOSER = {"$$": "$$", "$": "$", "\\(": "\\)", "\\[": "\\]"}
 _OPENER = re.compile(r"(?<!\\)(?:\$\$|\$|\\\(|\\\[)")
-_JOIN = re.compile(r"(?:\s|[,;、，；.]|\\\\|\\q?quad|\\text\s*\{[^{}]*\}|and|or|[和或与及且]|\\[()\[\]]|\$|\(\s*\d\s*\)|（\s*\d\s*）)*", re.IGNORECASE)
+_JOIN = re.compile(
+    r"(?:\s|[,;、，；.]|\\\\|\\q?quad|\\text\s*\{[^{}]*\}|and|or|[和或与及且]|\\[()\[\]]|\$|\(\s*\d\s*\)|（\s*\d\s*）)*",
+    re.IGNORECASE,
+)
 _NUMBERED = re.compile(r"^\W*(?:[(（]\s*(?:1|a|i)\s*[)）]|①|1[.)]|a\)|part\b|第)", re.IGNORECASE)
 
 _CORRECTION = re.compile(
@@ -33,8 +38,12 @@ _CONTRAST = re.compile(
     r"(?<=\S)\s*(?:[,;(，；（—]\s*(?:and |but )?(?:not|never)\s|(?:[,;，；]\s*)?(?:rather than|instead of|而不是|而非|,不是|，不是|，并非|,并非))[^\n]*$",
     re.IGNORECASE,
 )
-_NOT_BUT = re.compile(r"^.*(?:\bnot|不是|并非)\s*[^.,;，。；]{1,60}[,，]?\s*(?:\bbut(?: rather)?\b|而是|，是|,是)\s*", re.IGNORECASE)
-_BECAUSE = re.compile(r"[\s,;(]*(?:\b(?:because|since|as|which|where|for|so that|when)\b|因为|由于|理由).*$", re.IGNORECASE)
+_NOT_BUT = re.compile(
+    r"^.*(?:\bnot|不是|并非)\s*[^.,;，。；]{1,60}[,，]?\s*(?:\bbut(?: rather)?\b|而是|，是|,是)\s*", re.IGNORECASE
+)
+_BECAUSE = re.compile(
+    r"[\s,;(]*(?:\b(?:because|since|as|which|where|for|so that|when)\b|因为|由于|理由).*$", re.IGNORECASE
+)
 _ASIDE = re.compile(r"(?<=[\w}\])%])\s+\((?!.*(?:\bor\b|或|[<>=]|\\[lgn]eq))[^()]*[A-Za-z\u4e00-\u9fff][^()]*\)$")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|can't|except|without|wrong|incorrect|false|untrue)\b|n't\b"
@@ -44,7 +53,7 @@ _NEGATION = re.compile(
 _SENTENCE = re.compile(r"(?<=[^\d\s])[.!?]\s+|(?<=\d)\.\s+(?=[A-Z])|[。！？\n]+")
 
 _OPENING = re.compile(
-    r"^(?:(?:so|thus|hence|therefore|then|finally|consequently|answer|final answer|it|they|this|that|we|choose|about|approximately|roughly|only|just|"
+    r"^(?:(?:so|thus|hence|therefore|then|finally|consequently|answer|final answer|(?:it|that|they)(?:'s|'re)?|this|we|choose|about|approximately|roughly|only|just|"
     r"the (?:point|points|interval|set|coordinates?|vector|line|ratio|equation|number|value|values|solution|solutions|answer|answers|roots?|range)|"
     r"(?:point|interval|coordinates?|vector|line|ratio))\s*(?:of\s+)?[,:]?\s+"
     r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
@@ -139,7 +148,9 @@ def _with_unit(text: str, part: tuple[int, int, str]) -> str:
     """The joined formula plus a unit that stands right behind it, as in $5$ cm."""
     behind = text[part[1] :][:40].lstrip("$").removeprefix("\\)").removeprefix("\\]")
     behind = canonical(behind.split("$")[0].split("\\(")[0].split("\n")[0]).rstrip(".")
-    is_unit = behind and len(behind.split()) <= 3 and not _JOIN.match(behind).end() and units.split(f"1 {behind}")[0] == "1"
+    is_unit = (
+        behind and len(behind.split()) <= 3 and not _JOIN.match(behind).end() and units.split(f"1 {behind}")[0] == "1"
+    )
     return f"{part[2]} {behind}" if is_unit and units.split(canonical(part[2]))[1] is None else part[2]
 
 
@@ -152,17 +163,15 @@ def _denied(text: str, start: int, end: int) -> bool:
 
 def _peeled(text: str) -> list[str]:
     """The text, and what is left when lead-ins and reasons go, one after the other, as long as nothing is denied."""
-    found, rest = [text], text
+    found, rest = [text], _BECAUSE.sub("", text) or text
     for _ in range(5):
+        if rest != found[-1]:
+            found.append(rest)
         match = _OPENING.match(rest) or next((m for lead_in in _LEAD_INS if (m := lead_in.match(rest))), None)
         if match is None or match.end() >= len(rest) or _NEGATION.search(rest[: match.end()]):
             break
         rest = rest[match.end() :]
-        found.append(rest)
-    for shortened in (_BECAUSE.sub("", rest), _ASIDE.sub("", rest)):
-        if shortened.strip() and shortened != rest:
-            found.append(shortened)
-    return found
+    return [*found, _ASIDE.sub("", rest)]
 
 
 def _unique(texts: list[str]) -> list[str]:

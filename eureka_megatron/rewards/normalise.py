@@ -61,13 +61,16 @@ _LATEX = [
     (re.compile(r"\\dot\s*\{?\s*(\d)\s*\}?"), r"\\overline{\1}"),  # 0.\dot{3}
     (re.compile(r"\\overset\{[^{}]*\}|\\(?:label|tag)\{[^{}]*\}"), " "),
     (re.compile(rf"\^\s*\{{\s*\\circ\s*\}}|\\degree{_SUFFIX}|\{{\s*\^\s*\\circ\s*\}}"), r"^\\circ "),
-    (re.compile(rf"\\mathrm\s*\{{\s*([a-zA-Z])\s*\}}(?!\s*\^)|\\(?:mathbb|mathcal)\s*([RZNQC])"), lambda m: f" {m[1]} " if m[1] else f"\\mathbb{{{m[2]}}}"),
+    (re.compile(r"\\mathrm\s*\{\s*([a-zA-Z])\s*\}(?!\s*\^)|\\(?:mathbb|mathcal)\s*([RZNQC])"), lambda m: f" {m[1]} " if m[1] else f"\\mathbb{{{m[2]}}}"),
 ]  # fmt: skip
-_TEXT = re.compile(r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|mathrm|mbox|hbox|operatorname\*?)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|mathrm|mbox|hbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 # Spellings without one.
 _PLAIN = [
     (re.compile(r"(?<=\d)\s*\n\s*(?=\d)"), ", "),
     (re.compile(r"\.{3,}"), r"\\ldots "),
+    (re.compile(r"(?<![\\\w^}])\{(\s*[a-zA-Z]\s*\|[^{}]*)\}"), r"\\{\1\\}"),
     (re.compile(r"<=|=<"), r"\\leq "),
     (re.compile(r">="), r"\\geq "),
     (re.compile(r"!="), r"\\neq "),

@@ -1,7 +1,7 @@
 r"""Number regions: intervals, unions, inequalities in one unknown and set-builder notation, in one representation.
 
-    "x<1 or x>3", "(-\infty,1)\cup(3,\infty)", "\{x|x<1或x>3\}", "x\in(-\infty,1)\cup(3,\infty)"
-    "k<1 and k\neq 0" is (-\infty,0)\cup(0,1); "0<g(x)<5" is (0,5) for g(x)
+"x<1 or x>3", "(-\infty,1)\cup(3,\infty)", "\{x|x<1或x>3\}", "x\in(-\infty,1)\cup(3,\infty)"
+"k<1 and k\neq 0" is (-\infty,0)\cup(0,1); "0<g(x)<5" is (0,5) for g(x)
 """
 
 import re
@@ -14,8 +14,12 @@ _NAME = re.compile(
 )
 _MEMBER = re.compile(r"^([A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?)\s*(?:\\in(?![a-zA-Z])|=)\s*(?=[(\[\\])")
 _BUILDER = re.compile(r"^\\\{\s*([a-zA-Z])(?:\s*\\in\s*(?:\\mathbb\{R\}|R))?\s*[|:;]\s*(.*)\\\}$")
-_REAL = re.compile(r"(?:[a-z]\s*\\in\s*)?(?:\\mathbb\s*\{\s*R\s*\}|R)|(?:all|any) real numbers?|全体实数|一切实数|实数集")
-_REAL_TOO = re.compile(r",?\s*\(?\s*[a-z]\s*\\in\s*(?:\\mathbb\s*\{\s*R\s*\}|R)\s*\)?\s*$|^[a-z]\s*\\in\s*(?:\\mathbb\s*\{\s*R\s*\}|R)\s*(?:,|and|且)\s*")
+_REAL = re.compile(
+    r"(?:[a-z]\s*\\in\s*)?(?:\\mathbb\s*\{\s*R\s*\}|R)|(?:all|any) real numbers?|全体实数|一切实数|实数集"
+)
+_REAL_TOO = re.compile(
+    r",?\s*\(?\s*[a-z]\s*\\in\s*(?:\\mathbb\s*\{\s*R\s*\}|R)\s*\)?\s*$|^[a-z]\s*\\in\s*(?:\\mathbb\s*\{\s*R\s*\}|R)\s*(?:,|and|且)\s*"
+)
 _ANY = re.compile(r"\\cup(?![a-zA-Z])|(?<![A-Za-z])(?:or|union)(?![A-Za-z])|或")
 _ALL = re.compile(r"\\cap(?![a-zA-Z])|(?<![A-Za-z])(?:and|but)(?![A-Za-z])|[,;]|[且和与]")
 _SIGN = re.compile(r"\\leq|\\geq|\\neq|<|>|=")
@@ -108,7 +112,10 @@ def _from_inequality(answer: str) -> Region | None:
             left, sign, right = right, _MIRROR.get(sign, sign), left
         if not _NAME.fullmatch(left) or not _is_end(right):
             return None
-        above, below = Interval(right, sign == "\\geq", "\\infty", False), Interval("-\\infty", False, right, sign == "\\leq")
+        above, below = (
+            Interval(right, sign == "\\geq", "\\infty", False),
+            Interval("-\\infty", False, right, sign == "\\leq"),
+        )
         return Region((below, above) if sign == "\\neq" else (above,) if sign in (">", "\\geq") else (below,), left)
     if len(parts) == 5 and _NAME.fullmatch(parts[2]) and _is_end(parts[0]) and _is_end(parts[4]):
         low, first, name, second, high = parts
@@ -138,7 +145,7 @@ def _is_end(answer: str) -> bool:
 def _less(a: str, b: str) -> bool | None:
     """a < b; None when that is not known."""
     if not (expression.is_constant(a) and expression.is_constant(b)):
-        return None if not ("\\infty" in a + b) else a.startswith("-\\infty") or b in ("\\infty", "+\\infty")
+        return None if "\\infty" not in a + b else a.startswith("-\\infty") or b in ("\\infty", "+\\infty")
     left, right = expression.values(a)[0], expression.values(b)[0]
     if isinstance(left, expression.MP.mpc) or isinstance(right, expression.MP.mpc):
         return None
@@ -177,7 +184,9 @@ def _merged(intervals: list[Interval]) -> list[Interval]:
     found: list[Interval] = []
     for one in sorted(intervals, key=lambda one: (value[one.low], not one.has_low)):
         last = found[-1] if found else None
-        touches = last and (_less(one.low, last.high) or (not _less(last.high, one.low) and (last.has_high or one.has_low)))
+        touches = last and (
+            _less(one.low, last.high) or (not _less(last.high, one.low) and (last.has_high or one.has_low))
+        )
         if last is None or not touches:
             found.append(one)
             continue

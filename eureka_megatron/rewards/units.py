@@ -28,9 +28,14 @@ _TABLE = {
     "W": "W|watts watt 瓦特 瓦; kW=1000|千瓦; MW=1000000; mW=1/1000", "V": "V|volts volt 伏特 伏; kV=1000; mV=1/1000",
     "Ω": "Ω|ohms ohm 欧姆 欧; kΩ=1000", "Pa": "Pa|pascals pascal 帕斯卡 帕; kPa=1000; MPa=1000000",
     "Hz": "Hz|hertz 赫兹; kHz=1000; MHz=1000000", "dB": "dB|decibels", "unit": "unit|units 个单位 单位", "ha": "ha|hectares 公顷",
-    "am": "am|a.m. AM A.M.", "pm": "pm|p.m. PM P.M.",
+    "am": "am|a.m. a.m AM A.M. A.M", "pm": "pm|p.m. p.m PM P.M. P.M",
 }  # fmt: skip
-_DERIVED = {"L": ({"m": 3}, 1), "J": ({"kg": 1, "m": 2, "s": -2}, 1), "N": ({"kg": 1, "m": 1, "s": -2}, 1), "W": ({"kg": 1, "m": 2, "s": -3}, 1)}
+_DERIVED = {
+    "L": ({"m": 3}, 1),
+    "J": ({"kg": 1, "m": 2, "s": -2}, 1),
+    "N": ({"kg": 1, "m": 1, "s": -2}, 1),
+    "W": ({"kg": 1, "m": 2, "s": -3}, 1),
+}
 _COMPOUND_NAMES = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "bpm": "1/min"}
 
 
@@ -62,7 +67,9 @@ _NAME = f"(?:{'|'.join(_SORTED)}|(?i:{'|'.join(name for name in _SORTED if len(n
 # km/h, m/s^2, N \cdot m, square meters, cm^{3}, kg m s^{-2}, 元/千克, feet per second
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\s*\d\s*\}|-?\d))?"
 _FACTOR = rf"(?:(?:square|sq\.?|cubic|cu\.?|平方|立方)\s*)?\(?(?:{_NAME}(?![A-Za-z])|k?\\Omega){_POWER}\)?(?:\s+(?:squared|cubed))?"
-_UNIT = re.compile(rf"\s*({_FACTOR}(?:\s*(?:/|\\cdot|\*|per\b|每|an?\b)?\s*{_FACTOR}){{0,3}}|\^\\circ(?:\s*[CF](?![A-Za-z]))?)\s*\.?$")
+_UNIT = re.compile(
+    rf"\s*({_FACTOR}(?:\s*(?:/|\\cdot|\*|per\b|每|an?\b)?\s*{_FACTOR}){{0,3}}|\^\\circ(?:\s*[CF](?![A-Za-z]))?)\s*\.?$"
+)
 _PART = re.compile(
     r"(?P<slash>/)?[\s*()]*(?:(?P<square>square|sq\.?|平方)|(?P<cube>cubic|cu\.?|立方))?\s*(?P<name>[A-Za-z.%Ωμ$€£¥\u4e00-\u9fff]+)"
     r"(?P<power>\s*\^\s*\{?\s*-?\s*\d\s*\}?)?(?:\)?\s+(?:(?P<squared>squared)|(?P<cubed>cubed)))?"
@@ -73,8 +80,12 @@ _MONEY = re.compile(r"^([-+]?)\s*(\\\$|\$|¥|￥|€|£|RMB|US\$)\s*(?=[-\d.])")
 _MONEY_AFTER = re.compile(r"(?<=[\d.])\s*(\\\$|\$|¥|￥|€|£)$")
 _NUMERIC_END = re.compile(r"(?:[\d.)}\]%!]|\\pi|\\infty)$")
 # Number, then counted things in words: "5 apples", "3 个". Any word counts as a unit after a plain number.
-_COUNTED = re.compile(r"^([-+]?[\d,./ ]*\d|[-+]?\\frac\{\d+\}\{\d+\})\s*((?:[A-Za-z]{3,}|[\u4e00-\u9fff])(?:[A-Za-z \u4e00-\u9fff]*))$")
-_MULTIPLES = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen|times|factorial|over|[百千万亿])", re.IGNORECASE)
+_COUNTED = re.compile(
+    r"^([-+]?[\d,./ ]*\d|[-+]?\\frac\{\d+\}\{\d+\})\s*((?:[A-Za-z]{3,}|[\u4e00-\u9fff])(?:[A-Za-z \u4e00-\u9fff]*))$"
+)
+_MULTIPLES = re.compile(
+    r"(?:hundred|thousand|million|billion|trillion|dozen|times|factorial|over|[百千万亿])", re.IGNORECASE
+)
 
 
 def split(text: str) -> tuple[str, Unit | None]:
@@ -82,7 +93,9 @@ def split(text: str) -> tuple[str, Unit | None]:
     text = text.strip()
     if (match := _MONEY.match(text)) or (match := _MONEY_AFTER.search(text)):
         sign = match[match.lastindex].lstrip("\\").replace("US", "").replace("￥", "¥").replace("RMB", "¥")
-        return (text[: match.end(1)] + text[match.end() :]).strip() if match.lastindex == 2 else text[: match.start()].strip(), unit(sign)
+        return (text[: match.end(1)] + text[match.end() :]).strip() if match.lastindex == 2 else text[
+            : match.start()
+        ].strip(), unit(sign)
     # Units stand at the end and are short: look only there, so that long text costs nothing.
     for position in range(max(1, len(text) - 60), len(text)):
         if _NUMERIC_END.search(text[max(0, position - 8) : position].rstrip()):
@@ -101,7 +114,9 @@ def _is_product(value: str, name: str) -> bool:
 
 def unit(text: str) -> Unit:
     """The unit of a spelling: "m/s", "m s^{-1}" and "meters per second" are the same."""
-    text = re.sub(r"deg\s+([CF])", r"deg\1", text.replace("^\\circ", "deg ").replace("\\Omega", "Ω").replace("\\cdot", " "))
+    text = re.sub(
+        r"deg\s+([CF])", r"deg\1", text.replace("^\\circ", "deg ").replace("\\Omega", "Ω").replace("\\cdot", " ")
+    )
     text = re.sub(r"\bper\b|每|(?<=\w) an? (?=\w)", "/", text)
     for name, spelled in _COMPOUND_NAMES.items():
         text = re.sub(rf"\b{name}\b", spelled, text, flags=re.IGNORECASE)
