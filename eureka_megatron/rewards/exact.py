@@ -27,6 +27,7 @@ _NUMERALS = ("i", "ii", "iii", "iv", "v")
 _RELATION = re.compile(
     r"\\leq|\\geq|\\neq|(?<![\\<>])[<>=]|\\(?:approx|equiv|sim|cong|parallel|perp|in|Rightarrow)(?![a-zA-Z])"
 )
+_REGION = re.compile(r"[<>\]\[]|\\(?:leq|geq|neq|cup|infty|in|mathbb)|R|real|实数")
 _FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _GEOMETRY = ("\\parallel", "\\perp", "\\sim", "\\cong")
 _NAME = re.compile(
@@ -81,18 +82,14 @@ class Comparison:
         return len(left) == len(right) and all(self.equal(*pair) for pair in zip(left, right, strict=True))
 
     def _regions(self, gold: str, prediction: str) -> bool | None:
-        if max(len(gold), len(prediction)) > 300:
+        if not _REGION.search(gold + prediction):
             return None
         left, right = regions.parse(gold), regions.parse(prediction)
         if left is None or right is None or not (left.sure or right.sure):
             return None
-        if left.name and right.name and left.name != right.name:  # a > b is b < a
-            return False if left.is_constant and right.is_constant else None
-        return _matched(left.intervals, right.intervals, self._same_interval)
-
-    def _same_interval(self, a: regions.Interval, b: regions.Interval) -> bool:
-        closed = (a.has_low, a.has_high) == (b.has_low, b.has_high)
-        return closed and self._values(a.low, b.low) and self._values(a.high, b.high)
+        if left.name and right.name and left.name != right.name:
+            return False
+        return bool(left.numbers == right.numbers) or (None if self.rounded else False)
 
     def _solutions(self, gold: str, prediction: str) -> bool | None:
         """Values of unknowns against such values, or against bare values and tuples in the order of the unknowns."""
@@ -274,8 +271,8 @@ class Comparison:
         matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
         if all(matrices):
             return (
-                (matrices[0][1] == matrices[1][1] == "p" and self._matrices(*(matrix[2] for matrix in matrices))) or None
-            )
+                matrices[0][1] == matrices[1][1] == "p" and self._matrices(*(matrix[2] for matrix in matrices))
+            ) or None
         if ":" in gold or ":" in prediction:
             return self._ratios(gold, prediction)
         empty = [side == "\\emptyset" for side in (gold, prediction)]

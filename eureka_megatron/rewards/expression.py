@@ -32,21 +32,29 @@ class Unbounded(Unsupported):
     """Too large or too deep. Nobody else should try it either."""
 
 
+_GREEK = (
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|"
+    "omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega|ell"
+)
+_OBJECTS = "angle|triangle|vec|overrightarrow|overline|hat|bar|widehat|odot|square"
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d{1,3}(?:[, ]\d{3})+(?!\d|[, ]\d{3})(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
-    r"|(?P<command>\\[a-zA-Z]+)|(?P<name>[A-Za-z]'*)|(?P<symbol>\*\*|[-+*/^_(){}\[\]|!%]))"
+    rf"|(?P<object>\\(?:{_OBJECTS})\s*(?:\{{\s*[A-Za-z0-9 ]+'*\s*\}}|[A-Z]+'*|[a-z](?![a-zA-Z])|\d))"
+    r"|(?P<call>[fghFP]\(-?(?:\d+|[A-Za-z])\))"  # f(2) is another unknown than f(3)
+    rf"|(?P<name>(?:[A-Za-z]'*|\\(?:{_GREEK})(?![a-zA-Z]))(?:\s*_\s*(?:\{{[^{{}}]*\}}|\w))?)"
+    r"|(?P<command>\\[a-zA-Z]+)|(?P<symbol>\*\*|[-+*/^_(){}\[\]|!%]))"
 )
+# Mixed numbers as sums (but not 11 6/6), and 0.1\overline{6}: the period over 9…9, shifted behind the digits before it.
+_MIXED = re.compile(
+    r"(?<![\d.,)}^_])(?<!\d )(\d{1,3}(?:[, ]\d{3})+|\d+)\s*(?:\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))|\s(\d+)\s*/\s*(\d+))"
+)
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d{1,20})\s*\}")
 _FUNCTIONS: dict[str, Callable] = {
     "\\sin": MP.sin, "\\cos": MP.cos, "\\tan": MP.tan, "\\cot": MP.cot, "\\sec": MP.sec, "\\csc": MP.csc,
     "\\ln": MP.ln, "\\exp": MP.exp, "\\arcsin": MP.asin, "\\arccos": MP.acos, "\\arctan": MP.atan, "\\log": MP.log10,
     "\\lg": MP.log10, "\\sinh": MP.sinh, "\\cosh": MP.cosh, "\\tanh": MP.tanh,
 }  # fmt: skip
 _LOGARITHMS = ("\\log", "\\ln", "\\lg")
-_GREEK = {
-    f"\\{name}"
-    for name in ["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega", "ell"]
-}
-_OBJECTS = {f"\\{name}" for name in ["angle", "triangle", "vec", "overrightarrow", "overline", "hat", "bar", "widehat", "odot", "square"]}
 _CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
 _TIMES, _DIVIDED = ("*", "\\times", "\\cdot", "\\cdotp"), ("/", "\\div")
 _ADDITION, _PRODUCT, _FACTOR, _POWER = range(4)  # how tightly an operator binds
@@ -112,22 +120,36 @@ def _point(name: str, trial: int) -> Value:
     return MP.mpf(int.from_bytes(digest, "big") % 8999 + 1000) / (3571 if trial < _TRIALS - 1 else -3571)
 
 
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """(kind, text) of every token; the kind names a group of _TOKEN."""
+    if len(text) > _MAX_CHARACTERS:
+        raise Unbounded("too long")
+    text = _MIXED.sub(_mixed, _REPEATING.sub(_repeating, text)).rstrip()
+    found: list[tuple[str, str]] = []
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None or len(found) >= _MAX_TOKENS:
+            raise Unsupported(f"cannot read {text[position : position + 8]!r}")
+        found.append((match.lastgroup or "", match.group(match.lastgroup or 0)))
+        position = match.end()
+    return found
+
+
+def _mixed(match: re.Match) -> str:
+    whole, numerator, denominator = (group for group in match.groups() if group)
+    return f"({whole}+{numerator}/{denominator})" if int(numerator) < int(denominator) else match[0]
+
+
+def _repeating(match: re.Match) -> str:
+    return f"({match[1] or 0}.{match[2] or 0}+{int(match[3])}/({10 ** len(match[3]) - 1}*10^{len(match[2])}))"
+
+
 class _Parser:
     """Operator precedence over tokens; evaluates as it reads."""
 
     def __init__(self, text: str, trial: int) -> None:
-        text = text.rstrip()
-        if len(text) > _MAX_CHARACTERS:
-            raise Unbounded("too long")
-        self.tokens: list[tuple[str, str]] = []
-        position = 0
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None or len(self.tokens) >= _MAX_TOKENS:
-                raise Unsupported(f"cannot read {text[position : position + 8]!r}")
-            self.tokens.append((match.lastgroup or "", match.group(match.lastgroup or 0)))
-            position = match.end()
-        self.position, self.depth, self.trial = 0, 0, trial
+        self.tokens, self.position, self.depth, self.trial = _tokens(text), 0, 0, trial
         self.variables: set[str] = set()
         self.in_bars = self.in_function = False
 
@@ -155,23 +177,16 @@ class _Parser:
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise Unbounded("too deep")
-        if self.peek() in ("+", "-"):
-            sign = 1 if self.take() == "+" else -1
-            value = sign * self.expression(max(binding, _PRODUCT))
-        else:
-            value = self.atom()
+        signs = {"+": 1, "-": -1}
+        value = signs[self.take()] * self.expression(max(binding, _PRODUCT)) if self.peek() in signs else self.atom()
         while token := self.peek():
             if token in ("^", "**"):
                 self.take()
                 value = self.raised(value)
-            elif token == "!":
-                self.take()
-                value = _factorial(value)
-            elif token == "%":
-                self.take()
-                value = value / 100
-            elif binding <= _ADDITION and token in ("+", "-"):
-                value = value + (1 if self.take() == "+" else -1) * self.expression(_PRODUCT)
+            elif token in ("!", "%"):
+                value = _factorial(value) if self.take() == "!" else value / 100
+            elif binding <= _ADDITION and token in signs:
+                value = value + signs[self.take()] * self.expression(_PRODUCT)
             elif binding <= _PRODUCT and token in _TIMES:
                 self.take()
                 value = value * self.expression(_FACTOR)
@@ -190,26 +205,18 @@ class _Parser:
         return value
 
     def starts_factor(self) -> bool:
-        token = self.peek()
-        return self.kind() in ("number", "name", "command") or token in "({[" or (token == "|" and not self.in_bars)
+        return self.peek() in "({[" or (self.peek() == "|" and not self.in_bars) or self.kind() != "symbol"
 
     def raised(self, base: Value) -> Value:
         if self.peek() == "\\circ":  # degrees, which are a unit outside of functions
             self.take()
             return base * MP.pi / 180 if self.in_function else base
-        exponent = self.expression(_POWER) if self.peek() in ("+", "-") else self.script()
-        return _power(base, exponent)
+        return _power(base, self.expression(_POWER) if self.peek() in ("+", "-") else self.script())
 
     def script(self) -> Value:
-        """{…} or what binds tightest: x^10, x^{n+1}, 2^{2^n}, x^2!"""
+        """{…} or what binds tightest: x^10, x^{n+1}, 2^{2^n}"""
         value = self.atom()
         return self.raised(value) if self.peek() in ("^", "**") and self.take() else value
-
-    def group(self, opening: str) -> Value:
-        self.take(opening)
-        value = self.expression(_ADDITION)
-        self.take(_CLOSING[opening])
-        return value
 
     def argument(self) -> Value:
         r"""{…} or one digit, as LaTeX reads \frac12."""
@@ -225,22 +232,17 @@ class _Parser:
 
     def atom(self) -> Value:
         token, kind = self.peek(), self.kind()
-        if kind == "number":
-            return self.number()
-        if kind == "name":
-            return self.variable()
-        if kind == "command":
-            return self.command()
-        if token in ("(", "{", "["):
-            outer, self.in_bars = self.in_bars, False
-            value = self.group(token)
+        if kind in ("number", "command"):
+            return self.number() if kind == "number" else self.command()
+        if kind in ("name", "object", "call"):
+            return self.unknown(kind)
+        if token in ("(", "{", "[") or (token == "|" and not self.in_bars):
+            outer, self.in_bars = self.in_bars, token == "|"
+            self.take()
+            value = self.expression(_ADDITION)
+            self.take(_CLOSING[token])
             self.in_bars = outer
-            return value
-        if token == "|" and not self.in_bars:
-            self.in_bars = True
-            value = abs(self.group("|"))
-            self.in_bars = False
-            return value
+            return abs(value) if token == "|" else value
         raise Unsupported(f"unexpected {token!r}")
 
     def number(self) -> Value:
@@ -248,49 +250,17 @@ class _Parser:
         mantissa, _, exponent = text.partition("e")
         if len(mantissa) > _MAX_DIGITS or len(exponent) > 6:
             raise Unbounded("number too long")
-        value = MP.mpf(text)
-        ahead = [token for _, token in self.tokens[self.position : self.position + 7]]
-        if (
-            ahead[:2] == ["\\overline", "{"]
-            and "." in text
-            and len(ahead) > 3
-            and ahead[2].isdigit()
-            and ahead[3] == "}"
-        ):
-            self.position += 4  # 0.1\overline{6}: the period over 9…9, shifted behind the digits before it
-            return value + MP.mpf(int(ahead[2])) / ((10 ** len(ahead[2]) - 1) * 10 ** len(mantissa.partition(".")[2]))
-        if mantissa.isdigit() and len(ahead) > 2 and ahead[1] == "/" and ahead[0].isdigit() and ahead[2].isdigit():
-            self.position += 3  # 1 1/2, but not 11 6/6
-            if int(ahead[0]) >= int(ahead[2]):
-                raise Unsupported("two numbers in a row")
-            return value + MP.mpf(ahead[0]) / MP.mpf(ahead[2])
-        braced = (
-            len(ahead) > 6 and ahead[1] + ahead[3] + ahead[4] + ahead[6] == "{}{}" and (ahead[2] + ahead[5]).isdigit()
-        )
-        if mantissa.isdigit() and ahead[:1] == ["\\frac"] and (braced or (len(ahead) > 1 and ahead[1].isdigit())):
-            return value + self.command()  # 1\frac{1}{2}
-        return value
+        return MP.mpf(text)
 
-    def variable(self) -> Value:
-        name = self.take()
-        if name in ("e", "i") and self.peek() != "_":
+    def unknown(self, kind: str) -> Value:
+        r"""e, i, or an unknown. \angle ABC is one for its whole name, CBA the same; neither is a product of letters."""
+        name = re.sub(r"[\s{}]", "", self.take())
+        if name in ("e", "i"):
             return +MP.e if name == "e" else MP.mpc(0, 1)
-        if name in ("f", "g", "h", "F", "P") and self.peek() == "(":  # f(2) is another unknown than f(3)
-            call = [token for _, token in self.tokens[self.position : self.position + 3]]
-            if call[2:] != [")"]:
-                raise Unsupported("function call")
-            self.position += 3
-            name += "".join(call)
-        return self.symbol(name)
-
-    def symbol(self, name: str) -> Value:
-        if self.peek() == "_":
-            self.take()
-            depth, parts = 0, []
-            while not parts or depth:  # {…} or one token
-                parts.append(self.take())
-                depth += {"{": 1, "}": -1}.get(parts[-1], 0)
-            name += "_" + "".join(parts).strip("{}")
+        if kind == "object":
+            command, letters = re.fullmatch(r"(\\[a-z]+?)([A-Z0-9].*|[a-z]'*)", name).groups()  # type: ignore[union-attr]
+            ordered = sorted(letters) if command in ("\\triangle", "\\overline") else letters
+            name = command + "".join(min(letters, letters[::-1]) if command == "\\angle" else ordered)
         self.variables.add(name)
         return _point(name, self.trial)
 
@@ -302,56 +272,34 @@ class _Parser:
         if name == "\\binom":
             return MP.binomial(self.argument(), self.argument())
         if name == "\\sqrt":
-            degree = self.group("[") if self.peek() == "[" else MP.mpf(2)
+            degree = self.atom() if self.peek() == "[" else MP.mpf(2)
             return _root(self.atom(), degree)  # \sqrt 23 is what people write for the root of 23
         if name in ("\\pi", "\\infty"):
             return +MP.pi if name == "\\pi" else MP.inf
         if name in _FUNCTIONS:
             return self.function(name)
-        if name in _GREEK:
-            return self.symbol(name)
-        if name in _OBJECTS:
-            return self.named_object(name)
         raise Unsupported(f"command {name}")
-
-    def named_object(self, name: str) -> Value:
-        r"""\angle 1, \angle ABC, \vec{a}: one variable; a value for its whole name, not a product of letters."""
-        braced = self.peek() == "{"
-        start = self.position + braced
-        self.position = start
-        while self.kind() == "name" or (self.kind() == "number" and self.position == start):
-            self.position += 1
-        if self.position == start:
-            raise Unsupported(f"{name} of nothing")
-        letters = [token for _, token in self.tokens[start : self.position]]
-        if name in ("\\triangle", "\\overline"):
-            letters = sorted(letters)
-        elif name == "\\angle":  # ABC is CBA
-            letters = min(letters, letters[::-1])
-        if braced:
-            self.take("}")
-        return self.symbol(name + "".join(letters))
 
     def function(self, name: str) -> Value:
         outer, self.in_function = self.in_function, name not in _LOGARITHMS
         base = exponent = None
         if name == "\\log" and self.peek() == "_":
             self.take()
-            base = self.argument() if self.kind() == "number" else self.atom()
+            base = self.argument()
         if self.peek() == "^":
             self.take()
-            exponent = self.script() if self.peek() != "-" else None
-            if exponent is None:
+            if self.peek() == "-" or self.tokens[self.position + 1 :][:1] == [("symbol", "-")]:
                 raise Unsupported("inverse function")
+            exponent = self.script()
         if self.peek() in ("(", "{"):
-            value = self.expression(_POWER + 1) if self.peek() == "{" else self.atom()
+            value = self.atom()
+            if self.in_function and [token for _, token in self.tokens[self.position :][:2]] == ["^", "\\circ"]:
+                self.position += 1
+                value = self.raised(value)
         else:
             value = self.expression(_POWER)
-            while self.kind() in ("number", "name") or self.peek() in _GREEK or self.peek() == "\\pi":
+            while self.kind() in ("number", "name") or self.peek() == "\\pi":  # \sin 2x
                 value = value * self.expression(_POWER)
-        if self.in_function and self.peek() == "^" and self.tokens[self.position + 1 :][:1] == [("command", "\\circ")]:
-            self.position += 2
-            value = value * MP.pi / 180
         self.in_function = outer
         if abs(value) > 1e6 and name not in _LOGARITHMS:
             raise Unbounded("argument too large")
