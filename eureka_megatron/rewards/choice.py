@@ -18,7 +18,7 @@ _MORE_OPTIONS = re.compile(r"(?<![A-Za-z\\])[(\[]?([A-Z])\s*[.:)]\s")
 _PREFIXED = re.compile(
     r"(?:(?:answer|option|choice|choose|select|pick)s?\s*(?:is|are|would be|should be)?|答案|选择|选项|故选|应选|选|為|为|是)"
     r"\s*[:]?\s*(?:option\s+|choice\s+|选项?|是|为)*\s*[(\[]?\s*([A-Za-z])\s*[)\]]?(?![A-Za-z\d'])"
-    r"((?:\s*(?:,|&|and\b|or\b|和|或|\s)+\s*[(\[]?[B-Z][)\]]?(?![A-Za-z\d']))*)",
+    r"((?:\s*(?:,|;|&|and\b|or\b|和|或|\s)+\s*[(\[]?[B-Z][)\]]?(?![A-Za-z\d']))*)",
     re.IGNORECASE,
 )
 _PREFIXED_JOINED = re.compile(

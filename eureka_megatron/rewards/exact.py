@@ -22,14 +22,18 @@ from eureka_megatron.rewards.expression import Unbounded, Unsupported
 _SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
 _LOOSE_SEPARATOR = re.compile(r"[;]|,(?!\d{3}(?!\d))|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
 _CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.和与及]|and)+")
-_PART = re.compile(r"\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)|([\u2460-\u2469])|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)")
-_NUMERALS = ("i", "ii", "iii", "iv", "v")
+_PART = re.compile(
+    r"(?:(?i:part)\s*|第\s*)?\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)(?:小?[问题])?|([\u2460-\u2469])|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)"
+)
+_ORDERS = ("123456789", "abcde", ("i", "ii", "iii", "iv", "v"), "①②③④⑤⑥⑦⑧⑨")
 _RELATION = re.compile(
     r"\\leq|\\geq|\\neq|(?<![\\<>])[<>=]|\\(?:approx|equiv|sim|cong|parallel|perp|in|Rightarrow)(?![a-zA-Z])"
 )
 _REGION = re.compile(r"[<>\]\[]|\\(?:leq|geq|neq|cup|infty|in|mathbb)|R|real|实数")
 _FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
-_GEOMETRY = ("\\parallel", "\\perp", "\\sim", "\\cong")
+_GEOMETRY = {
+    "\\parallel": ("parallel", "平行"), "\\perp": ("perpendicular", "垂直"), "\\sim": ("similar", "相似"), "\\cong": ("congruent", "全等"),
+}  # fmt: skip
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat)\s*)?\{?\s*(?:[A-Za-z]{1,2}|[A-Z]{3,4}|\\[a-zA-Z]+)'*\s*\}?"
     r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?(?:\s*\(\s*[A-Za-z\d]{1,2}\s*\))?"
@@ -158,6 +162,8 @@ class Comparison:
         if text.same(gold, prediction):
             return True
         left, right = (text.split(side, _RELATION, keep=True) for side in (gold, prediction))
+        if len(right) == 3 and right[1] in _GEOMETRY and gold.casefold() in _GEOMETRY[right[1]]:
+            return True
         if len(left) == len(right) == 1:
             return self._quantities(gold, prediction)
         signs = set(left[1::2]) | set(right[1::2])
@@ -340,14 +346,15 @@ def _signed(item: str) -> list[str]:
 
 def parts(answer: str) -> list[str]:
     """The contents of (1) … (2) …, a) … b) …, ① … ② … when the text is so numbered from its start; otherwise nothing."""
-    marks = list(_PART.finditer(answer))
-    labels = [next(group for group in mark.groups() if group) for mark in marks]
-    orders = ("123456789", "abcde", _NUMERALS, "①②③④⑤⑥⑦⑧⑨")
-    if len(marks) < 2 or marks[0].start() or not any(labels == list(order[: len(labels)]) for order in orders):
-        return []
-    ends = [*(mark.start() for mark in marks[1:]), len(answer)]
-    pieces = [answer[mark.end() : end].strip(" ,;.:") for mark, end in zip(marks, ends, strict=True)]
-    return [re.sub(r"(?:,|;|\band\b)\s*$", "", piece).strip() for piece in pieces] if all(pieces) else []
+    for style in range(1, _PART.groups + 1):
+        marks = [mark for mark in _PART.finditer(answer) if mark.lastindex == style]
+        labels = [mark[style] for mark in marks]
+        if len(marks) < 2 or marks[0].start() or not any(labels == list(order[: len(labels)]) for order in _ORDERS):
+            continue
+        ends = [*(mark.start() for mark in marks[1:]), len(answer)]
+        pieces = [answer[mark.end() : end].strip(" ,;.:") for mark, end in zip(marks, ends, strict=True)]
+        return [re.sub(r"(?:,|;|\band\b)\s*$", "", piece).strip() for piece in pieces] if all(pieces) else []
+    return []
 
 
 def _opened(values: list[str]) -> list[str]:
@@ -414,8 +421,11 @@ def _is_named(side: str) -> bool:
 
 def _same_name(a: str, b: str) -> bool:
     a, b = (re.sub(r"[\s{}]", "", side) for side in (a, b))
-    return a == b or (
-        sorted((a, b))[1] == "y" and bool(re.fullmatch(r"[a-z]\(x\)", min(a, b, key=lambda side: side == "y")))
+    x, y = sorted((a, b), key=len)
+    return (
+        a == b
+        or (x in "xyzt" and y.partition("_")[0] == x)
+        or (sorted((a, b))[1] == "y" and bool(re.fullmatch(r"[a-z]\(x\)", min(a, b, key=lambda side: side == "y"))))
     )
 
 

@@ -13,6 +13,7 @@ formula), never alternatives the response hedges between: those stay together as
 import re
 
 from eureka_megatron.rewards import units
+from eureka_megatron.rewards.exact import parts
 from eureka_megatron.rewards.normalise import balanced, canonical
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
@@ -44,6 +45,7 @@ _NOT_BUT = re.compile(
 _BECAUSE = re.compile(
     r"[\s,;(]*(?:\b(?:because|since|as|which|where|for|so that|when)\b|因为|由于|理由).*$", re.IGNORECASE
 )
+_VERDICT = re.compile(r"^(yes|no|true|false|correct|incorrect)\b[,.;]", re.IGNORECASE)
 _ASIDE = re.compile(r"(?<=[\w}\])%])\s+\((?!.*(?:\bor\b|或|[<>=]|\\[lgn]eq))[^()]*[A-Za-z\u4e00-\u9fff][^()]*\)$")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|can't|except|without|wrong|incorrect|false|untrue)\b|n't\b"
@@ -56,14 +58,16 @@ _OPENING = re.compile(
     r"^(?:(?:so|thus|hence|therefore|then|finally|consequently|answer|final answer|(?:it|that|they)(?:'s|'re)?|this|we|choose|about|approximately|roughly|only|just|"
     r"the (?:point|points|interval|set|coordinates?|vector|line|ratio|equation|number|value|values|solution|solutions|answer|answers|roots?|range)|"
     r"(?:point|interval|coordinates?|vector|line|ratio))\s*(?:of\s+)?[,:]?\s+"
-    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
+    r"|(?:on|at|a total of)\s+"
+    r"|(?:此|该|原)?(?:方程组?|不等式组?)(?=无|有)"
+    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
     r"|\\approx\s*|=\s*|\\Rightarrow\s*)(?=\S)", re.IGNORECASE,
 )  # fmt: skip
 _LEAD_INS = (
     re.compile(r"^.*?(?<![A-Za-z])(?:is|are|was|were|equals?|be|becomes?|get|gets|have|has|obtain|gives?|yields?|choose|find|need|takes?|costs?|by)(?:\s+equal\s+to|\s+to)?\s*:?\s+(?=\S)", re.IGNORECASE),
     re.compile(r"^.*?[A-Za-z\u4e00-\u9fff)]\s*:\s*(?=\S)"),
     re.compile(r"^.*?(?:答案|结果|解得|求得|得到|可得|得出|因此|所以|故选|应选|故|得|解)(?:应该|应)?(?:是|为|等于|选)?\s*[:,]?\s*(?=\S)"),
-    re.compile(r"^.*(?:等于|为|是|共有?|需要?|有)\s*:?\s*(?=\S)"),
+    re.compile(r"^.*(?:等于|为|是|共有?|需要?|有|随.*而)\s*:?\s*(?=\S)"),
 )  # fmt: skip
 
 
@@ -171,7 +175,10 @@ def _peeled(text: str) -> list[str]:
         if match is None or match.end() >= len(rest) or _NEGATION.search(rest[: match.end()]):
             break
         rest = rest[match.end() :]
-    return [*found, _ASIDE.sub("", rest)]
+    found += [_ASIDE.sub("", rest), *(_VERDICT.findall(text)[:1])]
+    if pieces := parts(text):
+        found.append("; ".join(f"({number}) {_peeled(piece)[-1]}" for number, piece in enumerate(pieces, 1)))
+    return found
 
 
 def _unique(texts: list[str]) -> list[str]:

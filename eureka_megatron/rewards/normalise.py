@@ -66,17 +66,25 @@ _LATEX = [
 _TEXT = re.compile(
     r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|mathrm|mbox|hbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+_POWERS = {"thousand": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
 # Spellings without one.
 _PLAIN = [
     (re.compile(r"(?<=\d)\s*\n\s*(?=\d)"), ", "),
     (re.compile(r"\.{3,}"), r"\\ldots "),
-    (re.compile(r"(?<![\\\w^}])\{(\s*[a-zA-Z]\s*\|[^{}]*)\}"), r"\\{\1\\}"),
+    (re.compile(r"(?<![\\\w^}])\{(\s*[a-zA-Z]\s*[|:][^{}]*)\}"), r"\\{\1\\}"),
     (re.compile(r"<=|=<"), r"\\leq "),
     (re.compile(r">="), r"\\geq "),
     (re.compile(r"!="), r"\\neq "),
     (re.compile(r"(?<![A-Za-z])per cent(?![A-Za-z])"), "percent"),
     (re.compile(r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|cot|ln|log|lg|exp|pi|arcsin|arccos|arctan)(?![a-zA-Z])"), r"\\\1 "),
-    (re.compile(r"(?<=[A-Z])\s*//\s*(?=[A-Z])"), r"\\parallel "),
+    (re.compile(r"(?<=[A-Z])\s*(?://|\|\|| is parallel to |平行于)\s*(?=[A-Z])"), r"\\parallel "),
+    (re.compile(r"(?<=[A-Z])\s*(?: is perpendicular to |垂直于)\s*(?=[A-Z])"), r"\\perp "),
+    (re.compile(r"([A-Z]{2})\s*[与和]\s*([A-Z]{2})\s*(?:互相)?(平行|垂直)"), lambda m: f"{m[1]}\\{'parallel' if m[3] == '平行' else 'perp'} {m[2]}"),
+    (re.compile(r"^(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)$"), r"\1:\2"),
+    (re.compile(r"百分之(\d+(?:\.\d+)?)"), r"\1%"),
+    (re.compile(r"(?<=\d)又(?=\d|\\frac)"), " "),
+    (re.compile(r"每([\u4e00-\u9fff]{1,2})(\d+(?:\.\d+)?)\s*([\u4e00-\u9fff]{1,3})"), r"\2\3/\1"),
+    (re.compile(r"(?<=\d)\s*(万|亿|thousand|million|billion)(?![a-z])"), lambda m: f"\\times 10^{{{_POWERS[m[1]]}}} "),
     (re.compile(r"(?<=[\d}])\s*\^?\s*\{?\s*(?<=[\d\s{^}])(?:st|nd|rd|th)(?![a-zA-Z])\s*\}?"), " "),  # 12^{th}, 3rd
     (re.compile(r"(\d+)\s*\^\s*\\circ\s*(\d+)\s*'(?:\s*(\d+)\s*'')?"), lambda m: f"({m[1]}+{m[2]}/60+{m[3] or 0}/3600)^\\circ "),
     (re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d,.])"), lambda m: m[1].replace(".", "") + "." + m[2]),  # 1.234,56
