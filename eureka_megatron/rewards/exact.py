@@ -59,14 +59,15 @@ class Comparison:
 
     def __init__(self, otherwise: Otherwise, *, rounded: bool = False, converted: bool = False) -> None:
         self.otherwise, self.rounded, self.converted = otherwise, rounded, converted
+        self.why = ""
 
     def equal(self, gold: str, prediction: str) -> bool:
         """Whether both say the same. Raises Unbounded for what nobody should try to compute."""
         if text.same(gold, prediction):
             return True
-        for view in (self._circled, self._parts, self._regions, self._solutions):
-            verdict = view(gold, prediction)
-            if verdict is not None:
+        for view, why in self._views:
+            if (verdict := view(self, gold, prediction)) is not None:
+                self.why = self.why or why
                 return verdict
         return self._lists(gold, prediction)
 
@@ -156,6 +157,17 @@ class Comparison:
         values = [_DECIMAL_COMMA.sub(r"\1.\2", units.split(side)[0]) for side in (gold, prediction)]
         return all(re.fullmatch(r"-?\d+\.\d+", value) for value in values) and self._values(*values)
 
+    _views = (
+        (_circled, "by the numbers picked"),
+        (_parts, "part by part"),
+        (_regions, "as sets of numbers"),
+        (_solutions, "as values of unknowns"),
+    )
+
+    def _no(self, why: str) -> bool:
+        self.why = why
+        return False
+
     # --- one thing ---
 
     def _single(self, gold: str, prediction: str) -> bool:
@@ -179,7 +191,7 @@ class Comparison:
                 return False
             constants = [side for side in sides if expression.is_constant(side)]
             if any(not self._values(side, constants[0]) for side in constants[1:]):
-                return False  # 2*3 = 5 states something false
+                return self._no("it states something false")  # 2*3 = 5
             return self._quantities(gold[0], sides[-1]) or (
                 not _is_named(sides[0]) and self._quantities(gold[0], sides[0])
             )
@@ -231,13 +243,12 @@ class Comparison:
             return True
         bases = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
         if any(base and base[1].isalnum() and base[1][0].isdigit() for base in bases):
-            return all(bases) and _same_base(*bases)  # a dropped base is another number
+            return (all(bases) and _same_base(*bases)) or self._no("another number base, or none")
         if (structure := self._structures(gold, prediction)) is not None:
             return structure
         (gold_value, gold_unit), (value, unit) = units.split(gold), units.split(prediction)
         if not self._same_units(gold_unit, unit):
-            # 3m against m*3: the letter was no unit
-            return (gold_unit is None) != (unit is None) and self._known(gold, prediction)
+            return self._no("another unit")
         percent = units.unit("%")
         if (
             percent in (gold_unit, unit) and gold_unit != unit
@@ -252,9 +263,8 @@ class Comparison:
             return text.same_words(gold_value, value)
         if (gold_unit or unit) and (structure := self._structures(gold_value, value)) is not None:
             return structure
-        return self._values(gold_value, value) or (
-            (gold_unit is None) != (unit is None) and self._known(gold, prediction)
-        )
+        # 3m against m*3: the letter was no unit.
+        return self._values(gold_value, value) or (gold_unit != unit and self._known(gold, prediction))
 
     def _same_units(self, gold: units.Unit | None, unit: units.Unit | None) -> bool:
         """A missing unit is forgiven."""

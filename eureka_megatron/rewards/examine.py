@@ -12,6 +12,7 @@ from eureka_megatron.rewards.exact import Comparison
 from eureka_megatron.rewards.expression import Unbounded, Unsupported
 
 _MAX_GOLD_CHARACTERS = 1200
+_MAX_QUESTIONS = 6  # to math-verify for one answer: a list is compared item by item
 _MAX_ANSWER_CHARACTERS = 20_000  # whoever writes more between the answer tags gives no answer
 
 
@@ -59,27 +60,20 @@ def compare(gold: str, prediction: str, rounded: bool = False, converted: bool =
     """Whether two canonical answers are equal."""
     if text.same(gold, prediction):
         return Verdict(True, "text", f"{prediction} is {gold}")
-    asked: list[str] = []
+    asked: list[str | None] = []
 
     def otherwise(left: str, right: str) -> bool:
-        asked.append(symbolic.objection(left, right) or "")
+        asked.append(symbolic.objection(left, right))
         return len(asked) <= _MAX_QUESTIONS and symbolic.agrees(left, right)
 
+    comparison = Comparison(otherwise, rounded=rounded, converted=converted)
     try:
-        right = len(prediction) <= _MAX_GOLD_CHARACTERS and Comparison(
-            otherwise, rounded=rounded, converted=converted
-        ).equal(gold, prediction)
+        right = len(prediction) <= _MAX_GOLD_CHARACTERS and comparison.equal(gold, prediction)
     except Unbounded as error:
         return Verdict(False, "exact", str(error))
-    stage = "math-verify" if asked else "exact"
-    return Verdict(
-        right,
-        stage,
-        f"{prediction} is {'' if right else 'not '}{gold}" + "".join(f" ({why})" for why in asked[:1] if why),
-    )
-
-
-_MAX_QUESTIONS = 6  # math-verify may be asked for one answer: a list is compared item by item
+    why = comparison.why or next(filter(None, asked), None)
+    said = f"{prediction} is {'' if right else 'not '}{gold}{f' ({why})' if why else ''}"
+    return Verdict(right, "math-verify" if asked else "exact", said)
 
 
 def parseable_gold(answer: object) -> bool:
