@@ -42,6 +42,7 @@ _NAMES = re.compile(
     r"(?:\\(?:frac|angle|triangle|sin|cos|tan|overline|overrightarrow|vec|widehat|[a-z]+)(?![a-z])|[A-Za-z]'*|[|(){}+:/,\s-])+"
 )
 _WORDS = re.compile(r"[A-Za-z\s\u4e00-\u9fff\\']+")
+_CURVE = re.compile(r"(?=.*x)(?=.*y).*[xyz]\)?\s*\^.*")  # x^2+y^2=1 gives no value
 _FUNCTION_CALL = re.compile(r"(?<![A-Za-z])[A-Za-z](?:_\{?\w+\}?)?\s*\([^()]*\)|\\angle\s*\d|_\s*(?:\{[^{}]*\}|\w)")
 _POINT_NAME = re.compile(r"^(?:\\(?:vec|overrightarrow)\s*)?\{?[A-Za-z]{1,2}\}?'*(?:_\{?\w\}?)?\s*=?\s*(?=[(\[])")
 _MATRIX = re.compile(r"\\begin\{([pvV])matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}", re.DOTALL)
@@ -187,7 +188,9 @@ class Comparison:
 
     def _equations(self, gold: list[str], sides: list[str], whole: tuple[str, str]) -> bool:
         if len(gold) == 1:
-            if any(text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1]):
+            if _CURVE.fullmatch(sides[0]) or any(
+                text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1]
+            ):
                 return False
             constants = [side for side in sides if expression.is_constant(side)]
             if any(not self._values(side, constants[0]) for side in constants[1:]):

@@ -194,8 +194,8 @@ class _Parser:
                 self.take()
                 value = value / self.expression(_FACTOR)
             elif binding <= _PRODUCT and self.starts_factor():
-                if self.kind() == "number" and self.tokens[self.position - 1][0] == "number":
-                    raise Unsupported("two numbers in a row")
+                if self.kind() == "number" and self.tokens[self.position - 1][0] in ("number", "name"):
+                    raise Unsupported("a number behind a number or a name")  # 1 2 is no product, x2 may be a power
                 value = value * self.expression(_POWER)
             else:
                 break

@@ -82,6 +82,7 @@ _PLAIN = [
     (re.compile(r"([A-Z]{2})\s*[与和]\s*([A-Z]{2})\s*(?:互相)?(平行|垂直)"), lambda m: f"{m[1]}\\{'parallel' if m[3] == '平行' else 'perp'} {m[2]}"),
     (re.compile(r"^(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)$"), r"\1:\2"),
     (re.compile(r"百分之(\d+(?:\.\d+)?)"), r"\1%"),
+    (re.compile(r"(?<=\d)\s*([mcdk]?m)([23])(?!\w)"), r" \1^\2"),  # 12cm2
     (re.compile(r"(?<=\d)又(?=\d|\\frac)"), " "),
     (re.compile(r"每([\u4e00-\u9fff]{1,2})(\d+(?:\.\d+)?)\s*([\u4e00-\u9fff]{1,3})"), r"\2\3/\1"),
     (re.compile(r"(?<=\d)\s*(万|亿|thousand|million|billion)(?![a-z])"), lambda m: f"\\times 10^{{{_POWERS[m[1]]}}} "),
