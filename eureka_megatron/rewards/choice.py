@@ -18,7 +18,7 @@ _MORE_OPTIONS = re.compile(r"(?<![A-Za-z\\])[(\[]?([A-Z])\s*[.:)]\s")
 _PREFIXED = re.compile(
     r"(?:(?:answer|option|choice|choose|select|pick)s?\s*(?:is|are|would be|should be)?|答案|选择|选项|故选|应选|选|為|为|是)"
     r"\s*[:]?\s*(?:option\s+|choice\s+|选项?|是|为)*\s*[(\[]?\s*([A-Za-z])\s*[)\]]?(?![A-Za-z\d'])"
-    r"((?:\s*(?:,|;|&|and\b|or\b|和|或|\s)+\s*[(\[]?[B-Z][)\]]?(?![A-Za-z\d']))*)",
+    r"((?:\s*(?:,|;|&|and\b|or\b|和|或|\s)+\s*[(\[]?(?:[B-Z]|A(?=\s*(?:[,.;)]|$)))[)\]]?(?![A-Za-z\d']))*)",
     re.IGNORECASE,
 )
 _PREFIXED_JOINED = re.compile(
@@ -33,6 +33,8 @@ _NEGATION = re.compile(
     r"\b(?:not|no|none|neither|nor|wrong|incorrect|false|except|cannot|isn't|aren't|never)\b|n't\b|不|错|非|无",
     re.IGNORECASE,
 )
+_CLAUSE = re.compile(r"[,;.]\s*(?!\d)|\bbut\b|\bso\b")
+_WHILE = re.compile(r"[,;]?\s*\b(?:while|whereas)\b.*$", re.IGNORECASE)
 _LETTERS = re.compile(r"[A-Za-z]")
 _ANSWER_LIMIT = 2000
 
@@ -62,15 +64,16 @@ def _from_sentence(text: str) -> frozenset[str] | None:
         return frozenset(match[2]) if not _NEGATION.search(text[: match.end()]) else None
     named: set[str] = set()
     for match in _PREFIXED.finditer(text):
-        if _NEGATION.search(text[: match.end()]) or _RULED_OUT.match(text, match.end()):
+        if _NEGATION.search(_CLAUSE.split(text[: match.end()])[-1]) or _RULED_OUT.match(text, match.end()):
             return None
         if not _ARTICLE_AHEAD.match(text, match.start(1)):  # "the answer is a triangle" names no option
             further = re.sub(r"\b(?:and|or)\b", " ", match[2], flags=re.IGNORECASE)
             named |= {match[1].upper(), *(letter.upper() for letter in _LETTERS.findall(further))}
     if named:
         return frozenset(named)
-    if _NEGATION.search(text):
+    if any(_NEGATION.search(clause) for clause in _CLAUSE.split(_WHILE.sub("", text))):
         return None
+    text = _WHILE.sub("", text)
     articles = {match.start() for match in _ARTICLE.finditer(text)}
     standing = {match[1] for match in _STANDALONE.finditer(text) if match.start() not in articles and match[1] != "I"}
     return frozenset(standing) if len(standing) == 1 else None

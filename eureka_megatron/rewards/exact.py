@@ -23,7 +23,8 @@ _SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与
 _LOOSE_SEPARATOR = re.compile(r"[;]|,(?!\d{3}(?!\d))|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
 _CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.和与及]|and)+")
 _PART = re.compile(
-    r"(?:(?i:part)\s*|第\s*)?\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)(?:小?[问题])?|([\u2460-\u2469])|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)"
+    r"(?<![A-Za-z_^])(?<!\\sqrt )(?:(?i:part)\s*|第\s*)?\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)(?:小?[问题])?|([\u2460-\u2469])"
+    r"|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)|(?i:part|question)\s*([1-9a-e])\s*[:.]"
 )
 _ORDERS = ("123456789", "abcde", ("i", "ii", "iii", "iv", "v"), "①②③④⑤⑥⑦⑧⑨")
 _RELATION = re.compile(
@@ -36,17 +37,24 @@ _GEOMETRY = {
 }  # fmt: skip
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat)\s*)?\{?\s*(?:[A-Za-z]{1,2}|[A-Z]{3,4}|\\[a-zA-Z]+)'*\s*\}?"
-    r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?(?:\s*\(\s*[A-Za-z\d]{1,2}\s*\))?"
+    r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|\w))?(?:\s*\(\s*[A-Za-z\d]{1,2}\s*\))?"
 )
 _NAMES = re.compile(
     r"(?:\\(?:frac|angle|triangle|sin|cos|tan|overline|overrightarrow|vec|widehat|[a-z]+)(?![a-z])|[A-Za-z]'*|[|(){}+:/,\s-])+"
 )
 _WORDS = re.compile(r"[A-Za-z\s\u4e00-\u9fff\\']+")
 _CURVE = re.compile(r"(?=.*x)(?=.*y).*[xyz]\)?\s*\^.*")  # x^2+y^2=1 gives no value
-_FUNCTION_CALL = re.compile(r"(?<![A-Za-z])[A-Za-z](?:_\{?\w+\}?)?\s*\([^()]*\)|\\angle\s*\d|_\s*(?:\{[^{}]*\}|\w)")
+_FUNCTION_CALL = re.compile(
+    r"(?<![A-Za-z])[A-Za-z](?:_\{?\w+\}?)?\s*\([^()]*\)|\\angle\s*\d|_\s*(?:\{[^{}]*\}|\w|\\triangle\s*[A-Z]+)"
+)
 _POINT_NAME = re.compile(r"^(?:\\(?:vec|overrightarrow)\s*)?\{?[A-Za-z]{1,2}\}?'*(?:_\{?\w\}?)?\s*=?\s*(?=[(\[])")
+_SET_NAME = re.compile(r"^[^=<>{}]*=\s*(?=\\\{)")
 _MATRIX = re.compile(r"\\begin\{([pvV])matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}", re.DOTALL)
-_BASE = re.compile(r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(\d+|[a-z]+)\s*\)?\s*\}?|\(?base (\w+)\)?)")
+_COLUMN = re.compile(r"^\\begin\{pmatrix\}((?:(?!\\begin|&).)*)\\end\{pmatrix\}$", re.DOTALL)
+_BASE = re.compile(
+    r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?(\d+|[a-z]+)\s*\)?\s*\}?|\(?\s*base\s*(\w+)\s*\)?)"
+)
+_DENIAL = re.compile(r"\b(?:not|never|cannot)\b|[不非]")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
 _CONDITION = re.compile(r"(?<=[\w)}\]])\s*(\([^()]*(?:<|>|\\leq|\\geq|\\neq)[^()]*\))$")
@@ -188,6 +196,8 @@ class Comparison:
 
     def _equations(self, gold: list[str], sides: list[str], whole: tuple[str, str]) -> bool:
         if len(gold) == 1:
+            if any(text.is_wordy(side) and _DENIAL.search(side) for side in sides):
+                return self._no("it is denied")
             if _CURVE.fullmatch(sides[0]) or any(
                 text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1]
             ):
@@ -287,6 +297,10 @@ class Comparison:
             return all(self._single(a, b) for a, b in zip(left, right, strict=True))
         if first and first[0] == "\\{" and second is None and "|" not in first[1]:
             return self._single(first[1], prediction)
+        if ("," in gold) != ("," in prediction):  # a column is a vector as (1,2) is
+            gold, prediction = (_COLUMN.sub(_as_tuple, side) for side in (gold, prediction))
+            if "," in gold and "," in prediction:
+                return self._structures(gold, prediction)
         matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
         if all(matrices):
             return (
@@ -359,10 +373,12 @@ def _signed(item: str) -> list[str]:
 
 def parts(answer: str) -> list[str]:
     """The contents of (1) … (2) …, a) … b) …, ① … ② … when the text is so numbered from its start; otherwise nothing."""
-    for style in range(1, _PART.groups + 1):
-        marks = [mark for mark in _PART.finditer(answer) if mark.lastindex == style]
-        labels = [mark[style] for mark in marks]
-        if len(marks) < 2 or marks[0].start() or not any(labels == list(order[: len(labels)]) for order in _ORDERS):
+    for style, order in itertools.product(range(1, _PART.groups + 1), _ORDERS):
+        marks: list[re.Match[str]] = []
+        for mark in _PART.finditer(answer):
+            if mark.lastindex == style and len(marks) < len(order) and mark[style] == order[len(marks)]:
+                marks.append(mark)
+        if len(marks) < 2 or marks[0].start():
             continue
         ends = [*(mark.start() for mark in marks[1:]), len(answer)]
         pieces = [answer[mark.end() : end].strip(" ,;.:") for mark, end in zip(marks, ends, strict=True)]
@@ -372,8 +388,12 @@ def parts(answer: str) -> list[str]:
 
 def _opened(values: list[str]) -> list[str]:
     r"""\{1,2\} as 1, 2: the braces of a set may be missing."""
-    inner = text.bracketed(values[0]) if len(values) == 1 else None
+    inner = text.bracketed(_SET_NAME.sub("", values[0])) if len(values) == 1 else None
     return items(inner[1]) if inner and inner[0] == "\\{" and "|" not in inner[1] else values
+
+
+def _as_tuple(column: re.Match) -> str:
+    return "(" + ",".join(cell.strip() for cell in column[1].strip(" \\").split("\\\\")) + ")"
 
 
 def _elements(item: str) -> list[str]:
@@ -384,10 +404,18 @@ def _elements(item: str) -> list[str]:
 def _assignments(pieces: list[str]) -> list[dict[str, str]]:
     """Values by unknown, a new solution where an unknown comes again; empty when an item assigns nothing.
 
+    Subscripts that only count (m_1=11, m_2=3) say nothing; those of a_1=2, a_5=10 do.
+
     x=1, y=2 and x_1=1, y_1=2, x_2=3, y_2=4 and (a,b)=(2,9) and x=1, x=3 (two solutions)
     """
     found: list[dict[str, str]] = [{}]
     names: list[str] = []
+    subscripts = set(re.findall(r"_\s*\{?\s*(\d)(?!\d)", " ".join(pieces)))
+    counting = (
+        ("", *sorted(subscripts))
+        if subscripts == set("123456789"[: len(subscripts)]) and len(subscripts) > 1
+        else ("",)
+    )
     for piece in pieces:
         inner = text.bracketed(piece)
         if inner and inner[0] == "(" and "=" in inner[1]:
@@ -405,7 +433,8 @@ def _assignments(pieces: list[str]) -> list[dict[str, str]]:
         for name, value in zip(names, values, strict=True):
             if not _NAME.fullmatch(name) or text.is_wordy(name):
                 return []
-            key = re.sub(r"^([xyzt])\s*_\s*(?:\{[^{}]*\}|\w)$", r"\1", name).replace(" ", "")
+            root, _, subscript = re.sub(r"[\s{}]", "", name).partition("_")
+            key = root if subscript in counting else f"{root}_{subscript}"
             if key in found[-1]:
                 found.append({})
             found[-1][key] = value

@@ -40,13 +40,14 @@ _OBJECTS = "angle|triangle|vec|overrightarrow|overline|hat|bar|widehat|odot|squa
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d{1,3}(?:[, ]\d{3})+(?!\d|[, ]\d{3})(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
     rf"|(?P<object>\\(?:{_OBJECTS})\s*(?:\{{\s*[A-Za-z0-9 ]+'*\s*\}}|[A-Z]+'*|[a-z](?![a-zA-Z])|\d))"
+    r"|(?P<count>[ACP]\s*_\s*\{?\d{1,3}\}?\s*\^\s*\{?\d{1,3}\}?)"  # of permutations and combinations
     r"|(?P<call>[fghFP]\(-?(?:\d+|[A-Za-z])\))"  # f(2) is another unknown than f(3)
-    rf"|(?P<name>(?:[A-Za-z]'*|\\(?:{_GREEK})(?![a-zA-Z]))(?:\s*_\s*(?:\{{[^{{}}]*\}}|\w))?)"
+    rf"|(?P<name>(?:[A-Za-z]'*|\\(?:{_GREEK})(?![a-zA-Z]))(?:\s*_\s*(?:\{{[^{{}}]*\}}|\d+|\w))?)"
     r"|(?P<command>\\[a-zA-Z]+)|(?P<symbol>\*\*|[-+*/^_(){}\[\]|!%]))"
 )
 # Mixed numbers as sums (but not 11 6/6), and 0.1\overline{6}: the period over 9…9, shifted behind the digits before it.
 _MIXED = re.compile(
-    r"(?<![\d.,)}^_])(?<!\d )(\d{1,3}(?:[, ]\d{3})+|\d+)\s*(?:\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))|\s(\d+)\s*/\s*(\d+))"
+    r"(?<![\d.,)}^_])(?<!\d )(\d{1,3}(?:[, ]\d{3})+|\d+)\s*(?:\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|\s(\d+)\s*/\s*(\d+))"
 )
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d{1,20})\s*\}")
 _FUNCTIONS: dict[str, Callable] = {
@@ -236,6 +237,9 @@ class _Parser:
             return self.number() if kind == "number" else self.command()
         if kind in ("name", "object", "call"):
             return self.unknown(kind)
+        if kind == "count":
+            n, k = map(int, re.findall(r"\d+", self.take()))
+            return MP.binomial(n, k) * (1 if token[0] == "C" else MP.factorial(k))
         if token in ("(", "{", "[") or (token == "|" and not self.in_bars):
             outer, self.in_bars = self.in_bars, token == "|"
             self.take()

@@ -19,10 +19,10 @@ from eureka_megatron.rewards.normalise import balanced, canonical
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
 _MAX_CHARACTERS = 4000
 _MARKUP = re.compile(
-    r"<br\s*/?>|</?(?:answer|b|p|i|strong|em|div|span|u)>|(?<![\w)\]}])\*\*(?=\S)|(?<=\S)\*\*(?![\w(\[{\\])|^#+\s",
+    r"【(?:最终)?(?:答案|解答|解析|分析|详解)】|<br\s*/?>|</?(?:answer|b|p|i|strong|em|div|span|u)>|(?<![A-Za-z0-9)\]}])\*\*(?=\S)|(?<=\S)\*\*(?![A-Za-z0-9(\[{\\])|^#+\s",
     re.IGNORECASE,
 )
-_BOX = re.compile(r"\\f?boxed?\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox|box)\s*\{")
 _CLOSER = {"$$": "$$", "$": "$", "\\(": "\\)", "\\[": "\\]"}
 _OPENER = re.compile(r"(?<!\\)(?:\$\$|\$|\\\(|\\\[)")
 _JOIN = re.compile(
@@ -45,7 +45,19 @@ _NOT_BUT = re.compile(
 _BECAUSE = re.compile(
     r"[\s,;(]*(?:\b(?:because|since|as|which|where|for|so that|when)\b|因为|由于|理由).*$", re.IGNORECASE
 )
-_VERDICT = re.compile(r"^(yes|no|true|false|correct|incorrect)\b[,.;]", re.IGNORECASE)
+_HEAD = re.compile(
+    r"^((?i:yes|no|true|false|correct|incorrect)(?=[,.;])|[\w.]+(?= (?:is|are|was|were|has|have) )|(?:[甲乙丙丁]|小[\u4e00-\u9fff])(?![和与、,或]))"
+)
+_COUNTED = re.compile(
+    r"(?<=[\d)}!])\s+(?:(?:(?:different|possible) )?(?:ways|outcomes|methods|arrangements|choices)|in all|in total|altogether)$|\s*[种个条人次名件只块张本天组对道位辆棵家项][\u4e00-\u9fff]*$"
+)
+_ORDINALS = dict(
+    zip(
+        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
+        range(1, 13),
+        strict=True,
+    )
+)
 _ASIDE = re.compile(r"(?<=[\w}\])%])\s+\((?!.*(?:\bor\b|或|[<>=]|\\[lgn]eq))[^()]*[A-Za-z\u4e00-\u9fff][^()]*\)$")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|can't|except|without|wrong|incorrect|false|untrue)\b|n't\b"
@@ -58,12 +70,13 @@ _OPENING = re.compile(
     r"^(?:(?:so|thus|hence|therefore|then|finally|consequently|answer|final answer|(?:it|that|they)(?:'s|'re)?|this|we|choose|about|approximately|roughly|only|just|"
     r"the (?:point|points|interval|set|coordinates?|vector|line|ratio|equation|number|value|values|solution|solutions|answer|answers|roots?|range)|"
     r"(?:point|interval|coordinates?|vector|line|ratio))\s*(?:of\s+)?[,:]?\s+"
-    r"|(?:on|at|a total of)\s+"
+    r"|(?:on|at|a total of|the(?=\s+\d))\s+"
     r"|(?:此|该|原)?(?:方程组?|不等式组?)(?=无|有)"
-    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
+    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|它们|两者|二者|仍然?|(?:该|这个|此)(?:说法|结论|命题|判断)|点?[A-Z]?在|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
     r"|\\approx\s*|=\s*|\\Rightarrow\s*)(?=\S)", re.IGNORECASE,
 )  # fmt: skip
 _LEAD_INS = (
+    re.compile(r"^.*[,;.]\s*(?:so|hence|thus|therefore|then)\b\s*,?\s*(?=\S)", re.IGNORECASE),
     re.compile(r"^.*?(?<![A-Za-z])(?:is|are|was|were|equals?|be|becomes?|get|gets|have|has|obtain|gives?|yields?|choose|find|need|takes?|costs?|by)(?:\s+equal\s+to|\s+to)?\s*:?\s+(?=\S)", re.IGNORECASE),
     re.compile(r"^.*?[A-Za-z\u4e00-\u9fff)]\s*:\s*(?=\S)"),
     re.compile(r"^.*?(?:答案|结果|解得|求得|得到|可得|得出|因此|所以|故选|应选|故|得|解)(?:应该|应)?(?:是|为|等于|选)?\s*[:,]?\s*(?=\S)"),
@@ -97,6 +110,11 @@ def settled(span: str) -> str:
     return _CONTRAST.sub("", text).strip() or text
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text, or the text."""
+    return [sentence.strip() for sentence in _SENTENCE.split(text) if sentence.strip()] or [text]
+
+
 def readings(span: str) -> list[str]:
     """Canonical readings of the final value, best first; empty when there is nothing to judge."""
     text = settled(span)
@@ -106,8 +124,7 @@ def readings(span: str) -> list[str]:
         return []
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     several = ", ".join(lines) if 1 < len(lines) < 9 and max(map(len, lines)) < 60 else ""
-    sentences = [sentence.strip() for sentence in _SENTENCE.split(text) if sentence.strip()]
-    statements = [text, several, sentences[-1] if len(sentences) > 1 else ""]
+    statements = dict.fromkeys([text, several, sentences(text)[-1]])
     found = [reading for statement in statements if statement for reading in _peeled(canonical(undelimited(statement)))]
     if segments := math_segments(text):
         last = _joined(text, segments)
@@ -172,11 +189,14 @@ def _peeled(text: str) -> list[str]:
         if rest != found[-1]:
             found.append(rest)
         match = _OPENING.match(rest) or next((m for lead_in in _LEAD_INS if (m := lead_in.match(rest))), None)
-        if match is None or match.end() >= len(rest) or _NEGATION.search(rest[: match.end()]):
+        if match is None or match.end() >= len(rest) or parts(rest) or _NEGATION.search(rest[: match.end()]):
             break
         rest = rest[match.end() :]
-    found += [_ASIDE.sub("", rest), *(_VERDICT.findall(text)[:1])]
-    if pieces := parts(text):
+    rest = tidy(rest)
+    found += [_ASIDE.sub("", rest), _COUNTED.sub("", rest)]
+    if (match := _HEAD.match(text)) and not _NEGATION.search(text[match.end() :]):
+        found.append(match[1])
+    if pieces := parts(rest):
         found.append("; ".join(f"({number}) {_peeled(piece)[-1]}" for number, piece in enumerate(pieces, 1)))
     return found
 
@@ -188,9 +208,15 @@ def _unique(texts: list[str]) -> list[str]:
 
 def tidy(text: str) -> str:
     """Without surrounding quotes, blanks, a closing full stop or an empty group."""
-    text = re.sub(r"^\\(?:displaystyle|therefore|boxed)(?![a-z])\s*", "", text.strip().strip('"`').strip(" '"))
+    text = re.sub(
+        r"^\\(?:displaystyle|therefore|boxed)(?![a-z])\s*",
+        "",
+        re.sub(r"^'(.*)'$", r"\1", text.strip().strip('"`').strip()),
+    )
     while text.endswith((".", "!", ";", ",", "\\\\", ":")) and not re.search(r"\d\s*!$", text):
         text = (text[:-2] if text.endswith("\\\\") else text[:-1]).rstrip()
+    if (number := _ORDINALS.get(text.casefold().removeprefix("the "))) is not None:
+        return str(number)
     while text.startswith("{") and balanced(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
     return text

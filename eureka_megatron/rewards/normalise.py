@@ -58,7 +58,8 @@ _LATEX = [
     (re.compile(rf"\\bot{_SUFFIX}"), r"\\perp "),
     (re.compile(rf"\\(?:bigtriangleup|vartriangle){_SUFFIX}|\\Delta(?=\s*[A-Z]{{3}})"), r"\\triangle "),
     (re.compile(r"\\%"), "%"),
-    (re.compile(r"\\dot\s*\{?\s*(\d)\s*\}?"), r"\\overline{\1}"),  # 0.\dot{3}
+    (re.compile(r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?"), lambda m: f"\\overline{{{m[1]}{m[2] or ''}{m[3] or ''}}}"),  # 0.\dot{3}
+    (re.compile(r"\^\s*\{?\s*(?:\\prime\s*)+\}?"), lambda m: "'" * m[0].count("prime")),
     (re.compile(r"\\overset\{[^{}]*\}|\\(?:label|tag)\{[^{}]*\}"), " "),
     (re.compile(rf"\^\s*\{{\s*\\circ\s*\}}|\\degree{_SUFFIX}|\{{\s*\^\s*\\circ\s*\}}"), r"^\\circ "),
     (re.compile(r"\\mathrm\s*\{\s*([a-zA-Z])\s*\}(?!\s*\^)|\\(?:mathbb|mathcal)\s*([RZNQC])"), lambda m: f" {m[1]} " if m[1] else f"\\mathbb{{{m[2]}}}"),
@@ -66,6 +67,8 @@ _LATEX = [
 _TEXT = re.compile(
     r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|mathrm|mbox|hbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+_LINE = r"(?<![A-Za-z\\\\])(?:[A-Z]{2,4}|[a-z](?:_\{?\d\}?)?)(?![A-Za-z])"
+_RELATIONS = {"平行": "parallel", "垂直": "perp", "相似": "sim", "全等": "cong"}
 _POWERS = {"thousand": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
 # Spellings without one.
 _PLAIN = [
@@ -77,9 +80,9 @@ _PLAIN = [
     (re.compile(r"!="), r"\\neq "),
     (re.compile(r"(?<![A-Za-z])per cent(?![A-Za-z])"), "percent"),
     (re.compile(r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|cot|ln|log|lg|exp|pi|arcsin|arccos|arctan)(?![a-zA-Z])"), r"\\\1 "),
-    (re.compile(r"(?<=[A-Z])\s*(?://|\|\|| is parallel to |平行于)\s*(?=[A-Z])"), r"\\parallel "),
-    (re.compile(r"(?<=[A-Z])\s*(?: is perpendicular to |垂直于)\s*(?=[A-Z])"), r"\\perp "),
-    (re.compile(r"([A-Z]{2})\s*[与和]\s*([A-Z]{2})\s*(?:互相)?(平行|垂直)"), lambda m: f"{m[1]}\\{'parallel' if m[3] == '平行' else 'perp'} {m[2]}"),
+    (re.compile(r"(?:the )?empty set|空集"), r"\\emptyset "),
+    (re.compile(rf"({_LINE})\s*(?://|\\?\|\||\\\|| is (?:parallel|perpendicular) to |平行于|垂直于)\s*(?={_LINE})"), lambda m: f"{m[1]}\\{'perp' if 'perp' in m[0] or '垂' in m[0] else 'parallel'} "),
+    (re.compile(rf"((?:\\triangle\s*)?{_LINE})\s*[与和]\s*((?:\\triangle\s*)?{_LINE})\s*(?:互相)?(平行|垂直|相似|全等)"), lambda m: f"{m[1]}\\{_RELATIONS[m[3]]} {m[2]}"),
     (re.compile(r"^(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)$"), r"\1:\2"),
     (re.compile(r"百分之(\d+(?:\.\d+)?)"), r"\1%"),
     (re.compile(r"(?<=\d)\s*([mcdk]?m)([23])(?!\w)"), r" \1^\2"),  # 12cm2
@@ -87,10 +90,13 @@ _PLAIN = [
     (re.compile(r"每([\u4e00-\u9fff]{1,2})(\d+(?:\.\d+)?)\s*([\u4e00-\u9fff]{1,3})"), r"\2\3/\1"),
     (re.compile(r"(?<=\d)\s*(万|亿|thousand|million|billion)(?![a-z])"), lambda m: f"\\times 10^{{{_POWERS[m[1]]}}} "),
     (re.compile(r"(?<=[\d}])\s*\^?\s*\{?\s*(?<=[\d\s{^}])(?:st|nd|rd|th)(?![a-zA-Z])\s*\}?"), " "),  # 12^{th}, 3rd
-    (re.compile(r"(\d+)\s*\^\s*\\circ\s*(\d+)\s*'(?:\s*(\d+)\s*'')?"), lambda m: f"({m[1]}+{m[2]}/60+{m[3] or 0}/3600)^\\circ "),
+    (re.compile(r"(\d+)\s*(?:\^\s*\\circ\s*|度)(\d+)\s*(?:'|分)(?:\s*(\d+)\s*(?:''|秒))?"), lambda m: f"({m[1]}+{m[2]}/60+{m[3] or 0}/3600)^\\circ "),
     (re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d,.])"), lambda m: m[1].replace(".", "") + "." + m[2]),  # 1.234,56
     (re.compile(r"(?<![\d.,(\[{])(\d+),(0\d|0\d{3,})(?![\d,.])"), r"\1.\2"),  # 3,07 can be no list
-    (re.compile(r"\(?\s*(?<![A-Za-z])([kn])\s*\\in\s*(?:\\mathbb\s*\{\s*Z\s*\}|Z)\s*\)?"), " "),
+    (re.compile(r"[,;]?\s*\(?\s*(?<![A-Za-z])([kn])\s*\\in\s*(?:\\mathbb)?\s*(?:\{\s*Z\s*\}|Z)\s*\)?"), " "),
+    (re.compile(r"(?<![\\\w^}\]])\{([^{}]*,[^{}]*)\}"), r"\\{\1\\}"),
+    (re.compile(r"\\\{\s*([a-z])\s*[|:]\s*(\1\s*=[^<>]*)\\\}"), r"\2"),
+    (re.compile(r"(?<!\d)(\d{1,2})[时点](\d{1,2})分"), lambda m: f"{m[1]}:{m[2]:0>2}"),
 ]  # fmt: skip
 _ENVIRONMENT = re.compile(
     r"(?:(\\\{|[(\[|])\s*)?\\begin\s*\{(cases|array|aligned|align\*?|gathered|split|[bpvVB]?(?:small)?matrix)\}"

@@ -49,7 +49,7 @@ def _read(answer: str) -> Region:
     answer = _REAL_TOO.sub("", answer)
     if match := _BUILDER.fullmatch(answer):
         return Region(_read(match[2].strip()).numbers, match[1], True)
-    if (match := _MEMBER.match(answer)) and not _SIGN.search(answer[match.end() :]):
+    if (match := _MEMBER.match(answer)) and (match[2] != "=" or not _SIGN.search(answer[match.end() :])):
         inner = _read(answer[match.end() :])
         return Region(inner.numbers, match[1], inner.sure or match[2] != "=")
     for separator, at_once in ((_ANY, False), (_ALL, True)):
@@ -96,7 +96,7 @@ def _inequality(answer: str) -> Region:
         raise Unsupported("no inequality")
     if not _NAME.fullmatch(name):
         raise Unsupported("not solved for an unknown")
-    return Region(numbers, name, True)
+    return Region(numbers, re.sub(r"[{}\s]", "", name), True)
 
 
 def _brackets(answer: str) -> Region:

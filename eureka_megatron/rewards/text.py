@@ -89,4 +89,5 @@ def same_words(gold: str, prediction: str) -> bool:
 
 def _bare(text: str) -> str:
     text = " ".join(re.sub(r"[{}\\_$\"',;:.!?()-]", " ", text).split())
-    return re.sub(r"^(?:an?|the)\s+(?=[A-Za-z]{2})", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"^(?:an?|the)\s+(?=[A-Za-z]{2})|(?<=[A-Za-z]{3})(?<!s)s\b", "", text, flags=re.IGNORECASE)
+    return re.sub(r"(?<=[\u4e00-\u9fff])[的内]$|(?<=能)够$", "", text)

@@ -16,7 +16,7 @@ _TABLE = {
     "yd=1143/1250|yards yard; mi=201168/125|miles mile 英里",
     "kg": "kg|kilograms kilogram 千克 公斤; g=1/1000|grams gram 克; mg=1/1000000|milligrams milligram 毫克; t=1000|tonnes tonne 吨;"
     "lb|pounds pound lbs; oz|ounces ounce",
-    "s": "s|seconds second secs sec 秒; ms=1/1000|milliseconds; min=60|minutes minute mins 分钟; h=3600|hours hour hrs hr 小时 时",
+    "s": "s|seconds second secs sec 秒; ms=1/1000|milliseconds; min=60|minutes minute mins 分钟 分; h=3600|hours hour hrs hr 小时 时",
     "day": "day|days 天 日; week=7|weeks 周 星期",
     "month": "month|months 个月 月; year=12|years year yr 年; century=1200|centuries",
     "L": "L=1/1000|liters liter litres litre 升; mL=1/1000000|ml milliliters milliliter millilitres millilitre 毫升; dL=1/10000",
@@ -28,7 +28,7 @@ _TABLE = {
     "W": "W|watts watt 瓦特 瓦; kW=1000|千瓦; MW=1000000; mW=1/1000", "V": "V|volts volt 伏特 伏; kV=1000; mV=1/1000",
     "Ω": "Ω|ohms ohm 欧姆 欧; kΩ=1000", "Pa": "Pa|pascals pascal 帕斯卡 帕; kPa=1000; MPa=1000000",
     "Hz": "Hz|hertz 赫兹; kHz=1000; MHz=1000000", "dB": "dB|decibels", "unit": "unit|units 个单位 单位", "ha": "ha|hectares 公顷",
-    "am": "am|a.m. a.m AM A.M. A.M", "pm": "pm|p.m. p.m PM P.M. P.M",
+    "arcmin": "arcmin|'", "arcsec": "arcsec|''", "am": "am|a.m. a.m AM A.M. A.M", "pm": "pm|p.m. p.m PM P.M. P.M",
 }  # fmt: skip
 _DERIVED = {
     "L": ({"m": 3}, 1),
