@@ -132,10 +132,14 @@ RATES = {
 def _measured(draw: Random, table: dict, value: int) -> Question:
     main, spelt, other = table[draw.choice(list(table))]
     wrong = [*near(value, main), *near(value)[:2], ("another value besides", f"{put(main, value)}, {put(main, value + 2)}")]
+    leads = ("The total is {}.", "So it takes {} in all.", "总共是{}。", "结果为{}")
+    right = [put(form, value) for form in spelt]
+    if spelt[1].startswith("{}"):  # the number marked, its unit outside
+        right.append(put(spelt[1], draw.choice((rf"$\boxed{{{value}}}$ ", f"${value}$ ", rf"\boxed{{{value}}}", rf"\({value}\) "))))
     if draw.random() < 0.4:  # a gold without its unit takes any
-        return Question([str(value)], wrong, right=[put(form, value) for form in (main, *spelt)])
+        return Question([str(value)], wrong, right=[put(main, value), *right], leads=leads)
     wrong += [("other unit", put(other, value))] * 4
-    return Question([put(main, value)], wrong, golds=[put(spelt[1], value)], right=[str(value), *(put(form, value) for form in spelt)])
+    return Question([put(main, value)], wrong, golds=[put(spelt[1], value)], right=[str(value), *right], leads=leads)
 
 
 @kind
@@ -208,7 +212,7 @@ def percentages(draw: Random) -> Question:
     wrong = [*near(value, r"{}\%"), ("rest", rf"{100 - value}\%"), ("share as percent", rf"{decimal(share)}\%"), ("per mille", f"{value}‰"),
              ("share moved", decimal(share / 10))]
     return Question([rf"{value}\%", f"{value}%"], wrong, right=[f"{value} %", f"{value} percent", decimal(share), frac(share),
-        rf"x = {value}\%", f"{value}.0%"])
+        rf"x = {value}\%", f"{value}.0%", rf"\boxed{{{value}}}\%", f"${value}$%"])
 
 
 @kind
@@ -286,7 +290,8 @@ def angles(draw: Random) -> Question:
     wrong = [*near(value, r"{}^\circ"), ("supplement", rf"{180 - value}^\circ"),
              ("another value besides", rf"{value}^\circ, {180 - value}^\circ"), ("other unit", f"{value} cm"),
              ("right angle", r"90^\circ"), ("minutes", f"{value}'")]
-    right = [str(value), f"{value} degrees", f"{value}度", rf"\angle A={value}^\circ", rf"{value} \text{{ degrees}}", f"{value}°"]
+    right = [str(value), f"{value} degrees", f"{value}度", rf"\angle A={value}^\circ", rf"{value} \text{{ degrees}}", f"{value}°", f"${value}$°", f"${value}$ degrees",
+             rf"$\boxed{{{value}}}^\circ$", rf"\boxed{{{value}}}°"]
     leads = (r"$\angle ABC$ is {}.", "∠BAC的度数为{}", "∠1的度数是{}。", "the measure of angle B is {}.", "The angle is {}", "所以∠AOB = {}")
     return Question([rf"{value}^\circ"], wrong, golds=[f"{value}°"], right=right, leads=leads)
 
@@ -412,7 +417,7 @@ def logs_and_trig(draw: Random) -> Question:
 def counting(draw: Random) -> Question:
     n, k = draw.choice([(n, k) for n in range(4, 9) for k in range(2, n - 1) if 2 * k != n])
     tables = (
-        (math.factorial(n), (f"{n}!", rf"{n}\times {n - 1}!"), ((f"{n - 1}!", math.factorial(n - 1)), (f"{n + 1}!", math.factorial(n + 1)),
+        (math.factorial(n), (f"{n}!",), ((f"{n - 1}!", math.factorial(n - 1)), (f"{n + 1}!", math.factorial(n + 1)),
             (str(n * (n - 1)), n * n - n))),
         (math.comb(n, k), (rf"\binom{{{n}}}{{{k}}}", rf"C_{{{n}}}^{{{k}}}", rf"C_{n}^{k}={math.comb(n, k)}", rf"\frac{{{n}!}}{{{k}!{n - k}!}}",
                            rf"\mathrm{{C}}_{{{n}}}^{{{k}}}"), ((rf"\binom{{{n}}}{{{k - 1}}}", math.comb(n, k - 1)),
