@@ -134,11 +134,14 @@ def _presented(draw: Random, form: str, question: Question) -> tuple[str, str]:
             wrap = draw.choice((r"\boxed{{}}", "**{}**") if re.search(r"[\\_^{]", spelt) else (*WORDS, "**{}**"))
     text, how = put(wrap, spelt), wrap.replace("\n", r"\n")
     if draw.random() < 0.45:
-        leads = draw.choice((ENGLISH, CHINESE))
-        if CHINESE_SIGN.search(spelt) or ENGLISH_WORD.search(spelt):
-            leads = CHINESE if CHINESE_SIGN.search(spelt) else ENGLISH
+        leads = [*draw.choice((ENGLISH, CHINESE))]
         if question.leads and ("=" not in form or "=" in question.forms[0]) and draw.random() < 0.4:
-            leads = question.leads
+            leads = [*question.leads]
+        if CHINESE_SIGN.search(spelt) or ENGLISH_WORD.search(spelt):  # its language
+            chinese = bool(CHINESE_SIGN.search(spelt))
+            leads = [lead for lead in leads if bool(CHINESE_SIGN.search(lead)) == chinese] or [
+                *(CHINESE if chinese else ENGLISH)
+            ]
         lead = draw.choice(leads)
         return put(lead.rstrip(".。") if text.endswith((".", "。")) else lead, text), f"{how}; {lead!r}"
     end = draw.choice(ENDS)
@@ -160,7 +163,7 @@ def _spelt(draw: Random, form: str) -> str:
     for pattern, others in LATEX.items():
         if draw.random() < 0.3:
             form = re.sub(pattern, draw.choice(others), form)
-    if "(" in form and draw.random() < 0.2 and not re.search(r"\\sqrt\[|left|begin|boxed|text|[^\x00-\x7f]", form):
+    if "(" in form and draw.random() < 0.2 and not re.search(r"\\sqrt\[|left|begin|boxed|text|base|[^\x00-\x7f]", form):
         form = re.sub(r"(\\\{|[(\[])", r"\\left\1", re.sub(r"(\\\}|[)\]])", r"\\right\1", form))
     return form
 
@@ -178,6 +181,7 @@ def _plain(draw: Random, form: str) -> str:
         return f"√{match[1]}" if re.fullmatch(r"\d+|[a-z]", match[1]) else f"√({match[1]})"
 
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", form.replace(r"^\circ", "°").replace(r"\,", ""))
+    text = re.sub(r"(\\[a-z]+)\\sqrt", r"\1 \\sqrt", text)
     before = ""
     while before != text:
         before = text
