@@ -287,7 +287,7 @@ def expressions(draw: Random) -> Question:
         (rf"\frac{{{a}}}{{x}}", [f"{a}/x", rf"{a}x^{{-1}}"], [rf"\frac{{x}}{{{a}}}", rf"{a}x", rf"-\frac{{{a}}}{{x}}", rf"\frac{{{a}}}{{x^2}}"]),
         (r"\sqrt{a^2+b^2}", [r"\sqrt{b^2+a^2}"], ["a+b", r"\sqrt{a+b}", "a^2+b^2", r"\sqrt{a^2-b^2}"]),
         (rf"{a}x^{b}y", [rf"{a}yx^{b}", rf"{a}\cdot x^{b}\cdot y"], [rf"{a}xy^{b}", rf"{b}x^{a}y", rf"-{a}x^{b}y", rf"{a}x^{b}"]),
-        (r"\sin 2x", [r"2\sin x\cos x", r"\sin(2x)"], [r"2\sin x", r"\sin x", r"\cos 2x", r"\sin x\cos x"]),
+        (r"\sin 2x", [r"2\sin x \cos x", r"\sin(2x)"], [r"2\sin x", r"\sin x", r"\cos 2x", r"\sin x\cos x"]),
         (r"e^{x}-1", ["-1+e^{x}", r"\mathrm{e}^{x}-1"], ["e^{x}+1", "e^{x}", r"e^{-x}-1", "1-e^{x}"]),
     )
     main, equal, other = draw.choice(tables)

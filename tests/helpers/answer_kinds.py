@@ -132,7 +132,7 @@ RATES = {
 def _measured(draw: Random, table: dict, value: int) -> Question:
     main, spelt, other = table[draw.choice(list(table))]
     wrong = [*near(value, main), *near(value)[:2], ("another value besides", f"{put(main, value)}, {put(main, value + 2)}")]
-    leads = ("The total is {}.", "So it takes {} in all.", "总共是{}。", "结果为{}")
+    leads = ("The total is {}.", "So the result is {}.", "总共是{}。", "结果为{}")
     right = [put(form, value) for form in spelt]
     if spelt[1].startswith("{}"):  # the number marked, its unit outside
         right.append(put(spelt[1], draw.choice((rf"$\boxed{{{value}}}$ ", f"${value}$ ", rf"\boxed{{{value}}}", rf"\({value}\) "))))

@@ -127,7 +127,7 @@ def _presented(draw: Random, form: str, question: Question) -> tuple[str, str]:
     if SENTENCE.search(form):  # it leads in by itself
         return spelt, "a sentence"
     wrap = "{}"
-    if not re.search(r"[$\n]|\\boxed|\*\*", spelt) and draw.random() < 0.6:
+    if not re.search(r"[$\n]|\\boxed|\\\(|\*\*", spelt) and draw.random() < 0.6:
         if _is_math(spelt):
             wrap = draw.choice((draw.choice(BOXED), draw.choice(DELIMITED)))
         else:
