@@ -87,7 +87,7 @@ def denies(text: str) -> bool:
 def gold_letters(gold: str) -> frozenset[str] | None:
     """The options a gold answer names, or None when it is no option: one capital, capitals in order, A,C, (A), A. text."""
     text = canonical(gold).replace(")(", ") (")
-    if re.fullmatch(r"[(\[]?[A-Za-df-h][)\]]?\.?", text):
+    if re.fullmatch(r"[(\[]?[A-Ja-df-h][)\]]?\.?", text):
         return frozenset(_LETTERS.findall(text.upper()))
     if (match := _JOINED.fullmatch(text)) and list(match[1]) == sorted(set(match[1])) and match[1][-1] <= "J":
         return frozenset(match[1])

@@ -16,29 +16,15 @@ import itertools
 import re
 from collections.abc import Callable
 
-from eureka_megatron.rewards import expression, regions, text, units
+from eureka_megatron.rewards import expression, regions, structure, text, units
 from eureka_megatron.rewards.expression import Unbounded, Unsupported
 
-_SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
-_LOOSE_SEPARATOR = re.compile(r"[;]|,(?!\d{3}(?!\d))|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
 _CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.和与及]|and)+")
-_PART = re.compile(
-    r"(?<![A-Za-z_^])(?<!\\sqrt )(?:(?i:part)\s*|第\s*)?\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)(?:小?[问题])?|([\u2460-\u2469])"
-    r"|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)|(?i:part|question)\s*([1-9a-e])\s*[:.]"
-)
-_ORDERS = ("123456789", "abcde", ("i", "ii", "iii", "iv", "v"), "①②③④⑤⑥⑦⑧⑨")
-_RELATION = re.compile(
-    r"\\leq|\\geq|\\neq|(?<![\\<>])[<>=]|\\(?:approx|equiv|sim|cong|parallel|perp|in|Rightarrow)(?![a-zA-Z])"
-)
 _REGION = re.compile(r"[<>\]\[]|\\(?:leq|geq|neq|cup|infty|in|mathbb)|R|real|实数")
 _FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _GEOMETRY = {
     "\\parallel": ("parallel", "平行"), "\\perp": ("perpendicular", "垂直"), "\\sim": ("similar", "相似"), "\\cong": ("congruent", "全等"),
 }  # fmt: skip
-_NAME = re.compile(
-    r"(?:\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat)\s*)?\{?\s*(?:[A-Za-z]{1,2}|[A-Z]{3,4}|\\[a-zA-Z]+)'*\s*\}?"
-    r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|\w))?(?:\s*\(\s*[A-Za-z\d]{1,2}\s*\))?"
-)
 _NAMES = re.compile(
     r"(?:\\(?:frac|angle|triangle|sin|cos|tan|overline|overrightarrow|vec|widehat|[a-z]+)(?![a-z])|[A-Za-z]'*|[|(){}+:/,\s-])+"
 )
@@ -47,17 +33,13 @@ _CURVE = re.compile(r"(?=.*x)(?=.*y).*[xyz]\)?\s*\^.*")  # x^2+y^2=1 gives no va
 _FUNCTION_CALL = re.compile(
     r"(?<![A-Za-z])[A-Za-z](?:_\{?\w+\}?)?\s*\([^()]*\)|\\angle\s*\d|_\s*(?:\{[^{}]*\}|\w|\\triangle\s*[A-Z]+)"
 )
-_POINT_NAME = re.compile(r"^(?:\\(?:vec|overrightarrow)\s*)?\{?[A-Za-z]{1,2}\}?'*(?:_\{?\w\}?)?\s*=?\s*(?=[(\[])")
-_SET_NAME = re.compile(r"^[^=<>{}]*=\s*(?=\\\{)")
 _MATRIX = re.compile(r"\\begin\{([pvV])matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}", re.DOTALL)
-_COLUMN = re.compile(r"^\\begin\{pmatrix\}((?:(?!\\begin|&).)*)\\end\{pmatrix\}$", re.DOTALL)
 _BASE = re.compile(
     r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?(\d+|[a-z]+)\s*\)?\s*\}?|\(?\s*base\s*(\w+)\s*\)?)"
 )
 _DENIAL = re.compile(r"\b(?:not|never|cannot)\b|[不非]")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
-_CONDITION = re.compile(r"(?<=[\w)}\]])\s*(\([^()]*(?:<|>|\\leq|\\geq|\\neq)[^()]*\))$")
 _DIGITS = re.compile(r"-?\d*\.(\d+)")
 
 Otherwise = Callable[[str, str], bool]
@@ -89,10 +71,10 @@ class Comparison:
         return sorted(left) == sorted(right) and bool(left)
 
     def _parts(self, gold: str, prediction: str) -> bool | None:
-        left, right = parts(gold), parts(prediction)
+        left, right = structure.parts(gold), structure.parts(prediction)
         if not left and not right:
             return None
-        left, right = left or items(gold), right or items(prediction)
+        left, right = left or structure.items(gold), right or structure.items(prediction)
         return len(left) == len(right) and all(self.equal(*pair) for pair in zip(left, right, strict=True))
 
     def _regions(self, gold: str, prediction: str) -> bool | None:
@@ -107,24 +89,24 @@ class Comparison:
 
     def _solutions(self, gold: str, prediction: str) -> bool | None:
         """Values of unknowns against such values, or against bare values and tuples in the order of the unknowns."""
-        left_items, right_items = items(gold), items(prediction)
-        left, right = _assignments(left_items), _assignments(right_items)
+        left_items, right_items = structure.items(gold), structure.items(prediction)
+        left, right = structure.assignments(left_items), structure.assignments(right_items)
         if left and right:
             if len(left) == len(right) == len(left[0]) == len(right[0]) == 1:
                 return None
             return _matched(left, right, self._same_solution)
         named, bare = (left, right_items) if left else (right, left_items)
-        if not named or any(_RELATION.search(item) for item in bare):
+        if not named or any(structure.RELATION.search(item) for item in bare):
             return None
         count = len(named[0])
         if len(named) == count == 1 or any(len(solution) != count for solution in named):
             return None
         orders = [list(named[0])] + ([sorted(named[0])] if set(named[0]) <= set("xyzt") else [])
-        tuples = [_elements(item) for item in bare]
+        tuples = [structure.elements(item) for item in bare]
         if len(named) == 1 and len(bare) == count:  # x=1, y=2 against 1, 2
             tuples = [bare]
         elif count == 1:
-            tuples = [[item] for item in _opened(bare)]
+            tuples = [[item] for item in structure.opened(bare)]
         for order in orders:
             rows = [[solution.get(name, "") for name in order] for solution in named]
             pair = (rows, tuples) if left else (tuples, rows)
@@ -139,11 +121,11 @@ class Comparison:
         return len(a) == len(b) and all(self._single(*pair) for pair in zip(a, b, strict=True))
 
     def _lists(self, gold: str, prediction: str) -> bool:
-        left, right = items(gold), items(prediction)
+        left, right = structure.items(gold), structure.items(prediction)
         if len(left) == len(right) == 1:
             return self._single(gold if left == [gold] else left[0], prediction if right == [prediction] else right[0])
         if len(left) != len(right):
-            left, right = _opened(left), _opened(right)
+            left, right = structure.opened(left), structure.opened(right)
         if {len(left), len(right)} == {1, 2} and self._decimal_comma(gold, prediction):
             return True
         if len(left) != len(right):  # the same value in several forms counts once
@@ -182,7 +164,7 @@ class Comparison:
     def _single(self, gold: str, prediction: str) -> bool:
         if text.same(gold, prediction):
             return True
-        left, right = (text.split(side, _RELATION, keep=True) for side in (gold, prediction))
+        left, right = (structure.split(side, structure.RELATION, keep=True) for side in (gold, prediction))
         if len(right) == 3 and right[1] in _GEOMETRY and gold.casefold() in _GEOMETRY[right[1]]:
             return True
         if len(left) == len(right) == 1:
@@ -286,10 +268,10 @@ class Comparison:
         return self.converted and gold.powers == unit.powers
 
     def _structures(self, gold: str, prediction: str) -> bool | None:
-        gold, prediction = (_POINT_NAME.sub("", side) if "," in side else side for side in (gold, prediction))
-        first, second = text.bracketed(gold), text.bracketed(prediction)
+        gold, prediction = (structure.POINT_NAME.sub("", side) if "," in side else side for side in (gold, prediction))
+        first, second = structure.bracketed(gold), structure.bracketed(prediction)
         if first and second and ("," in first[1] + second[1] or "\\{" in (first[0], second[0])):
-            left, right = items(first[1], loose=True), items(second[1], loose=True)
+            left, right = structure.items(first[1], loose=True), structure.items(second[1], loose=True)
             if (first[0], first[2]) != (second[0], second[2]) or len(left) != len(right):
                 return False
             if first[0] == "\\{":
@@ -298,7 +280,7 @@ class Comparison:
         if first and first[0] == "\\{" and second is None and "|" not in first[1]:
             return self._single(first[1], prediction)
         if ("," in gold) != ("," in prediction):  # a column is a vector as (1,2) is
-            gold, prediction = (_COLUMN.sub(_as_tuple, side) for side in (gold, prediction))
+            gold, prediction = (structure.COLUMN.sub(structure._cells, side) for side in (gold, prediction))
             if "," in gold and "," in prediction:
                 return self._structures(gold, prediction)
         matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
@@ -352,95 +334,6 @@ class Comparison:
         return False
 
 
-def items(answer: str, *, loose: bool = False) -> list[str]:
-    r"""Items between commas, semicolons, "and", "or" outside of brackets; 1,234 is one number; a \pm b is two items.
-
-    loose: 1,234 may be two numbers, for it stands in brackets.
-    """
-    answer = _CONDITION.sub(r", \1", answer)
-    pieces = [piece for piece in text.split(answer, _SEPARATOR if loose else _LOOSE_SEPARATOR) if piece]
-    if not loose and any(re.search(r"(?<!\d)(?:\d{4,}|0),\d{3}(?!\d)", piece) for piece in pieces):
-        pieces = [piece for piece in text.split(answer, _SEPARATOR) if piece]
-    return list(itertools.chain.from_iterable(_signed(piece) for piece in pieces)) or [answer]
-
-
-def _signed(item: str) -> list[str]:
-    if ("\\pm" not in item and "\\mp" not in item) or item.count("\\pm") + item.count("\\mp") > 3:
-        return [item]
-    upper, lower = (item.replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+"))
-    return [re.sub(r"(^|[=(,])\s*\+\s*", r"\1", upper), lower]
-
-
-def parts(answer: str) -> list[str]:
-    """The contents of (1) … (2) …, a) … b) …, ① … ② … when the text is so numbered from its start; otherwise nothing."""
-    for style, order in itertools.product(range(1, _PART.groups + 1), _ORDERS):
-        marks: list[re.Match[str]] = []
-        for mark in _PART.finditer(answer):
-            if mark.lastindex == style and len(marks) < len(order) and mark[style] == order[len(marks)]:
-                marks.append(mark)
-        if len(marks) < 2 or marks[0].start():
-            continue
-        ends = [*(mark.start() for mark in marks[1:]), len(answer)]
-        pieces = [answer[mark.end() : end].strip(" ,;.:") for mark, end in zip(marks, ends, strict=True)]
-        return [re.sub(r"(?:,|;|\band\b)\s*$", "", piece).strip() for piece in pieces] if all(pieces) else []
-    return []
-
-
-def _opened(values: list[str]) -> list[str]:
-    r"""\{1,2\} as 1, 2: the braces of a set may be missing."""
-    inner = text.bracketed(_SET_NAME.sub("", values[0])) if len(values) == 1 else None
-    return items(inner[1]) if inner and inner[0] == "\\{" and "|" not in inner[1] else values
-
-
-def _as_tuple(column: re.Match) -> str:
-    return "(" + ",".join(cell.strip() for cell in column[1].strip(" \\").split("\\\\")) + ")"
-
-
-def _elements(item: str) -> list[str]:
-    inner = text.bracketed(_POINT_NAME.sub("", item))
-    return items(inner[1], loose=True) if inner and inner[0] + inner[2] == "()" else [item]
-
-
-def _assignments(pieces: list[str]) -> list[dict[str, str]]:
-    """Values by unknown, a new solution where an unknown comes again; empty when an item assigns nothing.
-
-    Subscripts that only count (m_1=11, m_2=3) say nothing; those of a_1=2, a_5=10 do.
-
-    x=1, y=2 and x_1=1, y_1=2, x_2=3, y_2=4 and (a,b)=(2,9) and x=1, x=3 (two solutions)
-    """
-    found: list[dict[str, str]] = [{}]
-    names: list[str] = []
-    subscripts = set(re.findall(r"_\s*\{?\s*(\d)(?!\d)", " ".join(pieces)))
-    counting = (
-        ("", *sorted(subscripts))
-        if subscripts == set("123456789"[: len(subscripts)]) and len(subscripts) > 1
-        else ("",)
-    )
-    for piece in pieces:
-        inner = text.bracketed(piece)
-        if inner and inner[0] == "(" and "=" in inner[1]:
-            inside = _assignments(items(inner[1]))
-            if not inside:
-                return []
-            found += inside
-            continue
-        sides = text.split(piece, _RELATION, keep=True)
-        if not (len(sides) == 1 and names) and (len(sides) != 3 or sides[1] != "="):
-            return []
-        names, values = _elements(sides[0]) if len(sides) == 3 else names, _elements(sides[-1])  # x=1 or 2
-        if len(names) != len(values) or (len(names) == 1 and sides[-1] != values[0]):
-            names, values = [sides[0]], [sides[-1]]
-        for name, value in zip(names, values, strict=True):
-            if not _NAME.fullmatch(name) or text.is_wordy(name):
-                return []
-            root, _, subscript = re.sub(r"[\s{}]", "", name).partition("_")
-            key = root if subscript in counting else f"{root}_{subscript}"
-            if key in found[-1]:
-                found.append({})
-            found[-1][key] = value
-    return [solution for solution in found if solution]
-
-
 def _precise(relations: list[str]) -> list[str]:
     r"""The sides of x = 1/3 \approx 0.33 without what is only about equal."""
     return [relations[0]] + [
@@ -452,7 +345,7 @@ def _precise(relations: list[str]) -> list[str]:
 
 def _is_named(side: str) -> bool:
     r"""Whether this names a quantity, whose value can be given alone: x, AB, f(2), |CD|, \frac{EF}{GH}, m:n; not 2x, x+y."""
-    if _NAME.fullmatch(side) or (text.is_wordy(side) and _WORDS.fullmatch(side)):
+    if structure.NAME.fullmatch(side) or (text.is_wordy(side) and _WORDS.fullmatch(side)):
         return True
     bare = _FUNCTION_CALL.sub("A", side)
     unknowns = set(re.findall(r"(?<![\\A-Za-z])[xyz](?![A-Za-z])", bare))

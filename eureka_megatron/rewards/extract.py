@@ -13,8 +13,8 @@ formula), never alternatives the response hedges between: those stay together as
 import re
 
 from eureka_megatron.rewards import units
-from eureka_megatron.rewards.exact import parts
 from eureka_megatron.rewards.normalise import balanced, canonical
+from eureka_megatron.rewards.structure import parts
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
 _MAX_CHARACTERS = 4000
@@ -53,7 +53,20 @@ _COUNTED = re.compile(
 )
 _ORDINALS = dict(
     zip(
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
+        [
+            "first",
+            "second",
+            "third",
+            "fourth",
+            "fifth",
+            "sixth",
+            "seventh",
+            "eighth",
+            "ninth",
+            "tenth",
+            "eleventh",
+            "twelfth",
+        ],
         range(1, 13),
         strict=True,
     )
@@ -122,9 +135,10 @@ def readings(span: str) -> list[str]:
         return _of_boxes(text, found)
     if len(text) > _MAX_CHARACTERS:
         return []
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = re.split(r"\n\s*\n", text)[-1]
+    lines = [line.strip() for line in last.splitlines() if line.strip()]
     several = ", ".join(lines) if 1 < len(lines) < 9 and max(map(len, lines)) < 60 else ""
-    statements = dict.fromkeys([text, several, sentences(text)[-1]])
+    statements = dict.fromkeys([text, several, last, sentences(text)[-1]])
     found = [reading for statement in statements if statement for reading in _peeled(canonical(undelimited(statement)))]
     if segments := math_segments(text):
         last = _joined(text, segments)

@@ -35,6 +35,7 @@ _SUFFIX = r"(?![a-zA-Z])"
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\le outside of a system is \le
 # Spellings with a backslash, in the order applied.
 _LATEX = [
+    (re.compile(r"~(?=\s*\\triangle)"), r"\\sim "),
     (re.compile(r",\s*\\!\s*(?=\d{3})|(?<=\d)\{,\}(?=\d{3}(?!\d))|(?<=\d)(?:\\[,;: ]|\\!|~)+(?=\d{3}(?!\d))"), ","),
     (re.compile(r"(?<=\d)\{,\}(?=\d)"), "."),  # 3{,}14 and no thousands: a decimal comma
     (re.compile(rf"\\(?:left|right|middle|[bB]ig{{1,2}}[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf|it|bold|boldsymbol|mathbf|mathit|mathsf|pmb|hfill|hline|therefore|because){_SUFFIX}"), " "),

@@ -9,13 +9,13 @@ The ends are the values of expressions, exact to 50 digits; an end with a letter
 import re
 from typing import Any, NamedTuple
 
-from eureka_megatron.rewards import expression, text
+from eureka_megatron.rewards import expression, structure
 from eureka_megatron.rewards.expression import MP, Unsupported
 
 _NAME = re.compile(
     r"[A-Za-z]'*(?:_\{?\w+\}?)?(?:\([a-z]\))?|\\(?:alpha|beta|theta|lambda|mu|omega|phi)|[A-Z]{2}|\|[A-Z]{2}\||\\angle\s*[A-Z]+"
 )
-_REALS = r"(?:\\mathbb\s*\{\s*R\s*\}|R(?![A-Za-z]))"
+_REALS = r"(?:(?:\\mathbb)?\s*\{\s*R\s*\}|R(?![A-Za-z]))"
 _IS_REAL = re.compile(rf"(?:[a-z]\s*\\in\s*)?{_REALS}|(?:all|any) real numbers?|全体实数|一切实数|实数集")
 _REAL_TOO = re.compile(rf",?\s*\(?\s*[a-z]\s*\\in\s*{_REALS}\s*\)?$|^[a-z]\s*\\in\s*{_REALS}\s*(?:,|and|且)\s*")
 _MEMBER = re.compile(r"([A-Za-z](?:_\{?\w\}?)?(?:\([a-z]\))?)\s*(\\in(?![a-zA-Z])|=)\s*(?=[(\[\\])")
@@ -53,7 +53,7 @@ def _read(answer: str) -> Region:
         inner = _read(answer[match.end() :])
         return Region(inner.numbers, match[1], inner.sure or match[2] != "=")
     for separator, at_once in ((_ANY, False), (_ALL, True)):
-        pieces = [piece for piece in text.split(answer, separator) if piece]
+        pieces = [piece for piece in structure.split(answer, separator) if piece]
         if len(pieces) > 1:
             return _joined([_point(piece) or _read(piece) for piece in pieces[:8]], at_once)
     return _inequality(answer)
@@ -75,7 +75,7 @@ def _joined(regions: list[Region], at_once: bool) -> Region:
 
 
 def _inequality(answer: str) -> Region:
-    parts = text.split(answer, _SIGN, keep=True)
+    parts = structure.split(answer, _SIGN, keep=True)
     if len(parts) == 1:
         return _brackets(answer)
     if len(parts) == 3 and parts[1] in (*_MIRROR, "\\neq"):
@@ -100,8 +100,8 @@ def _inequality(answer: str) -> Region:
 
 
 def _brackets(answer: str) -> Region:
-    inner = text.bracketed(answer)
-    ends = text.split(inner[1], _COMMA) if inner and inner[0] in "([" and inner[2] in ")]" else []
+    inner = structure.bracketed(answer)
+    ends = structure.split(inner[1], _COMMA) if inner and inner[0] in "([" and inner[2] in ")]" else []
     if len(ends) != 2 or inner is None:
         raise Unsupported("no interval")
     sure = inner[0] + inner[2] in ("(]", "[)") or "\\infty" in inner[1]
@@ -111,7 +111,7 @@ def _brackets(answer: str) -> Region:
 def _point(answer: str) -> Region | None:
     """x=1 beside inequalities, or {1} beside intervals."""
     name, sign, value = answer.partition("=")
-    inner = text.bracketed(answer)
+    inner = structure.bracketed(answer)
     if inner and inner[0] == "\\{" and expression.is_constant(inner[1]):
         return Region(_interval(inner[1], True, inner[1], True), None, False)
     if sign and _NAME.fullmatch(name.strip()) and expression.is_constant(value):

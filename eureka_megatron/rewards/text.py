@@ -1,4 +1,4 @@
-"""Small questions about canonical text: where it splits, whether it is words, whether two texts are the same words."""
+"""Words: whether canonical text is (partly) words, and whether two texts are the same words."""
 
 import functools
 import itertools
@@ -17,38 +17,6 @@ _SIGNED = re.compile(r"-?\d+(?:\.\d+)?|[<>=≠]|\\[a-z]+")
 # Runs of three and more letters are words, unless they are a product of usual variables.
 _PRODUCTS = tuple(frozenset(group) for group in ("abc", "xyz", "pqr", "mnk", "ijk", "rst"))
 _SHORT_WORDS = {"no", "up", "on", "is", "it", "to", "of", "we", "he"}
-_OPENING = ("\\{", "(", "[")
-_CLOSING = ("\\}", ")", "]")
-
-
-def split(text: str, separator: re.Pattern[str], *, keep: bool = False) -> list[str]:
-    """The pieces between separators outside of brackets, of any kind for "(0,1]" is one; keep: separators as well."""
-    pieces: list[str] = []
-    depth = start = position = 0
-    while position < len(text):
-        depth += (text[position] in "([{") - (text[position] in ")]}")
-        match = separator.match(text, position) if depth == 0 else None
-        if match and match.end() > position:
-            pieces += [text[start:position].strip(), match[0]] if keep else [text[start:position].strip()]
-            position = start = match.end()
-        else:
-            position += 1
-    return [*pieces, text[start:].strip()]
-
-
-def bracketed(text: str) -> tuple[str, str, str] | None:
-    """(opening, content, closing) when one pair of brackets, of either kind, encloses the whole text."""
-    opening = next((mark for mark in _OPENING if text.startswith(mark)), None)
-    closing = next((mark for mark in _CLOSING if text.endswith(mark)), None)
-    if opening is None or closing is None or len(text) <= len(opening) + len(closing):
-        return None
-    content = text[len(opening) : len(text) - len(closing)]
-    depth = 0
-    for character in content:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return None
-    return (opening, content.strip(), closing) if depth == 0 else None
 
 
 @functools.lru_cache(maxsize=8192)

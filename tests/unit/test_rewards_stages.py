@@ -2,7 +2,7 @@
 
 import pytest
 
-from eureka_megatron.rewards import choice, exact, expression, extract, regions, score, symbolic, units
+from eureka_megatron.rewards import choice, expression, extract, regions, score, structure, symbolic, units
 from eureka_megatron.rewards.examine import compare
 from eureka_megatron.rewards.normalise import canonical
 
@@ -157,13 +157,13 @@ def test_what_is_no_region(answer: str):
 
 
 def test_lists_and_parts_are_split_where_they_should():
-    assert exact.items("1,234") == ["1,234"]
-    assert exact.items("(1,2), (3,4)") == ["(1,2)", "(3,4)"]
-    assert exact.items(r"1\pm\sqrt 2") == [r"1+\sqrt 2", r"1-\sqrt 2"]
-    assert exact.items("y=2x+1(0<x<5)") == ["y=2x+1", "(0<x<5)"]
-    assert exact.parts("(1) 30^\\circ; (2) 5") == ["30^\\circ", "5"]
-    assert exact.parts("a) 3 b) 4") == ["3", "4"]
-    assert exact.parts("f(1)+f(2)") == exact.parts("(1)(2)") == exact.parts("(2) 5") == []
+    assert structure.items("1,234") == ["1,234"]
+    assert structure.items("(1,2), (3,4)") == ["(1,2)", "(3,4)"]
+    assert structure.items(r"1\pm\sqrt 2") == [r"1+\sqrt 2", r"1-\sqrt 2"]
+    assert structure.items("y=2x+1(0<x<5)") == ["y=2x+1", "(0<x<5)"]
+    assert structure.parts("(1) 30^\\circ; (2) 5") == ["30^\\circ", "5"]
+    assert structure.parts("a) 3 b) 4") == ["3", "4"]
+    assert structure.parts("f(1)+f(2)") == structure.parts("(1)(2)") == structure.parts("(2) 5") == []
 
 
 @pytest.mark.parametrize(
