@@ -37,6 +37,8 @@ _MATRIX = re.compile(r"\\begin\{([pvV])matrix\}((?:(?!\\begin).)*)\\end\{\1matri
 _BASE = re.compile(
     r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?(\d+|[a-z]+)\s*\)?\s*\}?|\(?\s*base\s*(\w+)\s*\)?)"
 )
+_PERCENT = units.unit("%")
+_NUMERALS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 _DENIAL = re.compile(r"\b(?:not|never|cannot)\b|[不非]")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
@@ -244,14 +246,13 @@ class Comparison:
         (gold_value, gold_unit), (value, unit) = units.split(gold), units.split(prediction)
         if not self._same_units(gold_unit, unit):
             return self._no("another unit")
-        percent = units.unit("%")
         if (
-            percent in (gold_unit, unit) and gold_unit != unit
-        ):  # 25% is 0.25; a percent sign may be missing in the answer only
-            bare = gold_unit == percent and self._values(gold_value, value)
-            return bare or self._values(
-                *(f"({v})/100" if u == percent else v for v, u in ((gold_value, gold_unit), (value, unit)))
-            )
+            _PERCENT in (gold_unit, unit) and gold_unit != unit
+        ):  # 25% is 0.25; its sign may be missing in the answer only
+            if gold_unit == _PERCENT and self._values(gold_value, value):
+                return True
+            sides = ((gold_value, gold_unit), (value, unit))
+            return self._values(*(f"({number})/100" if of == _PERCENT else number for number, of in sides))
         if self.converted and gold_unit and unit and gold_unit.factor != unit.factor:
             value = f"({value})*({unit.factor})/({gold_unit.factor})"
         if text.is_wordy(gold_value) or text.is_wordy(value):
@@ -328,10 +329,10 @@ class Comparison:
             return "division by zero" not in str(reason) and self.otherwise(gold, prediction)
         if expression.equal(gold, prediction):
             return True
-        digits = _DIGITS.fullmatch(prediction) or (_DIGITS.fullmatch(gold) and _DIGITS.fullmatch(gold))
-        if self.rounded and digits and len(left) == len(right) == 1 and len(digits[1].rstrip("0") + "0") > 4:
-            return bool(abs(left[0] - right[0]) <= expression.MP.mpf(f"0.5e-{len(digits[1])}"))
-        return False
+        digits = _DIGITS.fullmatch(prediction) or _DIGITS.fullmatch(gold)
+        if not (self.rounded and digits and len(left) == len(right) == 1 and len(digits[1]) > 3):
+            return False
+        return bool(abs(left[0] - right[0]) <= expression.MP.mpf(f"0.5e-{len(digits[1])}"))
 
 
 def _precise(relations: list[str]) -> list[str]:
@@ -355,29 +356,16 @@ def _is_named(side: str) -> bool:
 
 
 def _same_name(a: str, b: str) -> bool:
-    a, b = (re.sub(r"[\s{}]", "", side) for side in (a, b))
-    x, y = sorted((a, b), key=len)
-    return (
-        a == b
-        or (x in "xyzt" and y.partition("_")[0] == x)
-        or (sorted((a, b))[1] == "y" and bool(re.fullmatch(r"[a-z]\(x\)", min(a, b, key=lambda side: side == "y"))))
-    )
+    """Also x_1 for x, and f(x) for y."""
+    short, long = sorted((re.sub(r"[\s{}]", "", side) for side in (a, b)), key=len)
+    if short == "y" and re.fullmatch(r"[a-z]\(x\)", long):
+        return True
+    return short == long or (short in "xyzt" and long.partition("_")[0] == short)
 
 
 def _same_base(a: re.Match, b: re.Match) -> bool:
-    words = {
-        "two": "2",
-        "three": "3",
-        "four": "4",
-        "five": "5",
-        "six": "6",
-        "seven": "7",
-        "eight": "8",
-        "nine": "9",
-        "ten": "10",
-    }
-    (digits, base), (others, other) = ((m[1].lstrip("0"), words.get(m[2] or m[3], m[2] or m[3])) for m in (a, b))
-    return digits == others and base == other
+    (digits, base), (others, other) = ((m[1].lstrip("0"), m[2] or m[3]) for m in (a, b))
+    return digits == others and _NUMERALS.get(base, base) == _NUMERALS.get(other, other)
 
 
 def _same_geometry(gold: list[str], parts: list[str]) -> bool:

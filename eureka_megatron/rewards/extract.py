@@ -51,26 +51,7 @@ _HEAD = re.compile(
 _COUNTED = re.compile(
     r"(?<=[\d)}!])\s+(?:(?:(?:different|possible) )?(?:ways|outcomes|methods|arrangements|choices)|in all|in total|altogether)$|\s*[种个条人次名件只块张本天组对道位辆棵家项][\u4e00-\u9fff]*$"
 )
-_ORDINALS = dict(
-    zip(
-        [
-            "first",
-            "second",
-            "third",
-            "fourth",
-            "fifth",
-            "sixth",
-            "seventh",
-            "eighth",
-            "ninth",
-            "tenth",
-            "eleventh",
-            "twelfth",
-        ],
-        range(1, 13),
-        strict=True,
-    )
-)
+_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _ASIDE = re.compile(r"(?<=[\w}\])%])\s+\((?!.*(?:\bor\b|或|[<>=]|\\[lgn]eq))[^()]*[A-Za-z\u4e00-\u9fff][^()]*\)$")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|can't|except|without|wrong|incorrect|false|untrue)\b|n't\b"
@@ -229,8 +210,8 @@ def tidy(text: str) -> str:
     )
     while text.endswith((".", "!", ";", ",", "\\\\", ":")) and not re.search(r"\d\s*!$", text):
         text = (text[:-2] if text.endswith("\\\\") else text[:-1]).rstrip()
-    if (number := _ORDINALS.get(text.casefold().removeprefix("the "))) is not None:
-        return str(number)
+    if (word := text.casefold().removeprefix("the ")) in _ORDINALS:
+        return str(_ORDINALS.index(word) + 1)
     while text.startswith("{") and balanced(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
     return text
