@@ -4,17 +4,21 @@
     200  {"rewards": [totals], "accuracy_rewards": [...], "format_rewards": [...]}     the last two are optional
 
 Several URLs share a batch in equal contiguous parts, as in the original; unlike there, a part whose service fails is
-offered to the other services before anyone gives up.
+offered to the other services before anyone gives up. An answer that breaks off, is no JSON, or holds anything but one finite
+number a query counts as a failure of the service: it is asked again, and told in the end, never passed on.
 """
 
+import http.client
 import json
+import math
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+_MAX_BYTES = 64 << 20
+_MAX_REWARD = 1e30  # squares of rewards stay finite in float32's range of means and deviations
 _COMPONENTS = {"rewards": "total", "accuracy_rewards": "accuracy", "format_rewards": "format"}
 
 
@@ -69,16 +73,38 @@ class RemoteReward:
                 url = self.urls[(first_url + offset) % len(self.urls)]
                 try:
                     return _verdicts(self._post(url, request), len(rows))
-                except (OSError, ValueError) as error:  # HTTP errors, refused connections, time-outs, no JSON
-                    errors[url] = f"{type(error).__name__}: {error}"
+                # HTTP errors, refused connections, time-outs; broken protocol; no JSON, or JSON without finite rewards.
+                except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                    errors[url] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         told = "; ".join(f"{url}: {error}" for url, error in errors.items())
         raise RuntimeError(f"no reward service answered in {self.attempts} attempts. {told}")
 
     def _post(self, url: str, request: dict[str, Any]) -> Any:
-        body = json.dumps(request).encode()
+        body = json.dumps(_sendable(request), allow_nan=False).encode()
         message = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        deadline = time.monotonic() + self.timeout_seconds
+        received = bytearray()
         with urllib.request.urlopen(message, timeout=self.timeout_seconds) as answer:
-            return json.load(answer)
+            while piece := answer.read1(1 << 16):
+                received += piece
+                if time.monotonic() > deadline:  # the time limit of a socket is that of one piece
+                    raise TimeoutError(f"the answer was not whole within {self.timeout_seconds:g} s")
+                if len(received) > _MAX_BYTES:
+                    raise ValueError(f"the answer is longer than {_MAX_BYTES >> 20} MiB")
+            if answer.length:  # what Content-Length promised and did not come
+                raise ValueError(f"the answer broke off {answer.length} bytes before its end")
+        return json.loads(received)
+
+
+def _sendable(value: Any) -> Any:
+    """The value as any JSON parser takes it: without halves of surrogate pairs, and what is no number as text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {str(key): _sendable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sendable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(sample: Any) -> dict[str, Any]:
@@ -90,12 +116,15 @@ def _row(sample: Any) -> dict[str, Any]:
 
 
 def _verdicts(answer: Any, expected: int) -> list[dict[str, float]]:
-    if not isinstance(answer, dict) or "rewards" not in answer:
+    if not isinstance(answer, dict) or answer.get("rewards") is None:
         raise ValueError(f"the answer must be an object with 'rewards', got {str(answer)[:200]}")
     columns = {name: answer[key] for key, name in _COMPONENTS.items() if answer.get(key) is not None}
     for name, values in columns.items():
         if not isinstance(values, list) or len(values) != expected:
             raise ValueError(f"{name}: expected {expected} values, got {str(values)[:100]}")
+        for index, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_REWARD:
+                raise ValueError(f"{name}: value {index} must be a finite number, got {str(value)[:100]}")
     verdicts = [
         {name: float(value) for name, value in zip(columns, row, strict=True)}
         for row in zip(*columns.values(), strict=True)

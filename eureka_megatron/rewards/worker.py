@@ -85,9 +85,10 @@ def _checked(result: Any) -> dict[str, float]:
     verdict = {str(name): float(value) for name, value in result[0].items()}
     if "accuracy" not in verdict:
         raise KeyError(f"a reward function's dictionary needs 'accuracy', got {sorted(verdict)}")
+    verdict.setdefault("total", sum(verdict.values()))
     if not all(math.isfinite(value) for value in verdict.values()):
         raise ValueError(f"a reward is not finite: {verdict}")
-    return {**verdict, "total": verdict.get("total", sum(verdict.values()))}
+    return verdict
 
 
 if __name__ == "__main__":
