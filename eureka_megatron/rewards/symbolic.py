@@ -19,7 +19,7 @@ _DANGER = re.compile(
     r"|\^[^^]{0,40}\^[^^]{0,40}\^|\*\*[^*]{0,40}\*\*"  # towers
     r"|\^\s*\{[^{}]{0,20}\^"
     r"|\d{3,}\s*!|!\s*!|\d{100,}"
-    r"|[-+*/^_=|!,(\[{~]{9,}|(?:\\[a-zA-Z]+\s*){8,}|[^\x20-\x7e]"  # piles of signs; anything but printable ASCII
+    r"|[-+*/^_=|!,(\[{~]{9,}|(?:\\[a-zA-Z]+\s*){8,}"  # piles of signs
     r"|\\(?:input|include|write|read|def|let|csname|usepackage)"
 )
 
