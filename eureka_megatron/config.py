@@ -139,7 +139,9 @@ class RewardsSection(_Section):
         "exact"  # rounded: 1.4142 is the root of 2, 0.3333 is 1/3 (four places or more)
     )
     units: Literal["same", "converted"] = "same"  # converted: 1 m is 100 cm; a missing unit is forgiven in both
-    repetition_penalty: float = Field(0.0, ge=0)  # largest, for repeated n-grams of words (of characters where a language has no blanks); 0: none
+    repetition_penalty: float = Field(
+        0.0, ge=0
+    )  # largest, for repeated n-grams of words (of characters where a language has no blanks); 0: none
     repetition_ngram: int = Field(20, ge=1)
     overlong_buffer_tokens: int = Field(0, ge=0)  # DAPO: from 0 to -1 over the last so many response tokens; 0: none
     function: str | None = None  # package.module:function or path.py:function that judges instead of the rules

@@ -11,7 +11,6 @@ from eureka_megatron.rewards import choice, expression, extract, symbolic, text,
 from eureka_megatron.rewards.exact import Comparison
 from eureka_megatron.rewards.expression import Unbounded, Unsupported
 
-_MAX_GOLD_CHARACTERS = 1200
 _MAX_QUESTIONS = 6  # to math-verify for one answer: a list is compared item by item
 _MAX_ANSWER_CHARACTERS = 20_000  # whoever writes more between the answer tags gives no answer
 
@@ -37,7 +36,7 @@ def examine(
     if span is None or len(span) > _MAX_ANSWER_CHARACTERS:
         return Verdict(False, "extraction", "no <answer>…</answer>" if span is None else "the answer is too long")
     gold = extract.gold(answer)
-    if not gold or len(gold) > _MAX_GOLD_CHARACTERS:
+    if not gold or len(gold) > extract.MAX_STATEMENT_CHARACTERS:
         return Verdict(False, "extraction", "the gold answer is empty or too long")
     readings = extract.readings(span)
     options = choice.gold_letters(gold)
@@ -69,7 +68,7 @@ def compare(gold: str, prediction: str, rounded: bool = False, converted: bool =
 
     comparison = Comparison(otherwise, rounded=rounded, converted=converted)
     try:
-        right = len(prediction) <= _MAX_GOLD_CHARACTERS and comparison.equal(gold, prediction)
+        right = len(prediction) <= extract.MAX_STATEMENT_CHARACTERS and comparison.equal(gold, prediction)
     except Unbounded as error:
         return Verdict(False, "exact", str(error))
     why = comparison.why or next(filter(None, asked), None)
@@ -85,7 +84,7 @@ def parseable_gold(answer: object) -> bool:
     if isinstance(answer, dict | set) or answer is None or (isinstance(answer, list | tuple) and len(answer) != 1):
         return False
     gold = extract.gold(answer)
-    if not gold or len(gold) > _MAX_GOLD_CHARACTERS or not re.search(r"[^\W_]|\\[a-zA-Z]", gold):
+    if not gold or len(gold) > extract.MAX_STATEMENT_CHARACTERS or not re.search(r"[^\W_]|\\[a-zA-Z]", gold):
         return False
     if choice.gold_letters(gold) is not None:
         return True

@@ -18,6 +18,7 @@ from eureka_megatron.rewards.structure import parts
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
 _MAX_CHARACTERS = 4000
+MAX_STATEMENT_CHARACTERS = 1200
 _MARKUP = re.compile(
     r"【(?:最终)?(?:答案|解答|解析|分析|详解)】|<br\s*/?>|</?(?:answer|b|p|i|strong|em|div|span|u)>|(?<![A-Za-z0-9)\]}])\*\*(?=\S)|(?<=\S)\*\*(?![A-Za-z0-9(\[{\\])|^#+\s",
     re.IGNORECASE,
@@ -32,8 +33,8 @@ _JOIN = re.compile(
 _NUMBERED = re.compile(r"^\W*(?:[(（]\s*(?:1|a|i)\s*[)）]|①|1[.)]|a\)|part\b|第)", re.IGNORECASE)
 
 _CORRECTION = re.compile(
-    r".*(?:\bwait\b|\bactually\b|\bcorrection\b|\bsorry\b|\bhold on\b|\bon second thoughts?\b|\bi mean\b|\bscratch that\b|\bmake (?:that|it)\b"
-    r"|(?<=[.,;—-])\s*no,|不对|更正|等等|等一下)[\s,:.!—-]*(?=.*[\w①-⑨])", re.IGNORECASE | re.DOTALL,
+    r"(?:\bwait\b|\bactually\b|\bcorrection\b|\bsorry\b|\bhold on\b|\bon second thoughts?\b|\bi mean\b|\bscratch that\b|\bmake (?:that|it)\b"
+    r"|(?<=[.,;—-])\s*no,|不对|更正|等等|等一下)[\s,:.!—-]*", re.IGNORECASE,
 )  # fmt: skip
 _CONTRAST = re.compile(
     r"(?<=\S)\s*(?:[,;(，；（—]\s*(?:and |but )?(?:not|never)\s|(?:[,;，；]\s*)?(?:rather than|instead of|而不是|而非|,不是|，不是|，并非|,并非))[^\n]*$",
@@ -99,7 +100,8 @@ def settled(span: str) -> str:
     text = _MARKUP.sub(" ", span).strip()
     if len(text) > _MAX_CHARACTERS:
         return text
-    text = _CORRECTION.sub("", text)
+    corrected = [text[match.end() :] for match in _CORRECTION.finditer(text)]
+    text = next((rest for rest in reversed(corrected) if re.search(r"[\w①-⑨]", rest)), text)
     text = _NOT_BUT.sub("", text)
     return _CONTRAST.sub("", text).strip() or text
 
@@ -120,12 +122,11 @@ def readings(span: str) -> list[str]:
     lines = [line.strip() for line in last.splitlines() if line.strip()]
     several = ", ".join(lines) if 1 < len(lines) < 9 and max(map(len, lines)) < 60 else ""
     statements = dict.fromkeys([text, several, last, sentences(text)[-1]])
-    found = [reading for statement in statements if statement for reading in _peeled(canonical(undelimited(statement)))]
+    found = [reading for statement in statements for reading in _peeled(statement)]
     if segments := math_segments(text):
         last = _joined(text, segments)
         if not _denied(text, last[0], last[1]):
-            found.insert(0, _with_unit(text, last))
-            found += _peeled(canonical(found[0]))
+            found = [*(formula := _peeled(_with_unit(text, last)))[:1], *found, *formula]
     return _unique(found)
 
 
@@ -145,7 +146,7 @@ def _of_boxes(text: str, found: list[tuple[int, int, str]]) -> list[str]:
     several = [undelimited(unboxed(text))] if len(found) > 1 and _NUMBERED.match(undelimited(unboxed(text))) else []
     if len(text) > _MAX_CHARACTERS or not _denied(text, last[0], last[1]):
         several += [_with_unit(text, last), *([whole] if len(found) > 1 else [])]
-    return _unique([reading for one in several for reading in _peeled(canonical(undelimited(unboxed(one))))])
+    return _unique([reading for one in several for reading in _peeled(unboxed(one))])
 
 
 def _joined(text: str, found: list[tuple[int, int, str]]) -> tuple[int, int, str]:
@@ -178,7 +179,13 @@ def _denied(text: str, start: int, end: int) -> bool:
 
 
 def _peeled(text: str) -> list[str]:
-    """The text, and what is left when lead-ins and reasons go, one after the other, as long as nothing is denied."""
+    """The text, and what is left when lead-ins and reasons go, one after the other, as long as nothing is denied.
+
+    Nothing for a text that is too long for a statement.
+    """
+    if not text or len(text) > MAX_STATEMENT_CHARACTERS:
+        return []
+    text = canonical(undelimited(text))
     found, rest = [text], _BECAUSE.sub("", text) or text
     for _ in range(5):
         if rest != found[-1]:
