@@ -41,8 +41,7 @@ def examine(
     readings = extract.readings(span)
     options = choice.gold_letters(gold)
     if options is not None:
-        said = extract.settled(span)
-        chosen = choice.letters(extract.sentences(said)[-1]) or choice.letters(said)
+        chosen = choice.letters(span)
         if chosen == options or len(options) > 1 or chosen:
             return Verdict(
                 chosen == options, "option", f"{''.join(sorted(chosen or ())) or 'none'} chosen, {gold} wanted"

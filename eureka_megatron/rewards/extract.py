@@ -59,6 +59,9 @@ _NEGATION = re.compile(
     r"|不(?!等式|变|同|大于|小于|超过|少于|多于|低于|高于|妨|论|管|难|规则|定|含|计|考虑|足|断|仅)|没有|并非|错误|错的|除了",
     re.IGNORECASE,
 )
+_CONCLUSION = re.compile(
+    r"\b(?:so|hence|thus|therefore|but)\b|故|所以|因此|但", re.IGNORECASE
+)  # what was denied before is past
 _SENTENCE = re.compile(r"(?<=[^\d\s])[.!?]\s+|(?<=\d)\.\s+(?=[A-Z])|[。！？\n]+")
 
 _OPENING = re.compile(
@@ -67,7 +70,7 @@ _OPENING = re.compile(
     r"(?:point|interval|coordinates?|vector|line|ratio))\s*(?:of\s+)?[,:]?\s+"
     r"|(?:on|at|a total of|the(?=\s+\d))\s+"
     r"|(?:此|该|原)?(?:方程组?|不等式组?)(?=无|有)"
-    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|它们|两者|二者|仍然?|(?:该|这个|此)(?:说法|结论|命题|判断)|点?[A-Z]?在|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
+    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|它们|两者|二者|仍然?|(?:该|这个|此)?(?:说法|结论|命题|判断)|直线与圆|两圆|点?[A-Z]?在|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
     r"|\\approx\s*|=\s*|\\Rightarrow\s*)(?=\S)", re.IGNORECASE,
 )  # fmt: skip
 _LEAD_INS = (
@@ -104,6 +107,11 @@ def settled(span: str) -> str:
     text = next((rest for rest in reversed(corrected) if re.search(r"[\w①-⑨]", rest)), text)
     text = _NOT_BUT.sub("", text)
     return _CONTRAST.sub("", text).strip() or text
+
+
+def denies(text: str) -> bool:
+    """Whether the text holds a negation."""
+    return bool(_NEGATION.search(text))
 
 
 def sentences(text: str) -> list[str]:
@@ -191,7 +199,12 @@ def _peeled(text: str) -> list[str]:
         if rest != found[-1]:
             found.append(rest)
         match = _OPENING.match(rest) or next((m for lead_in in _LEAD_INS if (m := lead_in.match(rest))), None)
-        if match is None or match.end() >= len(rest) or parts(rest) or _NEGATION.search(rest[: match.end()]):
+        if (
+            match is None
+            or match.end() >= len(rest)
+            or parts(rest)
+            or denies(_CONCLUSION.split(rest[: match.end()])[-1])
+        ):
             break
         rest = rest[match.end() :]
     rest = tidy(rest)
