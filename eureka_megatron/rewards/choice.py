@@ -14,7 +14,7 @@ _LISTED = re.compile(rf"[(\[{{]?\s*({_ONE}(?:{_SEPARATOR}{_ONE})*)\s*[)\]}}]?\s*
 _JOINED = re.compile(r"[(\[{]?\s*([A-Z]{2,10})\s*[)\]}]?\.?")
 _WORDS = re.compile(r"\b(?:and|or)\b", re.IGNORECASE)
 _CALLED = re.compile(
-    r"^(?:the\s+)?(?:correct\s+)?(?:options?|choices?|answers?|(?:答案|应|故)?选择?项?)\s*:?\s*(?=[(\[]?[A-Z])|(?<=[A-Z])\s*(?:选项|项|正确)+$",
+    r"^(?:the\s+)?(?:correct\s+)?(?:options?|choices?|answers?|(?:答案|应|故)?选择?项?)\s*:?\s*(?=[(\[]?[A-Z])|(?<=[A-Z])\s*(?:选项|[两三四]?项|正确)+$|\s+(?:is|are)\s+(?:all\s+)?(?:correct|right|true)$",
     re.IGNORECASE,
 )
 _WITH_TEXT = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]\s*\S|([A-Za-z])\s*[.:)]\s*\S|([A-Z])[\s,]\s*[\d\\$-]")

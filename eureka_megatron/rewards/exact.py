@@ -19,7 +19,7 @@ from collections.abc import Callable
 from eureka_megatron.rewards import expression, regions, structure, text, units
 from eureka_megatron.rewards.expression import Unbounded, Unsupported
 
-_CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.和与及]|and)+")
+_CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.()和与及]|and)+")
 _REGION = re.compile(r"[<>\]\[]|\\(?:leq|geq|neq|cup|infty|in|mathbb)|R|real|实数")
 _FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _GEOMETRY = {
@@ -199,13 +199,22 @@ class Comparison:
         first, last = (gold[0], gold[-1]), (sides[0], sides[-1])
         if _is_named(gold[0]) and _is_named(sides[0]) and (_same_name(gold[0], sides[0])):
             return self._quantities(gold[-1], sides[-1])
-        if first in (last, last[::-1]):
-            return True
         for a, b in ((sides[0], sides[-1]), (sides[-1], sides[0])):  # AB = 5 and 5 = BA; m:n = 3:5
             if _is_named(gold[0]) and _is_named(a) and not text.is_wordy(a + gold[0]) and self._known(gold[0], a):
                 return self._quantities(gold[-1], b)
+        if all(map(text.is_reaction, whole)):
+            return False  # its direction counts
+        if first in (last, last[::-1]):
+            return True
+        sides = [f"({a})-({b})" for a, b in (first, last)]
+        # y = 6/x is xy = 6: neither has a solution at 0, so both may be multiplied.
+        factors = ("", *re.findall(r"(?:/|\}\s*\{)\s*\(?([a-z])(?![a-z])", " ".join(sides)))
         try:
-            return expression.proportion(*(f"({a})-({b})" for a, b in (first, last))) is not None
+            return any(
+                expression.proportion(*pair) is not None
+                for factor in dict.fromkeys(factors)
+                for pair in (sides, [f"({sides[0]}){factor}", sides[1]], [sides[0], f"({sides[1]}){factor}"])
+            )
         except Unbounded:
             raise
         except Unsupported:
@@ -271,15 +280,19 @@ class Comparison:
     def _structures(self, gold: str, prediction: str) -> bool | None:
         gold, prediction = (structure.POINT_NAME.sub("", side) if "," in side else side for side in (gold, prediction))
         first, second = structure.bracketed(gold), structure.bracketed(prediction)
-        if first and second and ("," in first[1] + second[1] or "\\{" in (first[0], second[0])):
+        sets = [bool(side) and side[0] == "\\{" for side in (first, second)]
+        if first and second and sets[0] == sets[1] and ("," in first[1] + second[1] or sets[0]):
             left, right = structure.items(first[1], loose=True), structure.items(second[1], loose=True)
             if (first[0], first[2]) != (second[0], second[2]) or len(left) != len(right):
                 return False
             if first[0] == "\\{":
                 return _matched(left, right, self._single)
             return all(self._single(a, b) for a, b in zip(left, right, strict=True))
-        if first and first[0] == "\\{" and second is None and "|" not in first[1]:
-            return self._single(first[1], prediction)
+        if sets[0] != sets[1]:  # \\{(1,2)\\} and (1,2)
+            content = (first if sets[0] else second)[1]
+            if len(structure.items(content, loose=True)) == 1 and "|" not in content:
+                return self._single(*((content, prediction) if sets[0] else (gold, content)))
+            return False if first and second else None
         if ("," in gold) != ("," in prediction):  # a column is a vector as (1,2) is
             gold, prediction = (structure.COLUMN.sub(structure._cells, side) for side in (gold, prediction))
             if "," in gold and "," in prediction:
@@ -357,8 +370,8 @@ def _is_named(side: str) -> bool:
 
 def _same_name(a: str, b: str) -> bool:
     """Also x_1 for x, and f(x) for y."""
-    short, long = sorted((re.sub(r"[\s{}]", "", side) for side in (a, b)), key=len)
-    if short == "y" and re.fullmatch(r"[a-z]\(x\)", long):
+    short, long = sorted((re.sub(r"\\(?:vec|overrightarrow)(?![a-z])|[\s{}]", "", side) for side in (a, b)), key=len)
+    if short.startswith("y") and re.fullmatch(rf"[a-z]{short[1:]}\(x\)", long):
         return True
     return short == long or (short in "xyzt" and long.partition("_")[0] == short)
 

@@ -17,7 +17,7 @@ import mpmath
 
 _MAX_CHARACTERS, _MAX_TOKENS, _MAX_DEPTH, _MAX_DIGITS = 600, 300, 80, 45
 _MAX_EXPONENT = 10**15
-_TRIALS = 4  # at the last one variables are negative: only |…| asks for it, for roots may be complex there
+_TRIALS, _SIGNED_TRIALS = 3, 6
 # An own context: the precision of mpmath.mp belongs to whoever else uses it (sympy).
 MP = mpmath.mp.clone()
 MP.dps = 80
@@ -61,20 +61,23 @@ _TIMES, _DIVIDED = ("*", "\\times", "\\cdot", "\\cdotp"), ("/", "\\div")
 _ADDITION, _PRODUCT, _FACTOR, _POWER = range(4)  # how tightly an operator binds
 
 
-def values(text: str) -> tuple[Value, ...]:
-    """The expression at `_TRIALS` points (a single value when it has no variable). Raises Unsupported."""
-    result = _values_or_error(text)
+def values(text: str, *, signed: bool = False) -> tuple[Value, ...]:
+    """The expression at several points, a single value when it has no variable. Raises Unsupported.
+
+    signed: also where variables are negative, which |…| asks for; otherwise not, for roots may be complex there.
+    """
+    result = _values_or_error(text, _TRIALS + _SIGNED_TRIALS * signed)
     if isinstance(result, Unsupported):
         raise result
     return result
 
 
 @functools.lru_cache(maxsize=4096)
-def _values_or_error(text: str) -> tuple[Value, ...] | Unsupported:
+def _values_or_error(text: str, trials: int = _TRIALS) -> tuple[Value, ...] | Unsupported:
     try:
         parser = _Parser(text, 0)
         first = parser.parse()
-        return (first, *(_Parser(text, trial).parse() for trial in range(1, _TRIALS if parser.variables else 1)))
+        return (first, *(_Parser(text, trial).parse() for trial in range(1, trials if parser.variables else 1)))
     except Unsupported as error:
         return error
     except (OverflowError, RecursionError) as error:
@@ -87,9 +90,9 @@ def _values_or_error(text: str) -> tuple[Value, ...] | Unsupported:
 
 def equal(left: str, right: str) -> bool:
     """Whether two expressions have the same value everywhere. Raises Unsupported when either is not understood."""
-    first, second = values(left), values(right)
-    count = max(len(first), len(second)) - ("|" not in left + right)
-    return all(same(first[i % len(first)], second[i % len(second)]) for i in range(max(count, 1)))
+    first, second = (values(side, signed="|" in left + right) for side in (left, right))
+    count = max(len(first), len(second))
+    return all(same(first[i % len(first)], second[i % len(second)]) for i in range(count))
 
 
 def same(a: Value, b: Value) -> bool:
@@ -101,8 +104,8 @@ def same(a: Value, b: Value) -> bool:
 def proportion(left: str, right: str) -> Value | None:
     """c if left = c * right with one constant c != 0 (for relations brought to one side). Raises Unsupported."""
     first, second = values(left), values(right)
-    pairs = [(first[i % len(first)], second[i % len(second)]) for i in range(max(len(first), len(second)) - 1)]
-    if not pairs or any(abs(value) < 1e-40 for pair in pairs for value in pair):
+    pairs = [(first[i % len(first)], second[i % len(second)]) for i in range(max(len(first), len(second)))]
+    if len(pairs) == 1 or any(abs(value) < 1e-40 for pair in pairs for value in pair):
         return None
     ratios = [a / b for a, b in pairs]
     return ratios[0] if all(same(ratio, ratios[0]) for ratio in ratios) else None
@@ -118,7 +121,8 @@ def is_constant(text: str) -> bool:
 def _point(name: str, trial: int) -> Value:
     """A fixed positive rational for a variable: positive, so that roots of it are real."""
     digest = hashlib.blake2b(f"{name}/{trial}".encode(), digest_size=4).digest()
-    return MP.mpf(int.from_bytes(digest, "big") % 8999 + 1000) / (3571 if trial < _TRIALS - 1 else -3571)
+    number = int.from_bytes(digest, "big")
+    return MP.mpf(number % 8999 + 1000) / (-3571 if trial >= _TRIALS and number % 2 else 3571)
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:

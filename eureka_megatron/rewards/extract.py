@@ -56,7 +56,7 @@ _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", 
 _ASIDE = re.compile(r"(?<=[\w}\])%])\s+\((?!.*(?:\bor\b|或|[<>=]|\\[lgn]eq))[^()]*[A-Za-z\u4e00-\u9fff][^()]*\)$")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|can't|except|without|wrong|incorrect|false|untrue)\b|n't\b"
-    r"|不(?!等式|变|同|大于|小于|超过|少于|多于|低于|高于|妨|论|管|难|规则|定|含|计|考虑|足|断|仅)|没有|并非|错误|错的|除了",
+    r"|不(?!等式|变|同|大于|小于|超过|少于|多于|低于|高于|妨|论|管|难|规则|定|含|计|考虑|足|断|仅)|没有|并非|非(?!常|零|负|空)|错误|错的|除了",
     re.IGNORECASE,
 )
 _CONCLUSION = re.compile(
@@ -70,7 +70,7 @@ _OPENING = re.compile(
     r"(?:point|interval|coordinates?|vector|line|ratio))\s*(?:of\s+)?[,:]?\s+"
     r"|(?:on|at|a total of|the(?=\s+\d))\s+"
     r"|(?:此|该|原)?(?:方程组?|不等式组?)(?=无|有)"
-    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|它们|两者|二者|仍然?|(?:该|这个|此)?(?:说法|结论|命题|判断)|直线与圆|两圆|点?[A-Z]?在|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
+    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|它们|两者|二者|仍然?|(?:该|这个|此)?(?:说法|结论|命题|判断)|直线与圆|两圆|点?[A-Z]?在|(?:[A-Z]点|点[A-Z])?的?坐标|保持|选(?=[甲乙丙丁])|这样的[\u4e00-\u9fff]{1,3}(?=不?存在)|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
     r"|\\approx\s*|=\s*|\\Rightarrow\s*)(?=\S)", re.IGNORECASE,
 )  # fmt: skip
 _LEAD_INS = (

@@ -32,6 +32,7 @@ _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _COMPATIBLE = re.compile(r"[^\x00-\x7f\u2460-\u24ff]+")  # circled numbers and letters stay
 
 _SUFFIX = r"(?![a-zA-Z])"
+_LINE_BREAK = re.compile(r"\\\\\s*(?=[a-z]\s*=)")  # x=3\\y=-2
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\le outside of a system is \le
 # Spellings with a backslash, in the order applied.
 _LATEX = [
@@ -75,7 +76,7 @@ _POWERS = {"thousand": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
 _PLAIN = [
     (re.compile(r"(?<=\d)\s*\n\s*(?=\d)"), ", "),
     (re.compile(r"\.{3,}"), r"\\ldots "),
-    (re.compile(r"(?<![\\\w^}])\{(\s*[a-zA-Z]\s*[|:][^{}]*)\}"), r"\\{\1\\}"),
+    (re.compile(r"(?<![\\\w^}])\{(\s*[a-zA-Z]\s*(?:\\in[^{}|]*)?[|:][^{}]*)\}"), r"\\{\1\\}"),
     (re.compile(r"<=|=<"), r"\\leq "),
     (re.compile(r">="), r"\\geq "),
     (re.compile(r"!="), r"\\neq "),
@@ -94,7 +95,7 @@ _PLAIN = [
     (re.compile(r"(\d+)\s*(?:\^\s*\\circ\s*|度)(\d+)\s*(?:'|分)(?:\s*(\d+)\s*(?:''|秒))?"), lambda m: f"({m[1]}+{m[2]}/60+{m[3] or 0}/3600)^\\circ "),
     (re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d,.])"), lambda m: m[1].replace(".", "") + "." + m[2]),  # 1.234,56
     (re.compile(r"(?<![\d.,(\[{])(\d+),(0\d|0\d{3,})(?![\d,.])"), r"\1.\2"),  # 3,07 can be no list
-    (re.compile(r"[,;]?\s*\(?\s*(?<![A-Za-z])([kn])\s*\\in\s*(?:\\mathbb)?\s*(?:\{\s*Z\s*\}|Z)\s*\)?"), " "),
+    (re.compile(r"[,;]?\s*\(?\s*(?<![A-Za-z])([kn])\s*\\in\s*(?:\\mathbb)?\s*\{?\s*[ZN]\s*\}?\s*(?:[_^]?\s*\{?\s*[*+]\s*\}?)?\s*\)?"), " "),
     (re.compile(r"(?<![\\\w^}\]])\{([^{}]*,[^{}]*)\}"), r"\\{\1\\}"),
     (re.compile(r"\\\{\s*([a-z])\s*[|:]\s*(\1\s*=[^<>]*)\\\}"), r"\2"),
     (re.compile(r"(?<!\d)(\d{1,2})[时点](\d{1,2})分"), lambda m: f"{m[1]}:{m[2]:0>2}"),
@@ -118,7 +119,7 @@ def _canonical(text: str) -> str:
         text = _COMPATIBLE.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
     if "\\" in text or "~" in text or "{,}" in text:
         if "\\begin" not in text:
-            text = _ESCAPED_TWICE.sub(r"\\", text)
+            text = _LINE_BREAK.sub(", ", _ESCAPED_TWICE.sub(r"\\", text))
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
         if "\\begin" in text:

@@ -67,6 +67,9 @@ def items(answer: str, *, loose: bool = False) -> list[str]:
 
     loose: 1,234 may be two numbers, for it stands in brackets.
     """
+    inner = bracketed(answer)
+    if inner and inner[0] == "(" and " and " in inner[1] and RELATION.search(inner[1]):
+        answer = inner[1]  # a system of equations
     answer = _CONDITION.sub(r", \1", answer)
     pieces = [piece for piece in split(answer, _SEPARATOR if loose else _LOOSE_SEPARATOR) if piece]
     if not loose and any(re.search(r"(?<!\d)(?:\d{4,}|0),\d{3}(?!\d)", piece) for piece in pieces):

@@ -14,6 +14,7 @@ _MAX_CHARACTERS = 300
 _MAX_NESTING = 8  # its parser is exponential in nested brackets
 _HEAVY = re.compile(r"\\(?:sum|prod|int|iint|lim|oint|det)(?![a-zA-Z])")
 _BASE = re.compile(r"\d\s*_\s*\{?\s*\(?\d")
+_FORMULA = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]+\d")
 _DANGER = re.compile(
     r"\^\s*\{?\s*\(?\s*-?\s*[\d.]{4,}"  # exponents of four digits
     r"|\^[^^]{0,40}\^[^^]{0,40}\^|\*\*[^*]{0,40}\*\*"  # towers
@@ -46,6 +47,8 @@ def objection(gold: str, prediction: str) -> str | None:
             return "words, which it would read as products of letters"
         if _BASE.search(answer):
             return "a number base, which it would drop"
+        if _FORMULA.search(answer):
+            return "a number behind a letter, as in CO2, which it would read as a product"
     if set(_HEAVY.findall(prediction)) - set(_HEAVY.findall(gold)):
         return "a sum or an integral that the gold answer does not have"
     return None

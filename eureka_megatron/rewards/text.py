@@ -6,7 +6,7 @@ import re
 
 _GENOTYPE = re.compile(r"(?:([A-Za-z])(?i:\1))+")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")
-_CHEMICAL = re.compile(r"(?:\d*(?:[A-Z][a-z]?|[()])(?:_\{?\d{1,3}\}?|\d{1,3})?){1,20}")
+_CHEMICAL = re.compile(r"(?:(?:^|[+=])?\d*(?:[A-Z][a-z]?|[()])(?:_\{?\d{1,3}\}?|\d{1,3})?){1,30}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]*\}|\\[a-zA-Z]+")
 _NAMED = re.compile(r"\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat|square)\s*\{?\s*[A-Za-z]+'?")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|[A-Za-z0-9])")
@@ -41,6 +41,12 @@ def same(gold: str, prediction: str) -> bool:
     if left.casefold() != right.casefold() or not is_wordy(gold):
         return False
     return all(_natural_case(word) for word in itertools.chain(gold.split(), prediction.split()))
+
+
+def is_reaction(text: str) -> bool:
+    """2H_2+O_2=2H_2O."""
+    text = text.replace(" ", "")
+    return "+" in text and "=" in text and bool(re.search(r"[A-Za-z]_?\{?\d", text)) and bool(_CHEMICAL.fullmatch(text))
 
 
 def _natural_case(word: str) -> bool:
