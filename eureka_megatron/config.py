@@ -135,6 +135,10 @@ class RewardsSection(_Section):
     format_weight: float = 0.5
     think: Literal["required", "optional"] = "required"
     strict_ends: bool = False
+    decimals: Literal["exact", "rounded"] = (
+        "exact"  # rounded: 1.4142 is the root of 2, 0.3333 is 1/3 (four places or more)
+    )
+    units: Literal["same", "converted"] = "same"  # converted: 1 m is 100 cm; a missing unit is forgiven in both
     repetition_penalty: float = Field(0.0, ge=0)  # largest, for repeated n-grams; 0: none
     repetition_ngram: int = Field(20, ge=1)  # words; characters of Chinese or Japanese, fours of them of Thai or Khmer
     overlong_buffer_tokens: int = Field(0, ge=0)  # DAPO: from 0 to -1 over the last so many response tokens; 0: none

@@ -32,6 +32,8 @@ def reward_rules(config: RunConfig) -> RewardRules:
             "compat": config.algorithm.compat,
             "think": rewards.think,
             "strict_ends": rewards.strict_ends,
+            "decimals": rewards.decimals,
+            "units": rewards.units,
             "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
         },
         workers=rewards.workers,

@@ -5,11 +5,11 @@
 package imports torch: judge workers start in a fraction of a second.
 """
 
+from eureka_megatron.rewards.examine import parseable_gold
 from eureka_megatron.rewards.judge import JudgePool
-from eureka_megatron.rewards.math import parseable_gold
 from eureka_megatron.rewards.remote import RemoteReward
 from eureka_megatron.rewards.rewarder import Rewarder, RewardRules
-from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, is_right, score
+from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, score
 
 __all__ = [
     "DEFAULT_WEIGHTS",
@@ -17,7 +17,6 @@ __all__ = [
     "RemoteReward",
     "RewardRules",
     "Rewarder",
-    "is_right",
     "parseable_gold",
     "score",
 ]

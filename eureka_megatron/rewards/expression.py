@@ -1,138 +1,165 @@
-"""Value of a closed or algebraic expression, by evaluation, with hard bounds on everything.
+r"""Value of a closed or algebraic expression, by evaluation, with hard bounds on everything.
 
-A judge must be fast and cannot trust its input, so ordinary answers never reach a computer-algebra system: rationals are
-exact fractions, everything else 60-digit floats, and a variable takes fixed "random" rational values, so two
-expressions are equal iff they agree at several points (Schwartz-Zippel). No eval, no recursion deeper than MAX_DEPTH.
-What this small grammar does not know raises Unsupported, and the caller falls back to math-verify.
+A judge must be fast and cannot trust its input, so ordinary answers never reach a computer-algebra system: everything is
+an 80-digit float, and a variable takes fixed "random" rational values, so two expressions are equal iff they agree at
+several points (Schwartz-Zippel). No eval, no integers without bound. What this small grammar does not know raises
+Unsupported, and the caller asks math-verify.
+
+    \frac{1}{2}, 1/2, 0.5, 50%, 1 1/2, 0.\overline{3}, 2\sqrt{3}, \sqrt 23, e^{16}-1, x^2-4, \sin 30^\circ, \binom{5}{2}
 """
 
 import functools
 import hashlib
 import re
-from fractions import Fraction
+from collections.abc import Callable
 
 import mpmath
 
-from eureka_megatron.rewards.arithmetic import (
-    MP,
-    Unbounded,
-    Unsupported,
-    Value,
-    add,
-    divide,
-    factorial,
-    multiply,
-    power,
-    root,
-    same,
-    wide,
+_MAX_CHARACTERS, _MAX_TOKENS, _MAX_DEPTH, _MAX_DIGITS = 600, 300, 80, 45
+_MAX_EXPONENT = 10**15
+_TRIALS, _SIGNED_TRIALS = 3, 6
+# An own context: the precision of mpmath.mp belongs to whoever else uses it (sympy).
+MP = mpmath.mp.clone()
+MP.dps = 80
+Value = mpmath.mpf | mpmath.mpc
+
+
+class Unsupported(Exception):
+    """Not in the grammar, or undefined (1/0)."""
+
+
+class Unbounded(Unsupported):
+    """Too large or too deep. Nobody else should try it either."""
+
+
+_GREEK = (
+    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|"
+    "omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega|ell"
 )
-
-MAX_CHARACTERS = 600
-MAX_TOKENS = 300
-MAX_DEPTH = 80
-_TRIALS = 3
-
+_OBJECTS = "angle|triangle|vec|overrightarrow|overline|hat|bar|widehat|odot|square"
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d{1,3}(?:[, ]\d{3})+(?![\d]|[, ]\d)(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
-    r"|(?P<command>\\[a-zA-Z]+)|(?P<name>[A-Za-z]'*)|(?P<symbol>\*\*|[-+*/^_(){}\[\]|!%]))"
+    r"\s*(?:(?P<number>\d{1,3}(?:[, ]\d{3})+(?!\d|[, ]\d{3})(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)"
+    rf"|(?P<object>\\(?:{_OBJECTS})\s*(?:\{{\s*[A-Za-z0-9 ]+'*\s*\}}|[A-Z]+'*|[a-z](?![a-zA-Z])|\d))"
+    r"|(?P<count>[ACP]\s*_\s*\{?\d{1,3}\}?\s*\^\s*\{?\d{1,3}\}?)"  # of permutations and combinations
+    r"|(?P<call>[fghFP]\(-?(?:\d+|[A-Za-z])\))"  # f(2) is another unknown than f(3)
+    rf"|(?P<name>(?:[A-Za-z]'*|\\(?:{_GREEK})(?![a-zA-Z]))(?:\s*_\s*(?:\{{[^{{}}]*\}}|\d+|\w))?)"
+    r"|(?P<command>\\[a-zA-Z]+)|(?P<symbol>\*\*|[-+*/^_(){}\[\]|!%]))"
 )
-_FUNCTIONS = {
-    "\\sin": MP.sin, "\\cos": MP.cos, "\\tan": MP.tan, "\\cot": MP.cot, "\\ln": MP.ln, "\\exp": MP.exp,
-    "\\arcsin": MP.asin, "\\arccos": MP.acos, "\\arctan": MP.atan,
+# Mixed numbers as sums (but not 11 6/6), and 0.1\overline{6}: the period over 9…9, shifted behind the digits before it.
+_MIXED = re.compile(
+    r"(?<![\d.,)}^_])(?<!\d )(\d{1,3}(?:[, ]\d{3})+|\d+)\s*(?:\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|\s(\d+)\s*/\s*(\d+))"
+)
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d{1,20})\s*\}")
+_FUNCTIONS: dict[str, Callable] = {
+    "\\sin": MP.sin, "\\cos": MP.cos, "\\tan": MP.tan, "\\cot": MP.cot, "\\sec": MP.sec, "\\csc": MP.csc,
+    "\\ln": MP.ln, "\\exp": MP.exp, "\\arcsin": MP.asin, "\\arccos": MP.acos, "\\arctan": MP.atan, "\\log": MP.log10,
+    "\\lg": MP.log10, "\\sinh": MP.sinh, "\\cosh": MP.cosh, "\\tanh": MP.tanh,
 }  # fmt: skip
-_GREEK_NAMES = (
-    "alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa",
-    "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta",
-    "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega", "ell",
-)  # fmt: skip
-_GREEK = {f"\\{name}" for name in _GREEK_NAMES}
-_MULTIPLY = {"*", "\\times", "\\cdot", "\\cdotp"}
-_DIVIDE = {"/", "\\div"}
+_LOGARITHMS = ("\\log", "\\ln", "\\lg")
+_CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
+_TIMES, _DIVIDED = ("*", "\\times", "\\cdot", "\\cdotp"), ("/", "\\div")
+_ADDITION, _PRODUCT, _FACTOR, _POWER = range(4)  # how tightly an operator binds
 
 
-def values(text: str) -> tuple[Value, ...]:
-    """The expression at `_TRIALS` points (a single value when it has no variable). Raises Unsupported."""
-    return _values(text)
+def values(text: str, *, signed: bool = False) -> tuple[Value, ...]:
+    """The expression at several points, a single value when it has no variable. Raises Unsupported.
 
-
-@functools.lru_cache(maxsize=4096)
-def _values_or_error(text: str) -> tuple[Value, ...] | Unsupported:
-    try:
-        parser = _Parser(text, 0)
-        first = parser.parse()
-        if not parser.variables:
-            return (first,)
-        return (first, *(_Parser(text, trial).parse() for trial in range(1, _TRIALS)))
-    except Unsupported as error:
-        return error
-    except (OverflowError, RecursionError) as error:
-        return Unbounded(str(error))
-    except (ZeroDivisionError, ValueError, mpmath.libmp.NoConvergence) as error:
-        return Unsupported(str(error))
-
-
-def _values(text: str) -> tuple[Value, ...]:
-    result = _values_or_error(text)
+    signed: also where variables are negative, which |…| asks for; otherwise not, for roots may be complex there.
+    """
+    result = _values_or_error(text, _TRIALS + _SIGNED_TRIALS * signed)
     if isinstance(result, Unsupported):
         raise result
     return result
 
 
+@functools.lru_cache(maxsize=4096)
+def _values_or_error(text: str, trials: int = _TRIALS) -> tuple[Value, ...] | Unsupported:
+    try:
+        parser = _Parser(text, 0)
+        first = parser.parse()
+        return (first, *(_Parser(text, trial).parse() for trial in range(1, trials if parser.variables else 1)))
+    except Unsupported as error:
+        return error
+    except (OverflowError, RecursionError) as error:
+        return Unbounded(str(error))
+    except ZeroDivisionError:
+        return Unsupported("division by zero")
+    except (ValueError, mpmath.libmp.NoConvergence) as error:
+        return Unsupported(str(error))
+
+
 def equal(left: str, right: str) -> bool:
     """Whether two expressions have the same value everywhere. Raises Unsupported when either is not understood."""
-    first, second = _values(left), _values(right)
+    first, second = (values(side, signed="|" in left + right) for side in (left, right))
     count = max(len(first), len(second))
     return all(same(first[i % len(first)], second[i % len(second)]) for i in range(count))
 
 
-def proportion(left: str, right: str) -> mpmath.mpf | None:
+def same(a: Value, b: Value) -> bool:
+    """Equal to 50 digits; what is below 1e-60 is zero."""
+    size = max(abs(a), abs(b))
+    return bool(a == b) if not MP.isfinite(size) else bool(size < 1e-60 or abs(a - b) <= size * MP.mpf("1e-50"))
+
+
+def proportion(left: str, right: str) -> Value | None:
     """c if left = c * right with one constant c != 0 (for relations brought to one side). Raises Unsupported."""
-    ratios = []
-    first, second = _values(left), _values(right)
-    for i in range(max(len(first), len(second))):
-        a, b = wide(first[i % len(first)]), wide(second[i % len(second)])
-        if abs(a) < 1e-40 or abs(b) < 1e-40:
-            return None
-        ratios.append(a / b)
-    return ratios[0] if len(ratios) > 1 and all(same(ratio, ratios[0]) for ratio in ratios) else None
+    first, second = values(left), values(right)
+    pairs = [(first[i % len(first)], second[i % len(second)]) for i in range(max(len(first), len(second)))]
+    if len(pairs) == 1 or any(abs(value) < 1e-40 for pair in pairs for value in pair):
+        return None
+    ratios = [a / b for a, b in pairs]
+    return ratios[0] if all(same(ratio, ratios[0]) for ratio in ratios) else None
 
 
 def is_constant(text: str) -> bool:
-    """Whether the expression has no variable. Raises Unsupported."""
-    return len(_values(text)) == 1
+    """Whether this is an expression without a variable; False when it is none at all."""
+    result = _values_or_error(text)
+    return not isinstance(result, Unsupported) and len(result) == 1
 
 
 @functools.lru_cache(maxsize=1024)
-def _point(name: str, trial: int) -> Fraction:
+def _point(name: str, trial: int) -> Value:
     """A fixed positive rational for a variable: positive, so that roots of it are real."""
     digest = hashlib.blake2b(f"{name}/{trial}".encode(), digest_size=4).digest()
-    return Fraction(int.from_bytes(digest, "big") % 8999 + 1000, 3571)
+    number = int.from_bytes(digest, "big")
+    return MP.mpf(number % 8999 + 1000) / (-3571 if trial >= _TRIALS and number % 2 else 3571)
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """(kind, text) of every token; the kind names a group of _TOKEN."""
+    if len(text) > _MAX_CHARACTERS:
+        raise Unbounded("too long")
+    text = _MIXED.sub(_mixed, _REPEATING.sub(_repeating, text)).rstrip()
+    found: list[tuple[str, str]] = []
+    position = 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None or len(found) >= _MAX_TOKENS:
+            raise Unsupported(f"cannot read {text[position : position + 8]!r}")
+        found.append((match.lastgroup or "", match.group(match.lastgroup or 0)))
+        position = match.end()
+    return found
+
+
+def _mixed(match: re.Match) -> str:
+    whole, numerator, denominator = (group for group in match.groups() if group)
+    return f"({whole}+{numerator}/{denominator})" if int(numerator) < int(denominator) else match[0]
+
+
+def _repeating(match: re.Match) -> str:
+    return f"({match[1] or 0}.{match[2] or 0}+{int(match[3])}/({10 ** len(match[3]) - 1}*10^{len(match[2])}))"
 
 
 class _Parser:
-    """Recursive descent over tokens; evaluates as it reads."""
+    """Operator precedence over tokens; evaluates as it reads."""
 
     def __init__(self, text: str, trial: int) -> None:
-        if len(text) > MAX_CHARACTERS:
-            raise Unbounded("too long")
-        self.tokens: list[tuple[str, str]] = []
-        position = 0
-        text = text.rstrip()
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None or len(self.tokens) >= MAX_TOKENS:
-                raise Unsupported(f"cannot read {text[position : position + 8]!r}")
-            self.tokens.append((match.lastgroup or "", match.group(match.lastgroup or 0)))
-            position = match.end()
-        self.position, self.depth, self.trial = 0, 0, trial
+        self.tokens, self.position, self.depth, self.trial = _tokens(text), 0, 0, trial
         self.variables: set[str] = set()
-        self.in_bars = False
+        self.in_bars = self.in_function = False
 
     def parse(self) -> Value:
-        if not self.tokens:
-            raise Unsupported("empty")
-        value = self.sum()
+        value = self.expression(_ADDITION)
         if self.position != len(self.tokens):
             raise Unsupported(f"trailing {self.peek()!r}")
         return value
@@ -143,198 +170,105 @@ class _Parser:
     def kind(self) -> str:
         return self.tokens[self.position][0] if self.position < len(self.tokens) else ""
 
-    def take(self) -> str:
+    def take(self, expected: str | None = None) -> str:
         token = self.peek()
-        if not token:
-            raise Unsupported("ends too early")
+        if not token or (expected is not None and token != expected):
+            raise Unsupported(f"expected {expected or 'more'!r}")
         self.position += 1
         return token
 
-    def expect(self, token: str) -> None:
-        if self.take() != token:
-            raise Unsupported(f"expected {token!r}")
-
-    def sum(self) -> Value:
+    def expression(self, binding: int) -> Value:
+        """What follows, up to an operator that binds less than `binding`."""
         self.depth += 1
-        if self.depth > MAX_DEPTH:
+        if self.depth > _MAX_DEPTH:
             raise Unbounded("too deep")
-        value = self.product()
-        while self.peek() in ("+", "-"):
-            sign = 1 if self.take() == "+" else -1
-            value = add(value, multiply(Fraction(sign), self.product()))
-        self.depth -= 1
-        return value
-
-    def product(self) -> Value:
-        if self.peek() in ("+", "-"):
-            sign = 1 if self.take() == "+" else -1
-            self.depth += 1
-            if self.depth > MAX_DEPTH:
-                raise Unbounded("too deep")
-            value = multiply(Fraction(sign), self.product())
-            self.depth -= 1
-            return value
-        value = self.power()
+        signs = {"+": 1, "-": -1}
+        value = signs[self.take()] * self.expression(max(binding, _PRODUCT)) if self.peek() in signs else self.atom()
         while token := self.peek():
-            if token in _MULTIPLY:
-                self.take()
-                value = multiply(value, self.signed_power())
-            elif token in _DIVIDE:
-                self.take()
-                value = divide(value, self.signed_power())
-            elif self.starts_factor():
-                if self.kind() == "number" and self.tokens[self.position - 1][0] == "number":
-                    raise Unsupported("two numbers in a row")
-                value = multiply(value, self.power())
-            else:
-                break
-        return value
-
-    def signed_power(self) -> Value:
-        if self.peek() in ("+", "-"):
-            sign = 1 if self.take() == "+" else -1
-            return multiply(Fraction(sign), self.power())
-        return self.power()
-
-    def starts_factor(self) -> bool:
-        token, kind = self.peek(), self.kind()
-        if token == "|":
-            return not self.in_bars
-        return kind in ("number", "name", "command") or token in ("(", "{", "[")
-
-    def power(self) -> Value:
-        value = self.atom()
-        while True:
-            token = self.peek()
             if token in ("^", "**"):
                 self.take()
-                if self.peek() == "\\circ":  # only inside a function: a closing degree sign is a unit
-                    self.take()
-                    return multiply(value, MP.pi / 180)
-                return power(value, self.exponent())
-            if token == "!":
+                value = self.raised(value)
+            elif token in ("!", "%"):
+                value = _factorial(value) if self.take() == "!" else value / 100
+            elif binding <= _ADDITION and token in signs:
+                value = value + signs[self.take()] * self.expression(_PRODUCT)
+            elif binding <= _PRODUCT and token in _TIMES:
                 self.take()
-                value = factorial(value)
-            elif token == "%":
+                value = value * self.expression(_FACTOR)
+            elif binding <= _PRODUCT and token in _DIVIDED:
                 self.take()
-                value = divide(value, Fraction(100))
+                value = value / self.expression(_FACTOR)
+            elif binding <= _PRODUCT and self.starts_factor():
+                if self.kind() == "number" and self.tokens[self.position - 1][0] in ("number", "name"):
+                    raise Unsupported("a number behind a number or a name")  # 1 2 is no product, x2 may be a power
+                value = value * self.expression(_POWER)
             else:
-                return value
-
-    def exponent(self) -> Value:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unbounded("too deep")
-        if self.peek() in ("+", "-"):
-            sign = 1 if self.take() == "+" else -1
-            value = multiply(Fraction(sign), self.atom())
-        else:
-            value = self.power()
+                break
         self.depth -= 1
+        if MP.isnan(value):
+            raise Unsupported("undefined")
         return value
 
-    def group(self, opening: str, closing: str) -> Value:
-        self.expect(opening)
-        value = self.sum()
-        self.expect(closing)
-        return value
+    def starts_factor(self) -> bool:
+        return self.peek() in "({[" or (self.peek() == "|" and not self.in_bars) or self.kind() != "symbol"
+
+    def raised(self, base: Value) -> Value:
+        if self.peek() == "\\circ":  # degrees, which are a unit outside of functions
+            self.take()
+            return base * MP.pi / 180 if self.in_function else base
+        return _power(base, self.expression(_POWER) if self.peek() in ("+", "-") else self.script())
+
+    def script(self) -> Value:
+        """{…} or what binds tightest: x^10, x^{n+1}, 2^{2^n}"""
+        value = self.atom()
+        return self.raised(value) if self.peek() in ("^", "**") and self.take() else value
 
     def argument(self) -> Value:
-        """{…} or one token, as LaTeX reads \\frac12 and \\sqrt2."""
-        if self.peek() == "{":
-            return self.group("{", "}")
-        if self.kind() == "number":
-            digits = self.take()
-            if len(digits) > 1:  # LaTeX takes one digit and leaves the rest
-                if not digits.isdigit():
-                    raise Unsupported("unbraced decimal")
-                self.position -= 1
-                self.tokens[self.position] = ("number", digits[1:])
-            return Fraction(int(digits[0]))
-        return self.atom()
+        r"""{…} or one digit, as LaTeX reads \frac12."""
+        if self.kind() != "number":
+            return self.atom()
+        digits = self.take()
+        if not digits.isdigit():
+            raise Unsupported("unbraced decimal")
+        if len(digits) > 1:  # leave the rest
+            self.position -= 1
+            self.tokens[self.position] = ("number", digits[1:])
+        return MP.mpf(digits[0])
 
     def atom(self) -> Value:
         token, kind = self.peek(), self.kind()
-        if kind == "number":
-            return self.number()
-        if kind == "name":
-            return self.variable()
-        if token in ("(", "{", "["):
-            return self.group(token, {"(": ")", "{": "}", "[": "]"}[token])
-        if token == "|" and not self.in_bars:
-            self.in_bars = True
-            value = abs(self.group("|", "|"))
-            self.in_bars = False
-            return value
-        if kind == "command":
-            return self.command()
+        if kind in ("number", "command"):
+            return self.number() if kind == "number" else self.command()
+        if kind in ("name", "object", "call"):
+            return self.unknown(kind)
+        if kind == "count":
+            n, k = map(int, re.findall(r"\d+", self.take()))
+            return MP.binomial(n, k) * (1 if token[0] == "C" else MP.factorial(k))
+        if token in ("(", "{", "[") or (token == "|" and not self.in_bars):
+            outer, self.in_bars = self.in_bars, token == "|"
+            self.take()
+            value = self.expression(_ADDITION)
+            self.take(_CLOSING[token])
+            self.in_bars = outer
+            return abs(value) if token == "|" else value
         raise Unsupported(f"unexpected {token!r}")
 
     def number(self) -> Value:
-        text = self.take().replace(",", "").replace(" ", "")
-        mantissa, _, exponent = text.lower().partition("e")
-        if len(mantissa) > 400 or len(exponent) > 6:
+        text = self.take().replace(",", "").replace(" ", "").lower()
+        mantissa, _, exponent = text.partition("e")
+        if len(mantissa) > _MAX_DIGITS or len(exponent) > 6:
             raise Unbounded("number too long")
-        if mantissa.startswith("."):
-            mantissa = "0" + mantissa
-        value = Fraction(mantissa.rstrip(".") or "0")
-        if exponent:
-            value = multiply(value, power(Fraction(10), Fraction(int(exponent))))
-        if "." in text and not exponent and self.peek() == "\\overline":
-            return add(value, self.repeating(len(mantissa.partition(".")[2])))
-        follows_fraction = self.peek() == "\\frac" and mantissa.isdigit() and not exponent
-        if follows_fraction and self.mixed_fraction():
-            return add(value, self.command())
-        if mantissa.isdigit() and self.mixed_slash():  # 1 1/2
-            numerator, _, denominator = (self.take() for _ in range(3))
-            return add(value, divide(Fraction(numerator), Fraction(denominator)))
-        return value
+        return MP.mpf(text)
 
-    def repeating(self, places: int) -> Value:
-        """The tail of 0.1\\overline{6}: period / (10^n - 1), shifted behind the digits before it."""
-        self.take()
-        self.expect("{")
-        period = self.take()
-        self.expect("}")
-        if not period.isdigit() or len(period) + places > 50:
-            raise Unsupported("repeating decimal")
-        return Fraction(int(period), (10 ** len(period) - 1) * 10**places)
-
-    def mixed_slash(self) -> bool:
-        upcoming = [token for _, token in self.tokens[self.position : self.position + 3]]
-        return len(upcoming) == 3 and upcoming[1] == "/" and upcoming[0].isdigit() and upcoming[2].isdigit()
-
-    def mixed_fraction(self) -> bool:
-        """Whether \\frac{digits}{digits} stands here, so that 1\\frac{1}{2} is one and a half."""
-        upcoming = [token for _, token in self.tokens[self.position : self.position + 7]]
-        if len(upcoming) >= 7 and [upcoming[i] for i in (1, 3, 4, 6)] == ["{", "}", "{", "}"]:
-            return upcoming[2].isdigit() and upcoming[5].isdigit()
-        return len(upcoming) >= 2 and upcoming[1].isdigit()
-
-    def variable(self) -> Value:
-        name = self.take()
-        if name == "e" and self.peek() != "_":
-            return MP.e
-        if name == "i" and self.peek() != "_":
-            return MP.mpc(0, 1)
-        if name in ("f", "g", "h", "F", "P") and self.peek() == "(":
-            raise Unsupported("function call")
-        return self.symbol(name)
-
-    def symbol(self, name: str) -> Value:
-        if self.peek() == "_":
-            self.take()
-            if self.peek() == "{":
-                depth, parts = 0, []
-                while True:
-                    part = self.take()
-                    depth += {"{": 1, "}": -1}.get(part, 0)
-                    parts.append(part)
-                    if depth == 0:
-                        break
-                name += "_" + "".join(parts[1:-1])
-            else:
-                name += "_" + self.take()
+    def unknown(self, kind: str) -> Value:
+        r"""e, i, or an unknown. \angle ABC is one for its whole name, CBA the same; neither is a product of letters."""
+        name = re.sub(r"[\s{}]", "", self.take())
+        if name in ("e", "i"):
+            return +MP.e if name == "e" else MP.mpc(0, 1)
+        if kind == "object":
+            command, letters = re.fullmatch(r"(\\[a-z]+?)([A-Z0-9].*|[a-z]'*)", name).groups()  # type: ignore[union-attr]
+            ordered = sorted(letters) if command in ("\\triangle", "\\overline") else letters
+            name = command + "".join(min(letters, letters[::-1]) if command == "\\angle" else ordered)
         self.variables.add(name)
         return _point(name, self.trial)
 
@@ -342,62 +276,69 @@ class _Parser:
         name = self.take()
         if name == "\\frac":
             numerator = self.argument()
-            return divide(numerator, self.argument())
+            return numerator / self.argument()
+        if name == "\\binom":
+            return MP.binomial(self.argument(), self.argument())
         if name == "\\sqrt":
-            degree: Value = Fraction(2)
-            if self.peek() == "[":
-                degree = self.group("[", "]")
-            return root(self.argument(), degree)
-        if name == "\\pi":
-            return +MP.pi
-        if name == "\\infty":
-            return MP.inf
-        if name in _FUNCTIONS or name in ("\\log", "\\lg"):
+            degree = self.atom() if self.peek() == "[" else MP.mpf(2)
+            return _root(self.atom(), degree)  # \sqrt 23 is what people write for the root of 23
+        if name in ("\\pi", "\\infty"):
+            return +MP.pi if name == "\\pi" else MP.inf
+        if name in _FUNCTIONS:
             return self.function(name)
-        if name in _GREEK:
-            return self.symbol(name)
-        if name in ("\\angle", "\\triangle", "\\vec", "\\overrightarrow", "\\overline", "\\hat", "\\bar"):
-            return self.named_object(name)
         raise Unsupported(f"command {name}")
 
-    def named_object(self, command: str) -> Value:
-        """\\angle 1, \\angle ABC, \\vec{a}: one variable; a value for its whole name, not a product of letters."""
-        name = command
-        if self.peek() == "{":
-            self.take()
-            while self.peek() != "}":
-                name += self.take()
-            self.take()
-        else:
-            while self.kind() == "name" or (self.kind() == "number" and name == command):
-                name += self.take()
-        if name == command:
-            raise Unsupported(f"{command} of nothing")
-        self.variables.add(name)
-        return _point(name, self.trial)
-
     def function(self, name: str) -> Value:
-        base: Value = Fraction(10)
-        raised: Value | None = None
+        outer, self.in_function = self.in_function, name not in _LOGARITHMS
+        base = exponent = None
         if name == "\\log" and self.peek() == "_":
             self.take()
             base = self.argument()
         if self.peek() == "^":
             self.take()
-            raised = self.exponent()
-            if raised == -1:
+            if self.peek() == "-" or self.tokens[self.position + 1 :][:1] == [("symbol", "-")]:
                 raise Unsupported("inverse function")
+            exponent = self.script()
         if self.peek() in ("(", "{"):
             value = self.atom()
+            if self.in_function and [token for _, token in self.tokens[self.position :][:2]] == ["^", "\\circ"]:
+                self.position += 1
+                value = self.raised(value)
         else:
-            value = self.power()
-            while self.kind() in ("number", "name") or self.peek() in _GREEK or self.peek() == "\\pi":
-                value = multiply(value, self.power())
-        argument = wide(value)
-        if abs(argument) > 1e6 and name not in ("\\log", "\\ln", "\\lg"):
+            value = self.expression(_POWER)
+            while self.kind() in ("number", "name") or self.peek() == "\\pi":  # \sin 2x
+                value = value * self.expression(_POWER)
+        self.in_function = outer
+        if abs(value) > 1e6 and name not in _LOGARITHMS:
             raise Unbounded("argument too large")
-        if name in ("\\log", "\\lg"):
-            result = MP.log(argument) / MP.log(wide(base))
-        else:
-            result = _FUNCTIONS[name](argument)
-        return result if raised is None else power(result, raised)
+        result = _FUNCTIONS[name](value) if base is None else MP.log(value) / MP.log(base)
+        return result if exponent is None else _power(result, exponent)
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    if base == 0 and MP.re(exponent) <= 0:
+        raise Unsupported("0 to a power below 1")
+    if not MP.isfinite(exponent) or abs(exponent) > _MAX_EXPONENT or abs(base) > MP.mpf(10) ** 1000:
+        raise Unbounded("power too large")
+    if (
+        isinstance(base, mpmath.mpf | MP.mpf)
+        and base < 0
+        and same(exponent * 3, MP.nint(exponent * 3))
+        and exponent % 1
+    ):
+        return _root(base, MP.mpf(3)) ** int(MP.nint(exponent * 3))
+    return MP.power(base, exponent)
+
+
+def _root(value: Value, degree: Value) -> Value:
+    """The real root of a negative number where the degree is odd."""
+    if degree != MP.nint(degree) or not 1 <= degree <= 100:
+        raise Unsupported("root of an odd degree")
+    negative = isinstance(value, MP.mpf) and value < 0 and int(degree) % 2
+    return -MP.root(-value, int(degree)) if negative else MP.root(value, int(degree))
+
+
+def _factorial(value: Value) -> Value:
+    if not isinstance(value, MP.mpf) or value != MP.nint(value) or not 0 <= value <= 2000:
+        raise Unsupported("factorial of this")
+    return MP.factorial(value)

@@ -9,7 +9,7 @@ import logging
 import re
 
 from eureka_megatron.rewards import format as form
-from eureka_megatron.rewards.latex import END_TOKENS
+from eureka_megatron.rewards.extract import END_TOKENS
 
 _ASSISTANT = "<|im_start|>assistant\n"
 _OPTIONS = "abcd"

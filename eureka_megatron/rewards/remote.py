@@ -73,7 +73,7 @@ class RemoteReward:
             "prompts": [row["prompt"] for row in rows],
             "labels": [row["answer"] for row in rows],
         }
-        body = json.dumps(_strict(request), allow_nan=False).encode()
+        body = json.dumps(_sendable(request), allow_nan=False).encode()
         errors: dict[str, str] = {}
         for attempt in range(self.attempts):
             if attempt:
@@ -129,15 +129,15 @@ def _is_web_address(url: str) -> bool:
         return False
 
 
-def _strict(value: Any) -> Any:
-    """The value as every parser of JSON takes it: halves of surrogate pairs become U+FFFD, NaN and infinity null."""
+def _sendable(value: Any) -> Any:
+    """The value as any JSON parser takes it: without halves of surrogate pairs, and what is no number as text."""
     if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
-        return {_strict(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {_sendable(str(key)): _sendable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sendable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(sample: Any) -> dict[str, Any]:

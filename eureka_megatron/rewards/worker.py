@@ -110,7 +110,8 @@ def _checked(result: Any) -> dict[str, float]:
     verdict = {str(name): _number(str(name), value) for name, value in result[0].items()}
     if "accuracy" not in verdict:
         raise ValueError(f"a reward function's dictionary needs 'accuracy', got {sorted(verdict)}")
-    return {**verdict, "total": verdict.get("total", sum(verdict.values()))}
+    verdict.setdefault("total", sum(verdict.values()))
+    return verdict
 
 
 def _number(name: str, value: Any) -> float:

@@ -51,6 +51,10 @@ def reward(samples):
         raise ValueError("broken")
     if text == "nan":
         return [{"accuracy": float("nan")}]
+    if text == "overflow":
+        return [{"accuracy": 1e308, "length": 1e308}]
+    if text == "none":
+        return [{"accuracy": None}]
     return [{"accuracy": 1.0, "length": len(text)}]
 
 def wrong_shape(samples):
@@ -138,7 +142,9 @@ def test_threads_share_a_pool(pool: JudgePool):
     assert all(verdict["accuracy"] == 1.0 for verdicts in results.values() for verdict in verdicts)
 
 
-@pytest.mark.parametrize("way", ["hang", "spin", "exit", "sys.exit", "memory", "raise", "nan", "child"])
+@pytest.mark.parametrize(
+    "way", ["hang", "spin", "exit", "sys.exit", "memory", "raise", "nan", "overflow", "none", "child"]
+)
 def test_a_broken_judgement_costs_that_one_answer(nasty: str, way: str):
     """Whatever happens to one answer, the others are judged, also those in the same chunk."""
     with JudgePool(2, time_limit_seconds=1.0, memory_limit_bytes=2 * 1024**3, user_function=f"{nasty}:reward") as pool:

@@ -271,7 +271,8 @@ RIGHT: dict[str, list[str]] = {
     r"x=\frac{1}{2}": [r"\frac12"],
     "2:1": ["2 : 1", r"2\colon 1"],
     r"1:\sqrt{2}": [r"\sqrt{2}:2"],
-    "no solution": ["No solution"],
+    "no solution": ["No solution", "no solutions"],
+    "C_5^2": ["10"],
     "无解": ["无解"],
     "undefined": ["Undefined"],
     "DNE": ["dne"],
@@ -336,7 +337,6 @@ WRONG: dict[str, list[str]] = {
     r"\ln 2": [r"\log 2"],
     r"\sin x": [r"\cos x"],
     "1+2i": ["1-2i"],
-    "C_5^2": ["10"],
     "3:4": ["4:3"],
     r"1.6\times10^{-19}": [r"1.6\times10^{-18}"],
     r"\begin{pmatrix}1\\2\end{pmatrix}": [r"\begin{pmatrix}2\\1\end{pmatrix}"],
@@ -371,7 +371,6 @@ WRONG: dict[str, list[str]] = {
     r"\sqrt{3}-1": [r"1-\sqrt{3}"],
     r"\{0,1\}": ["(0,1)"],
     "AC=5": ["BC=5"],
-    "no solution": ["no solutions"],
 }  # fmt: skip
 
 _LEAD_INS = ("The answer is {}", "The answer is $\\boxed{{{}}}$.", "答案是 ${}$", "Final answer: \\({}\\)")

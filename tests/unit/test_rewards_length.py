@@ -26,14 +26,15 @@ LOOPS = {
     "Burmese": "ကျွန်ုပ်တို့ထပ်စစ်ကြည့်သည်",
     "Khmer": "យើងពិនិត្យម្តងទៀត",
     "Tibetan": "ང་ཚོས་ཡང་བསྐྱར་བརྟག་དཔྱད་བྱེད།",
-    "Korean": "다시 확인합니다. ",
+    "Korean": "다시 한번 확인하면 같은 결과가 나온다. ",
     "Korean without blanks": "다시확인합니다.",
     "Korean and Chinese": "한국어와中文을섞어서쓴다",
+    "English": "wait, let me check that again: it is the same. ",
+    "English without blanks": "Wait,let'scheckagain.",
     "letters": "abc",
-    "a letter": "a",
+    "one letter": "a",
     "a sum": "1+",
     "a formula": "\\frac{1}{2}+",
-    "English without blanks": "Wait,let'scheckagain.",
     "signs": "😀",
     "lines": "我们再检查一次，\n得到同样的结果。\n",
 }
@@ -113,6 +114,17 @@ def test_words_between_blanks_count_as_before():
         for ngram in (1, 3, 20):
             found = repetition_penalty(text, max_penalty=0.5, ngram=ngram)
             assert found == repetition_penalty(text.split(), max_penalty=0.5, ngram=ngram)
+
+
+def test_prose_and_formulas_that_go_on_are_free():
+    chinese = (
+        "如图，在平行四边形中，对角线相交于点，点在边上，连接并延长交于点。由平行线的性质可知两个内错角相等，又因为对顶角相等，"
+        "所以两个三角形全等，从而得到对应边相等。因此四边形的对角线互相平分，它是平行四边形。接下来求面积：底边长为六，高为四，面积等于二十四。"
+    )
+    english = "The diagonals of a parallelogram bisect each other, so the triangles on both sides are congruent."
+    formula = "\\frac{-b\\pm\\sqrt{b^2-4ac}}{2a}=" + "+".join(f"x_{{{n}}}^{n}" for n in range(60))
+    for text in (chinese, english, formula, chinese + english + formula):
+        assert repetition_penalty(text, max_penalty=1.0) > -0.02
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(0, 0), (3596, 0), (3846, -0.5), (4096, -1), (9999, -1)])
