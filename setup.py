@@ -23,6 +23,7 @@ CORE = [
     "tensorboard>=2.17",
     "jinja2>=3.1",
     "wandb>=0.18",
+    "httpx>=0.27",
     "psutil>=5.9",
     "pyyaml>=6",
 ]

@@ -100,7 +100,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     metrics = {
         "train/reward": float(np.mean([rollout.rewards["total"] for rollout in rollouts])),
         "train/accuracy_rewards": float(accuracy.mean()),
-        "train/format_rewards": float(np.mean([rollout.rewards["format"] for rollout in rollouts])),
+        "train/format_rewards": float(np.mean([rollout.rewards.get("format", 0.0) for rollout in rollouts])),
         "train/response_length": float(lengths.mean()),
         "train/total_length": float(totals.mean()),
         "train/truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
