@@ -8,7 +8,8 @@ business of `pictures` and `videos`.
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,8 @@ KINDS = {
     "video_url": "video",
 }  # a part's type or key → what it shows
 VIDEO_KEYS = ("type", "video", "video_url", "fps", "sample_fps", "nframes", "min_pixels", "max_pixels")
+
+_HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
 
 Address = str | bytes  # of a picture or video; bytes are the file itself, as tables hold it
 
@@ -63,7 +66,7 @@ def read_chat(message: Any, *, system_prompt: str | None = None) -> Chat:
         system_prompt: takes the place of the row's own system turn; None keeps it.
 
     Raises:
-        UserError: not a chat that ends with a user's turn; says what was found. The caller adds file and line.
+        UserError: not a chat of sound text that ends with a user's turn; says what was found. The caller adds file and line.
     """
     if isinstance(message, str):
         try:
@@ -74,6 +77,7 @@ def read_chat(message: Any, *, system_prompt: str | None = None) -> Chat:
         raise UserError(f"'message' must be a non-empty list of turns, found {_kind(message)}")
     visuals: list[Visual] = []
     turns = [_read_turn(turn, number, visuals) for number, turn in enumerate(message, start=1)]
+    turns = map_texts(turns, lambda text: sound_text(text, "text in 'message'"))
     if any(turn["role"] == "system" for turn in turns[1:]):
         raise UserError("'message' has a system turn that is not the first")
     if turns[-1]["role"] != "user":
@@ -82,6 +86,28 @@ def read_chat(message: Any, *, system_prompt: str | None = None) -> Chat:
         turns = [turn for turn in turns if turn["role"] != "system"]
         turns.insert(0, {"role": "system", "content": system_prompt})
     return Chat(turns, tuple(visuals))
+
+
+def map_texts(turns: list[dict[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:
+    """The turns of a `Chat` with every text, whether all of a turn or a part of one, put through `change`, in reading order."""
+
+    def changed(content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+        if isinstance(content, str):
+            return change(content)
+        return [part | {"text": change(part["text"])} if part["type"] == "text" else part for part in content]
+
+    return [turn | {"content": changed(turn["content"])} for turn in turns]
+
+
+def sound_text(text: str, what: str) -> str:
+    """The text. JSON can spell what no file, tokenizer or service takes.
+
+    Raises:
+        UserError: it holds half a surrogate pair.
+    """
+    if broken := _HALF_A_PAIR.search(text):
+        raise UserError(f"{what} holds half a surrogate pair, {broken[0]!r}, which is no character")
+    return text
 
 
 def _read_turn(turn: Any, number: int, visuals: list[Visual]) -> dict[str, Any]:
@@ -186,10 +212,18 @@ def _kind(value: Any) -> str:
 
 @contextmanager
 def located(origin: str) -> Iterator[None]:
-    """Put `origin` ("file:line") before the message of a UserError that leaves this block."""
+    """Whatever leaves this block is a UserError whose message begins with `origin` ("file:line") and can be written anywhere.
+
+    Decoders and tokenizers raise nearly anything on broken data; here, and nowhere else, that becomes an error of the row.
+    """
     try:
         yield
-    except UserError as error:
-        if not origin or str(error).startswith(origin):
+    except Exception as error:
+        known = isinstance(error, UserError)
+        message = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if not message.startswith(origin):
+            message = f"{origin}: {message}"
+        message = message.encode("utf-8", "backslashreplace").decode()
+        if known and message == str(error):
             raise
-        raise type(error)(f"{origin}: {error}") from error
+        raise (type(error) if known else UserError)(message) from error

@@ -9,6 +9,8 @@ prompts that are too long) comes up when the row is used, and `on_bad_row` then 
 
 import json
 import math
+import os
+import re
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -21,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eureka_megatron.data.chat import located, read_chat
+from eureka_megatron.data.chat import located, read_chat, sound_text
 from eureka_megatron.data.pictures import locate
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.sources import Lines, Table, as_chat, open_source
@@ -30,6 +32,8 @@ from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.types import Prompt, Sample
 
 CACHE_BYTES = 256 * 1024 * 1024
+# Valid in JSON, yet some readers end a line there; and halves of surrogate pairs, which UTF-8 does not have.
+_ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 AnswerCheck = Callable[[str], str | None]
 
 
@@ -95,10 +99,16 @@ class Dataset:
             if index in self._cache:
                 self._cache.move_to_end(index)
                 return self._cache[index]
-        row = self.rows[index]
-        prompt = self.processor.prompt(
-            self.raw(index)["message"], id=row.id, answer=row.answer, folders=self.folders, origin=self.origin(index)
-        )
+        row, origin = self.rows[index], self.origin(index)
+        with located(origin):
+            values = self.raw(index)
+            prompt = self.processor.prompt(
+                values["message"], id=row.id, answer=row.answer, folders=self.folders, origin=origin
+            )
+            if self.response_key is not None:
+                self.processor.encode_response(
+                    values[self.response_key]
+                )  # what is wrong with it costs this row, not the run
         with self._lock:
             self._remember(index, prompt)
         return prompt
@@ -123,7 +133,7 @@ class Dataset:
             raise found
         if index not in self._rejected_rows:
             self._rejected_rows[index] = found
-            self.reject(self.origin(index), found, self._source.text(self._source.raw(self.rows[index].place)))
+            self.reject(self.origin(index), found, self._source.record(self._source.raw(self.rows[index].place)))
         return None
 
     def get(self, index: int) -> Prompt | None:
@@ -158,13 +168,13 @@ class Dataset:
         content = json.dumps([[row.id, row.answer] for row in self.rows]).encode()
         return blake2b(content, digest_size=8).hexdigest()
 
-    def reject(self, origin: str, reason: Exception, text: str) -> None:
-        """Count a row that is left out and append it to rejected.jsonl."""
+    def reject(self, origin: str, reason: Exception, record: dict[str, str]) -> None:
+        """Count a row that is left out and append it, as its source records it, to rejected.jsonl."""
         self.rejected += 1
         if self._rejected_path is not None:
-            record = {"origin": origin, "reason": str(reason), "row": text}
-            with self._rejected_path.open("a") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            line = json.dumps({"origin": origin, "reason": str(reason)} | record, ensure_ascii=False)
+            with self._rejected_path.open("a", encoding="utf-8") as file:
+                file.write(_ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
 
     def _remember(self, index: int, prompt: Prompt) -> None:
         if index in self._cache:  # another thread was faster
@@ -256,7 +266,7 @@ def load_dataset(
     Args:
         media: folders pictures and videos may come from besides the data file's own.
         on_bad_row: "error" raises, naming up to five bad rows; "skip" counts them and writes them to `rejected`.
-        rejected: a JSONL file, begun anew, of `{"origin", "reason", "row"}`; None writes none.
+        rejected: a JSONL file, begun anew, of `{"origin", "reason", "row"}` and, where a line is no UTF-8, `"row_base64"`; None writes none.
         check_answer: returns why an answer can never be judged, or None; without it answers need only be non-empty.
         response_key: a further key that every row must have, with the text to imitate.
 
@@ -291,8 +301,8 @@ def load_dataset(
             response_key=response_key,
             cache_bytes=CACHE_BYTES // len(mixture),
         )
-        for origin, error, text in bad:
-            dataset.reject(origin, error, text)
+        for origin, error, record in bad:
+            dataset.reject(origin, error, record)
         parts.append(dataset)
     if len(parts) == 1:
         return parts[0]
@@ -305,12 +315,12 @@ def read_mixture(data: Path | str) -> list[tuple[Path, float | None]]:
     Raises:
         ConfigError: a part has no path, a weight is not positive, or only some parts have one.
     """
-    if isinstance(data, Path) or Path(data).exists():
+    if isinstance(data, Path) or os.path.exists(data):  # not Path.exists, which a long mixture makes raise
         return [(Path(data), None)]
     parts: list[tuple[Path, float | None]] = []
     for part in map(str.strip, data.split(",")):
         path, _, number = part.rpartition(":")
-        weight = _as_number(number) if path and not Path(part).exists() else None
+        weight = _as_number(number) if path and not os.path.exists(part) else None
         if not part or (weight is not None and not 0 < weight < math.inf):
             raise ConfigError(
                 f"data.train: {part!r} of {data!r} is not of the form path or path:weight, weight above 0"
@@ -330,10 +340,10 @@ def _as_number(text: str) -> float | None:
 
 def _check_rows(
     source: Lines | Table, folders: Sequence[Path], check_answer: AnswerCheck | None, response_key: str | None
-) -> tuple[list[Row], list[tuple[str, UserError, str]]]:
-    """The good rows, and (origin, reason, text) of the bad ones."""
+) -> tuple[list[Row], list[tuple[str, UserError, dict[str, str]]]]:
+    """The good rows, and (origin, reason, record) of the bad ones."""
     rows: list[Row] = []
-    bad: list[tuple[str, UserError, str]] = []
+    bad: list[tuple[str, UserError, dict[str, str]]] = []
     for number, place, raw in source.scan():
         origin = f"{source.path}:{number}"
         try:
@@ -342,7 +352,7 @@ def _check_rows(
                 _check_row(row, folders, check_answer, response_key)
                 rows.append(Row(str(row.get("id", number)), str(row["answer"]), number, place))
         except UserError as error:
-            bad.append((origin, error, source.text(raw)))
+            bad.append((origin, error, source.record(raw)))
     return rows, bad
 
 
@@ -357,13 +367,27 @@ def _check_row(
             locate(visual.addresses[0], folders)
         else:
             check_video(visual, folders)
-    answer = row["answer"]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise UserError(f"'answer' must be a non-empty string or a number, found {answer!r}")
-    if check_answer is not None and (reason := check_answer(str(answer))):
-        raise UserError(f"'answer' {str(answer)[:80]!r} cannot be judged: {reason}")
+    for key in ("id", "answer", response_key):
+        if isinstance(row.get(key), str):
+            sound_text(row[key], repr(key))
+    answer = read_answer(row["answer"])
+    if check_answer is not None and (reason := check_answer(answer)):
+        raise UserError(f"'answer' {answer[:80]!r} cannot be judged: {reason}")
     if response_key is not None and not (isinstance(row[response_key], str) and row[response_key].strip()):
         raise UserError(f"{response_key!r} must be a non-empty string, found {row[response_key]!r:.80}")
+
+
+def read_answer(answer: Any) -> str:
+    """The text of an answer.
+
+    Raises:
+        UserError: it is neither a string with something in it nor a number; NaN and the infinities, which JSON does not have but Python
+            reads, and which tables put where nothing is, are none.
+    """
+    number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not number and not (isinstance(answer, str) and answer.strip()):
+        raise UserError(f"'answer' must be a non-empty string or a number, found {answer!r:.80}")
+    return str(answer)
 
 
 def _bytes(prompt: Prompt) -> int:

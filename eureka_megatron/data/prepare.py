@@ -15,15 +15,16 @@ from typing import Any
 
 from PIL import Image
 
-from eureka_megatron.data.dataset import load_dataset
+from eureka_megatron.data.chat import located
+from eureka_megatron.data.dataset import load_dataset, read_answer
+from eureka_megatron.data.pictures import FORMATS, load_picture
 from eureka_megatron.data.processor import Processor
-from eureka_megatron.data.sources import Table, open_source
+from eureka_megatron.data.sources import Table, as_chat, open_parquet, open_source, rows_of
 from eureka_megatron.errors import UserError
 
 COLUMNS = ("id", "question", "image", "answer", "subject")
-MARKERS = ("<image>", "<image1>")  # where the picture goes in the question; it is always first here
 SHOWN = 50  # problems in the table
-EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,16 @@ def convert_mmk12(
     written = 0
     with partial.open("w", encoding="utf-8") as file:
         for source, table in zip(sources, tables, strict=True):
-            for number, record in _records(table):
+            for number, record in enumerate(_records(table), start=1):
                 origin = f"{source}:{number}"
                 try:
-                    row = _row(record, images, f"{name}-{written:06d}")
+                    with located(origin):
+                        line, data, picture = _row(record.to_pylist()[0], f"images/{name}-{written:06d}")
                 except UserError as error:
-                    problems.append(Problem(origin, str(error)))
+                    problems.append(Problem(origin, str(error).removeprefix(f"{origin}: ")))
                     continue
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                (output / picture).write_bytes(data)
+                file.write(line + "\n")
                 written += 1
                 if progress is not None:
                     progress(written)
@@ -75,61 +78,38 @@ def convert_mmk12(
 
 
 def _open_parquet(path: Path) -> Any:
-    import pyarrow
-    from pyarrow import parquet
-
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} does not exist")
-    try:
-        table = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
+    table = open_parquet(path)
     missing = [column for column in COLUMNS if column not in table.schema_arrow.names]
     if missing:
         raise UserError(f"{path}: columns {missing} are missing; found {table.schema_arrow.names}")
     return table
 
 
-def _records(table: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
+def _records(table: Any) -> Iterator[Any]:
     for batch in table.iter_batches(batch_size=64, columns=list(COLUMNS)):
-        for record in batch.to_pylist():
-            number += 1
-            yield number, record
+        yield from rows_of(batch)
 
 
-def _row(record: dict[str, Any], images: Path, stem: str) -> dict[str, Any]:
-    question, answer = record["question"], record["answer"]
+def _row(record: dict[str, Any], stem: str) -> tuple[str, bytes, str]:
+    """The row as a line, the bytes of its picture, and the address they are to lie at: `stem` and an extension."""
+    question, answer = record["question"], read_answer(record["answer"])
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"'question' must be a non-empty string, found {question!r}")
-    if answer is None or not str(answer).strip():
-        raise UserError(f"'answer' must not be empty, found {answer!r}")
-    picture = _save_picture(record["image"], images, stem)
-    for marker in MARKERS:
-        question = question.replace(marker, "")
-    content = [{"type": "image", "image": f"images/{picture}"}, {"type": "text", "text": question.strip()}]
-    return {
-        "id": str(record["id"]),
-        "message": json.dumps([{"role": "user", "content": content}], ensure_ascii=False),
-        "answer": str(answer).strip(),
-        "subject": record["subject"],
-    }
-
-
-def _save_picture(value: Any, images: Path, stem: str) -> str:
-    data = value.get("bytes") if isinstance(value, dict) else None
+    data = record["image"].get("bytes") if isinstance(record["image"], dict) else None
     if not isinstance(data, bytes) or not data:
         raise UserError("'image' holds no bytes")
-    try:
-        with Image.open(BytesIO(data)) as picture:
-            extension = EXTENSIONS.get(picture.format or "")
-            picture.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"'image' cannot be decoded: {error}") from error
-    if extension is None:
-        raise UserError(f"'image' is a {picture.format}; readable are {', '.join(EXTENSIONS)}")
-    (images / f"{stem}.{extension}").write_bytes(data)
-    return f"{stem}.{extension}"
+    load_picture(data, ())  # as the reader will
+    with Image.open(BytesIO(data), formats=FORMATS) as picture:
+        address = f"{stem}.{EXTENSIONS[picture.format or '']}"
+    row = {
+        "id": str(record["id"]),
+        "message": json.dumps(as_chat({"question": question, "image": address})["message"], ensure_ascii=False),
+        "answer": answer.strip(),
+        "subject": record["subject"],
+    }
+    return json.dumps(row, ensure_ascii=False), data, address
 
 
 @dataclass(frozen=True)
@@ -161,7 +141,7 @@ def validate(
     """
     if clean is not None and clean.exists():
         raise UserError(f"{clean} exists and is not overwritten")
-    if clean is not None and clean.resolve().parent != path.resolve().parent:
+    if clean is not None and os.path.dirname(os.path.realpath(clean)) != os.path.dirname(os.path.realpath(path)):
         raise UserError(
             f"{clean} must lie beside {path}: relative picture paths are looked up from the data file's folder"
         )
@@ -183,7 +163,7 @@ def validate(
                 counts["tokens"] = max(counts["tokens"], len(prompt.tokens_S))
             if progress is not None:
                 progress(index + 1, len(dataset))
-        records = [json.loads(line) for line in rejected.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in rejected.read_bytes().splitlines()]
     if clean is not None:
         partial = clean.with_name(clean.name + ".partial")
         with partial.open("wb") as file:
@@ -199,6 +179,7 @@ def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] =
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table as Grid
+    from rich.text import Text
 
     from eureka_megatron.rewards import parseable_gold
 
@@ -215,9 +196,10 @@ def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] =
         )
     problems = found.problems
     if problems:
-        grid = Grid("line", "problem", title=f"{path}: {len(problems)} bad rows")
+        # Text: brackets in names and reasons are no markup.
+        grid = Grid("line", "problem", title=Text(f"{path}: {len(problems)} bad rows"))
         for problem in problems[:SHOWN]:
-            grid.add_row(problem.origin.rpartition(":")[2], problem.reason)
+            grid.add_row(problem.origin.rpartition(":")[2], Text(problem.reason))
         console.print(grid)
         if len(problems) > SHOWN:
             console.print(f"… and {len(problems) - SHOWN} more; by kind: {kinds(problems)}", markup=False)

@@ -6,6 +6,7 @@ the trainer. Both sides so see the same pixels, whatever their resampling code.
 """
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -22,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.video_utils import VideoMetadata
 
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.chat import Address, Chat, Visual, located, read_chat
+from eureka_megatron.data.chat import Address, Chat, Visual, located, map_texts, read_chat
 from eureka_megatron.data.pictures import load_picture, short
 from eureka_megatron.data.positions import Span, mrope_positions
 from eureka_megatron.data.prompts import system_prompt as named_system_prompt
@@ -33,6 +34,8 @@ from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.types import Picture, Prompt, Sample
 
+# Where the n-th text of a chat stands, while the template is applied without them.
+_HIDDEN = re.compile("\ufdd0(\\d+)\ufdd0")
 _IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # early revisions of published files call it Qwen2_5_VLImageProcessor
 
 
@@ -93,6 +96,12 @@ class Processor:
         self.image_token, self.video_token = names[:2]
         self.image_token_id, self.video_token_id = ids[names[0]], ids[names[1]]
         self.end_token_id = ids["<|im_end|>"]
+        added = self.tokenizer.added_tokens_decoder
+        self._control_ids = {token.content: number for number, token in added.items() if token.special}
+        longest_first = sorted(self._control_ids, key=len, reverse=True)
+        self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        ends = {"<|im_end|>", self.tokenizer.eos_token, self.tokenizer.pad_token} - {None}
+        self._ends = re.compile(rf"(?:(?:{'|'.join(map(re.escape, ends))})\s*)+$")
         self.vision_token_ids: tuple[int, ...] = tuple(ids[name] for name in names[:4])
         self._check_bounds()
 
@@ -108,7 +117,7 @@ class Processor:
             chat = read_chat(message, system_prompt=self.system_prompt)
             pictures = tuple(self._load(visual, folders) for visual in chat.visuals)
             text = self.render(chat)
-            tokens_S, offsets = self._expand(text, pictures)
+            tokens_S, offsets = self._expand(self._tokens(chat, text), pictures)
             if len(tokens_S) > self.max_prompt_tokens:
                 raise UserError(
                     f"the prompt has {len(tokens_S)} tokens; data.max_prompt_tokens={self.max_prompt_tokens}"
@@ -139,9 +148,7 @@ class Processor:
         Raises:
             UserError: the chat's text itself contains a placeholder.
         """
-        text = self.tokenizer.apply_chat_template(
-            chat.turns, chat_template=self._template, tokenize=False, add_generation_prompt=True
-        )
+        text = self._apply_template(chat.turns)
         for kind, token in (("image", self.image_token), ("video", self.video_token)):
             found, shown = text.count(token), sum(visual.kind == kind for visual in chat.visuals)
             if found != shown:
@@ -203,15 +210,19 @@ class Processor:
         )
 
     def encode_response(self, text: str) -> np.ndarray:
-        """int64 [R]: the tokens of a response, closed by the end token.
+        """int64 [R]: the tokens of a response, closed by one end token, whether the text has brought its own or not.
 
         Raises:
-            UserError: the text contains a vision token.
+            UserError: the text is empty, or spells a control token elsewhere: to imitate that would end the turn or show a picture.
         """
-        tokens_R = np.array([*self._encode(text), self.end_token_id], dtype=np.int64)
-        if np.isin(tokens_R, self.vision_token_ids).any():
-            raise UserError(f"the response contains a vision token: {text[:80]!r}")
-        return tokens_R
+        text = self._ends.sub("", text)
+        if not text.strip():
+            raise UserError("the response is empty")
+        if found := self._control.search(text):
+            raise UserError(
+                f"the response contains the control token {found[0]}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"
+            )
+        return np.array([*self._encode(text), self.end_token_id], dtype=np.int64)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Text without special tokens."""
@@ -221,13 +232,38 @@ class Processor:
         """A sample that imitates `response`: mask and advantage 1 on its tokens."""
         return training_sample(prompt, self.encode_response(response))
 
-    def _encode(self, text: str) -> list[int]:
-        with self._one_at_a_time:  # Rust tokenizers refuse ("Already borrowed") what two threads ask at once
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _apply_template(self, turns: list[dict[str, Any]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns, chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
 
-    def _expand(self, text: str, pictures: Sequence[Picture]) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """Tokens of a text. plain: what spells a control token becomes the tokens of its letters."""
+        with self._one_at_a_time:  # Rust tokenizers refuse ("Already borrowed") what two threads ask at once
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+
+    def _tokens(self, chat: Chat, text: str) -> list[int]:
+        """Tokens of a rendered chat: control tokens where the template put them, never where the chat's own texts spell them."""
+        texts: list[str] = []
+
+        def hide(text: str) -> str:
+            texts.append(text)
+            return f"\ufdd0{len(texts) - 1}\ufdd0"
+
+        turns = map_texts(chat.turns, hide)
+        if not self._control.search("".join(texts)):
+            return self._encode(text)
+        tokens: list[int] = []
+        for place, piece in enumerate(self._control.split(self._apply_template(turns))):
+            if place % 2:
+                tokens.append(self._control_ids[piece])
+            else:
+                tokens += self._encode(_HIDDEN.sub(lambda found: texts[int(found[1])], piece), plain=True)
+        return tokens
+
+    def _expand(self, tokens: list[int], pictures: Sequence[Picture]) -> tuple[np.ndarray, tuple[int, ...]]:
         """Tokens with one placeholder an embedding, and where each picture's placeholders begin."""
-        tokens = np.array(self._encode(text), dtype=np.int64)
+        tokens = np.array(tokens, dtype=np.int64)
         units_I = np.array([picture.units for picture in pictures], dtype=np.int64)
         places_I = np.flatnonzero(np.isin(tokens, (self.image_token_id, self.video_token_id)))
         repeats = np.ones(len(tokens), dtype=np.int64)

@@ -12,6 +12,7 @@ Left out: the value function and generalised advantages; nothing in the rule-bas
 Shape suffixes: G groups (prompts), N samples of a group, T packed tokens of many sequences, S sequences.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,10 @@ from torch import Tensor
 AllReduce = Callable[[Tensor], Tensor]
 
 NAMES = ("grpo", "dr_grpo", "rloo", "reinforce_baseline", "reinforce_pp")
+# Nats. Every exponential of a difference of log-probabilities that a run takes stops here, as verl's do: e^20 = 5e8 says "far apart" as well
+# as e^100 does, which overflows float32 (from 88.7 on) and turns the whole update into NaN. Beyond it the gradient is zero. The original and
+# TRL have no such bound; within it nothing differs from them.
+LOG_RATIO_LIMIT = 20.0
 # MM-EUREKA clips the shaped reward of every estimator to this range before it is spread over tokens.
 MM_EUREKA_REWARD_CLIP = (-10.0, 10.0)
 # The original's hard-coded "reached the length limit" in ADORA: 4096 response tokens less two.
@@ -158,10 +163,13 @@ def clip_filter_weights(rewards_GN: Tensor, largest: float, *, group_counts: tup
     return weight_G[:, None].expand_as(rewards_GN)
 
 
-def kl_estimate(logprobs_T: Tensor, ref_logprobs_T: Tensor, kind: str) -> Tensor:
+def kl_estimate(logprobs_T: Tensor, ref_logprobs_T: Tensor, kind: str, *, limit: float = math.inf) -> Tensor:
     """Per-token estimate of KL(policy || reference) from sampled tokens, in at least float32; any shape.
 
     d = logprobs - ref_logprobs; k1: d; k2: d^2 / 2; k3: exp(-d) - 1 + d (http://joschu.net/blog/kl-approx.html).
+
+    limit: nats; k3 does not grow further, and has no gradient, where d < -limit. Losses and shaped rewards give LOG_RATIO_LIMIT, under
+    compat too; without it, as in the original, k3 is infinite from d = -88.8 on. No other side or estimator needs a bound.
     """
     wide = torch.promote_types(logprobs_T.dtype, torch.float32)
     d_T = logprobs_T.to(wide) - ref_logprobs_T.to(wide)
@@ -170,6 +178,7 @@ def kl_estimate(logprobs_T: Tensor, ref_logprobs_T: Tensor, kind: str) -> Tensor
     if kind == "k2":
         return d_T.square() / 2
     if kind == "k3":
+        d_T = d_T.clamp(min=-limit)
         return torch.exp(-d_T) - 1 + d_T
     raise ValueError(f"unknown KL estimator {kind!r}; known: k1, k2, k3")
 

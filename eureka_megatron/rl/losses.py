@@ -8,6 +8,9 @@ Metrics are float64 tensors, detached. A plain name holds a pair [numerator, den
 and ranks, divide once at the end. A name that ends in `_max` holds a scalar to be reduced with max. `reduce_metrics`
 does both. Names follow MM-EUREKA: policy_loss, kl, ratio, ratio_clip_upper, ratio_clip_lower, entropy.
 
+Log-ratios are bounded to ±20 nats before any exponential (`advantages.LOG_RATIO_LIMIT` says why): importance ratios of every loss, GSPO's of
+sequences, drift, rollout correction, k3, metrics. Beyond, values stay finite and the gradient through the ratio is zero.
+
 A sequence lies whole inside one call. Under context parallelism a rank holds only part of each sequence: pass
 `sequence_all_reduce`, which sums a per-sequence tensor over those ranks (everything it sees is detached), and give
 `sequences`, so that the tensor has one size on all of them.
@@ -26,13 +29,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from eureka_megatron.rl.advantages import kl_estimate
+from eureka_megatron.rl.advantages import LOG_RATIO_LIMIT, kl_estimate
 
 Metrics = dict[str, Tensor]
 SequenceAllReduce = Callable[[Tensor], Tensor]
 
-# exp of a log-ratio beyond this is meaningless and would overflow bfloat16 sums; the gradient there is cut to zero.
-_LOG_RATIO_LIMIT = 20.0
 _PROB_ERROR_ALARM = 1.05
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum_norm")
 CORRECTIONS = ("off", "token_tis", "sequence_tis", "mask")
@@ -127,7 +128,7 @@ def policy_loss(
     chosen = resolve_options(name, compat, **options)
     inputs = _without_outside(inputs)
     batch = _Batch(inputs, chosen, sequence_all_reduce)
-    log_ratio_T = (inputs.logprobs_T - inputs.old_logprobs_T.detach()).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    log_ratio_T = (inputs.logprobs_T - inputs.old_logprobs_T.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     pg_T, ratio_T = LOSSES[name](batch, log_ratio_T)
     weight_T = _correction_weights(batch)
     if weight_T is not None:
@@ -144,7 +145,9 @@ def policy_loss(
         loss = loss + chosen.drift_coefficient * batch.aggregate(drift_T, chosen.drift_aggregation)
         metrics["policy_drift"] = batch.aggregate_pair(drift_T, chosen.drift_aggregation)
     if inputs.ref_logprobs_T is not None:
-        kl_T = kl_estimate(inputs.logprobs_T, inputs.ref_logprobs_T.detach(), chosen.kl_estimator)
+        kl_T = kl_estimate(
+            inputs.logprobs_T, inputs.ref_logprobs_T.detach(), chosen.kl_estimator, limit=LOG_RATIO_LIMIT
+        )
         metrics["kl"] = batch.aggregate_pair(kl_T, chosen.kl_aggregation)
         if chosen.kl_coefficient:
             loss = loss + chosen.kl_coefficient * batch.aggregate(kl_T, chosen.kl_aggregation)
@@ -386,7 +389,7 @@ def _correction_weights(batch: _Batch) -> Tensor | None:
         raise ValueError(f"correction {kind!r} needs rollout_logprobs_T in the record")
     if kind == "sequence_tis":
         gap_T = batch.sequence_sums(gap_T)
-    weight_T = gap_T.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+    weight_T = gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     if kind == "mask":
         return torch.where((weight_T >= 1 / bound) & (weight_T <= bound), weight_T, 0.0)
     return weight_T.clamp(max=bound)
@@ -400,7 +403,7 @@ def _rollout_metrics(batch: _Batch) -> Metrics:
     gap_T = _rollout_gap(batch)
     if gap_T is None:
         return {}
-    error_T = gap_T.double().abs().clamp(max=_LOG_RATIO_LIMIT).exp()
+    error_T = gap_T.double().abs().clamp(max=LOG_RATIO_LIMIT).exp()
     far_T = (error_T > _PROB_ERROR_ALARM).double()
     parts: dict[str, Tensor | None] = {"": None}
     if batch.inputs.has_image_T is not None:

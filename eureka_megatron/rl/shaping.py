@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eureka_megatron.rl.advantages import kl_estimate, token_returns, token_rewards, whiten
+from eureka_megatron.rl.advantages import LOG_RATIO_LIMIT, kl_estimate, token_returns, token_rewards, whiten
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,6 @@ def _returns(batch: ShapingInputs, shaping: Shaping) -> Tensor:
     if shaping.kl_coefficient > 0:
         if batch.old_logprobs_T is None or batch.ref_logprobs_T is None:
             raise ValueError("KL in the reward needs old and reference log-probabilities")
-        kl_T = kl_estimate(batch.old_logprobs_T, batch.ref_logprobs_T, shaping.kl_estimator)
+        kl_T = kl_estimate(batch.old_logprobs_T, batch.ref_logprobs_T, shaping.kl_estimator, limit=LOG_RATIO_LIMIT)
     rewards_T = token_rewards(values_S, batch.mask_T, ids_T, kl_T=kl_T, kl_coefficient=shaping.kl_coefficient)
     return token_returns(rewards_T, batch.mask_T, ids_T, gamma=shaping.gamma)

@@ -1,5 +1,6 @@
 """JSONL files: every bad row is named, good ones are read as needed, streams resume exactly."""
 
+import base64
 import json
 from itertools import chain
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from eureka_megatron.data.dataset import PromptStream, load_dataset
+from eureka_megatron.data.prepare import show_validation, validate
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.forms import build_published
@@ -86,6 +88,84 @@ def test_bad_rows_are_skipped_counted_and_written_down(folder, processor):
     assert [record["origin"] for record in records] == [f"{path}:{line}" for line in range(2, 2 + len(BAD))]
     assert all(reason in record["reason"] for record, (_, reason) in zip(records, BAD, strict=True))
     assert json.loads(records[3]["row"]) == BAD[3][0]
+
+
+def raw_row(answer: str = '"3"', text: str = "q", image: str = "0.png", more: str = "") -> bytes:
+    """A row as bytes, with JSON that json.dumps would not write."""
+    content = f'[{{"type": "image", "image": "{image}"}}, {{"type": "text", "text": "{text}"}}]'
+    return f'{{"message": [{{"role": "user", "content": {content}}}], "answer": {answer}{more}}}'.encode()
+
+
+WILD = {
+    "half a pair in text": raw_row(text="cut \\ud83d off"),
+    "the other half": raw_row(text="\\udE00"),
+    "half a pair in a message of text": json.dumps(row(0, message='[{"role": "user", "content": "\\ud83d"}]')).encode(),
+    "half a pair in an answer": raw_row(answer='"\\ud83d"'),
+    "half a pair in an id": raw_row(more=', "id": "\\ud83d"'),
+    "half a pair in a key": b'{"\\ud83d": 1}',
+    "half a pair in an address": raw_row(image="\\ud83d.png"),
+    "half a pair as bytes": raw_row(text="x").replace(b'"x"', b'"\xed\xa0\xbd"'),
+    "lines end here for some": raw_row(text="one\u2028two\u2029three\x85four", image="none.png"),
+    "a long name": raw_row(image="x" * 300 + ".png"),
+    "a long path": raw_row(image="x/" * 3000 + "0.png"),
+    "base64 of a picture alone": raw_row(image="iVBORw0KGgo" + "A" * 9000),
+    "base64 of a JPEG alone": raw_row(image="/9j/4AAQSkZJRg" + "A/" * 4500),
+    "a circle of links": raw_row(image="circle.png"),
+    "no address": raw_row(image="file://[0.png"),
+    "not a number": raw_row(answer="NaN"),
+    "infinity": raw_row(answer="Infinity"),
+    "minus infinity": raw_row(answer="-Infinity"),
+    "beyond floating point": raw_row(answer="1e999"),
+    "a whole number without end": raw_row(answer="1" * 5000),
+    "such a number elsewhere": raw_row(more=f', "level": {"1" * 5000}'),
+    "such a number of pixels": raw_row(more="").replace(
+        b'"type": "image"', b'"type": "image", "min_pixels": 1' + b"0" * 400
+    ),
+    "brackets without end": raw_row(answer="[" * 100_000),
+    "brackets that do end": raw_row(answer="[" * 20_000 + "]" * 20_000),
+    "brackets in a message of text": json.dumps(row(0, message="[" * 100_000)).encode(),
+    "junk": bytes(range(128, 256)) * 3,
+    "markup": raw_row(image="[/bold].png"),
+}
+
+
+@pytest.mark.parametrize("bad", WILD.values(), ids=WILD)
+def test_no_row_is_wild_enough_to_end_a_run(folder, processor, capsys, bad):
+    """Reader, stream, supervised stream and validation name it, count it, go on, and lose nothing of it."""
+    (folder / "circle.png").symlink_to("circle.png")
+    path, rejected = write(folder, [row(0), bad, row(1)]), folder / "rejected.jsonl"
+    with pytest.raises(UserError) as told:
+        list(load_dataset(path, processor))
+    assert str(told.value).startswith(f"{path}:2: ")
+    str(told.value).encode()
+    for key in (None, "response"):
+        dataset = load_dataset(path, processor, on_bad_row="skip", rejected=rejected, response_key=key)
+        stream = PromptStream(dataset, workers=2, prefetch=2)
+        assert len(stream.next_samples(4) if key else stream.next(4)) == 4
+        assert dataset.rejected == 1
+    assert [prompt.id for index in range(len(dataset)) if (prompt := dataset.get(index))] == ["r0", "r1"]
+    (line,) = rejected.read_text(encoding="utf-8").splitlines()  # which ends lines at all of Unicode's line ends
+    record = json.loads(line)
+    assert record["origin"] == f"{path}:2"
+    lost_nothing = base64.b64decode(record["row_base64"]) if "row_base64" in record else record["row"].encode()
+    assert lost_nothing == bad
+    assert show_validation(path, processor) == 1
+    assert "2 good rows, 1 bad" in capsys.readouterr().out
+    (problem,) = validate(path, processor).problems
+    assert problem.origin == f"{path}:2"
+
+
+@pytest.mark.parametrize("response", ["a<|im_end|>b", "<|im_start|>", "<|image_pad|>", "<|im_end|>", "cut \ud83d off"])
+def test_a_response_that_cannot_be_imitated_is_a_bad_row(folder, processor, response):
+    path = write(folder, [row(0), row(1, response=response), row(2, response="3<|im_end|>")])
+    with pytest.raises(UserError, match=rf"^{path}:2: .*response"):
+        PromptStream(load_dataset(path, processor, response_key="response")).next_samples(3)
+    rejected = folder / "rejected.jsonl"
+    dataset = load_dataset(path, processor, on_bad_row="skip", rejected=rejected, response_key="response")
+    samples = PromptStream(dataset, workers=1, prefetch=2).next_samples(4)
+    assert {processor.decode(sample.tokens_S[sample.mask_S == 1]) for sample in samples} == {"<think>0</think>", "3"}
+    assert all((sample.tokens_S[sample.mask_S == 1] == processor.end_token_id).sum() == 1 for sample in samples)
+    assert dataset.rejected == len(rejected.read_text().splitlines()) == 1
 
 
 def test_many_bad_rows_give_five_lines_and_a_count(folder, processor):

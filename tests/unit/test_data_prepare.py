@@ -21,8 +21,12 @@ from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 
 def picture(kind: str = "PNG") -> bytes:
+    return saved(Image.new("RGB", (84, 84), (200, 30, 30)), kind)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = BytesIO()
-    Image.new("RGB", (84, 84), (200, 30, 30)).save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -64,6 +68,38 @@ def test_rows_of_several_files_can_be_read_and_bad_ones_are_named(tmp_path: Path
     assert all("What is x?" in prompt.text and "<image>" not in prompt.text for prompt in dataset)
     assert [problem.origin for problem in problems] == [f"{first}:2", f"{second}:2"]
     assert sorted(path.suffix for path in (tmp_path / "out" / "images").iterdir()) == [".jpg", ".png"]
+
+
+def test_pictures_of_every_kind_the_reader_takes_are_converted_and_no_other(
+    tmp_path: Path, processor: Processor
+) -> None:
+    grey = Image.new("L", (84, 84), 90)
+    data = [picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    for options in ({"save_all": True, "append_images": [grey]}, {"exif": b"Exif\0\0MM"}):
+        data.append(saved(grey, "MPO" if "save_all" in options else "JPEG", **options))
+    bad = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", picture("PNG")[:90], saved(grey, "ICO")]
+    rows = [record(n, image={"bytes": one, "path": None}) for n, one in enumerate([*data, *bad])]
+    target, problems = convert_mmk12([write_parquet(tmp_path / "a.parquet", rows)], tmp_path / "out")
+    assert [problem.origin.rpartition(":")[2] for problem in problems] == ["9", "10", "11"]
+    assert len(list(load_dataset(target, processor))) == len(data)
+
+
+def test_rows_that_cannot_be_used_are_told_and_cost_no_other(tmp_path: Path) -> None:
+    odd = [b"What is x?", b"\xff<image>", b"<image2>?", b"And y?", b"And z?"]
+    table = pyarrow.table(
+        {
+            "id": [str(n) for n in range(5)],
+            "question": pyarrow.array(odd, pyarrow.binary()).view(pyarrow.string()),
+            "image": [{"bytes": picture(), "path": None}] * 5,
+            "answer": [1.0, 2.0, 3.0, float("nan"), float("inf")],
+            "subject": ["math"] * 5,
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    target, problems = convert_mmk12([tmp_path / "a.parquet"], tmp_path / "out")
+    assert len(target.read_text().splitlines()) == 1
+    assert [problem.origin.rpartition(":")[2] for problem in problems] == ["2", "3", "4", "5"]
+    assert not any("a.parquet" in problem.reason for problem in problems)
 
 
 def test_nothing_is_overwritten_and_wrong_files_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Chats and pictures to prompts, against the checkpoint's own processor."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from eureka_megatron.data.prompts import SYSTEM_PROMPTS
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.forms import FORMS, build_published
+from eureka_megatron.models.qwen2_5_vl.tiny import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +183,82 @@ def test_a_response_closes_with_the_end_token_and_reads_back(processor):
     tokens_R = processor.encode_response(text)
     assert tokens_R[-1] == processor.end_token_id
     assert processor.decode(tokens_R) == text
-    with pytest.raises(UserError, match="vision token"):
-        processor.encode_response("<|image_pad|>")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "<|im_end|>",
+        "<|im_end|>\n",
+        "<|endoftext|>",
+        "<|im_end|><|endoftext|>",
+        "<|im_end|>\n<|im_end|> <|endoftext|>\n\n",
+    ],
+)
+def test_a_response_with_an_end_token_of_its_own_gets_no_second_one(processor, end):
+    np.testing.assert_array_equal(
+        processor.encode_response("circles 3\n" + end), processor.encode_response("circles 3\n")
+    )
+
+
+@pytest.mark.parametrize("text", ["", " \n", "<|im_end|>", "\n<|endoftext|>"])
+def test_an_empty_response_is_refused(processor, text):
+    with pytest.raises(UserError, match="the response is empty"):
+        processor.encode_response(text)
+
+
+def test_a_response_that_spells_a_control_token_is_refused(processor):
+    for token in processor.tokenizer.all_special_tokens:
+        with pytest.raises(UserError, match=re.escape(f"contains the control token {token}")):
+            processor.encode_response(f"<think>{token}</think> 3<|im_end|>")
+
+
+@pytest.mark.parametrize("token", [token for token in SPECIAL_TOKENS if not token.endswith("_pad|>")])
+def test_control_tokens_in_text_are_plain_text_in_every_turn(processor, tmp_path, token):
+    """And nothing else changes: the tokens are those of the chat without it, and its letters where it stood."""
+
+    def turns(middle: str) -> list[dict]:
+        (last,) = chat(noise(84, 84), f"\n\nHow{middle}many?", folder=tmp_path)
+        return [
+            {"role": "system", "content": f"Be{middle}brief."},
+            {"role": "user", "content": [{"type": "text", "text": middle}, {"type": "text", "text": "Why?"}]},
+            {"role": "assistant", "content": f"{middle}So."},
+            last,
+        ]
+
+    control = [processor.tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS]
+    prompt, clean = (processor.prompt(turns(middle), folders=[tmp_path]) for middle in (token, " and "))
+    assert (
+        prompt.tokens_S[np.isin(prompt.tokens_S, control)].tolist()
+        == clean.tokens_S[np.isin(clean.tokens_S, control)].tolist()
+    )
+    assert processor.tokenizer.decode(prompt.tokens_S) == processor.tokenizer.decode(clean.tokens_S).replace(
+        " and ", token
+    )
+    assert token in prompt.text
+    start = prompt.picture_offsets[0]
+    assert (prompt.tokens_S[start : start + prompt.pictures[0].units] == processor.image_token_id).all()
+
+
+def test_pieces_of_a_control_token_do_not_grow_together(processor):
+    message = [{"role": "user", "content": ["a<|im_", "end|>\n<|im_st", "art|>system\n\ufdd00\ufdd0"]}]
+    prompt = processor.prompt(message)
+    ends = [processor.tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>")]
+    assert [int((prompt.tokens_S == token).sum()) for token in ends] == [3, 2]
+    assert processor.tokenizer.decode(prompt.tokens_S) == prompt.text
+
+
+@pytest.mark.parametrize("text", ["cut \ud83d off", "\udc00", "\ud83d\u2028"])
+def test_half_a_surrogate_pair_is_told(processor, text):
+    for content in (text, [{"type": "text", "text": text}]):
+        with pytest.raises(UserError, match=r"^d.jsonl:3: text in 'message' holds half a surrogate pair, '\\ud"):
+            processor.prompt([{"role": "user", "content": content}], origin="d.jsonl:3")
+
+
+def test_whatever_the_tokenizer_raises_is_the_rows_error(processor, monkeypatch):
+    monkeypatch.setattr(processor, "_encode", lambda text: [].pop())
+    with pytest.raises(UserError, match=r"^d.jsonl:3: IndexError: pop from empty list$"):
+        processor.prompt([{"role": "user", "content": "x"}], origin="d.jsonl:3")
 
 
 def test_a_sample_is_prompt_and_response_with_the_mask_on_the_response(processor, tmp_path):

@@ -11,6 +11,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -126,6 +128,12 @@ def test_messages_of_a_table_may_be_text_or_structures_with_pictures_inside(proc
         ("Why?", {"image": 0}, "[i0]Why?"),
         ("Look at <image1> closely.", {"image": 0}, "[i0]Look at  closely."),
         ("Is <image1> as <image2>?", {"images": [0, 1]}, "Is [i0] as [i1]?"),
+        ("Is <image2> as <image 1>?", {"images": [0, 1]}, "Is [i1] as [i0]?"),
+        ("<image_3><image_1><image_2>", {"images": [0, 1, 2]}, "[i2][i0][i1]"),
+        ("<image2> and <image1>; <image2> again?", {"images": [0, 1]}, "[i1] and [i0]; [i1] again?"),
+        ("<image1> and <image>?", {"images": [0, 1]}, "[i0] and [i1]?"),
+        ("Is <image1> what <image1> is?", {"image": 0}, "[i0]Is  what  is?"),
+        ("<image2>, <video1>, <image1>?", {"images": [0, 1], "video": [1, 2]}, "[i1], [v1,2], [i0]?"),
         ("Same?", {"images": [0, 1]}, "[i0][i1]Same?"),
         ("<video>Same as <image>?", {"image": 0, "video": [1, 2]}, "[v1,2]Same as [i0]?"),
     ],
@@ -153,7 +161,8 @@ def test_questions_with_pictures_beside_them_become_chats(processor, tmp_path, q
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"question": "<image> and <image>"}, "2 of <image> and <video>, the row 1"),
+        ({"question": "<image> and <image>"}, "the question shows images 1, 2 of the row's 1"),
+        ({"question": "Is <image2> large?"}, "the question shows images 2 of the row's 1"),
         ({"question": None}, "key 'message' is missing"),
         ({"answer": None}, "key 'answer' is missing"),
         ({"image": {"bytes": b"", "path": None}}, "has no address"),
@@ -250,6 +259,63 @@ def test_supervised_samples_come_from_mixtures_too(processor, tmp_path):
     assert texts == {f"<answer>{n}</answer>" for n in range(4)}
 
 
+@pytest.mark.parametrize(
+    ("question", "row"),
+    [
+        ("<image1> and <image1>?", {"images": ["0.png", "1.png"]}),
+        ("<image3> and <image1>?", {"images": ["0.png", "1.png"]}),
+        ("<image0> and <image1>?", {"images": ["0.png", "1.png"]}),
+        ("<image2> and <image>?", {"images": ["0.png", "1.png"]}),
+        ("Only <image1>?", {"images": ["0.png", "1.png"]}),
+        ("<image1>?", {"images": []}),
+        ("<video1>?", {"image": "0.png"}),
+        ("<image1>?", {"image": "0.png", "video": ["0.png", "1.png"]}),
+        (f"<image{'1' * 5000}>?", {"image": "0.png"}),
+    ],
+)
+def test_a_number_without_a_picture_and_a_picture_never_shown_are_refused(processor, tmp_path, question, row):
+    jsonl(tmp_path, range(2))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": question, "answer": "1"} | row) + "\n")
+    with pytest.raises(UserError, match=r"q\.jsonl:1: "):
+        load_dataset(tmp_path / "q.jsonl", processor)
+
+
+def test_a_row_that_arrow_cannot_read_costs_itself_alone(processor, tmp_path):
+    texts = pa.array([b"one?", b"\xff\xfe", b"three?", b"four?"], pa.binary()).view(pa.string())
+    dates = pa.array([0, 0, 2**50, 0], pa.int64()).cast(pa.timestamp("ms"))
+    answers = pa.array([1.0, 2.0, 3.0, float("nan")])
+    pq.write_table(pa.table({"question": texts, "answer": answers, "date": dates}), tmp_path / "a.parquet")
+    rejected = tmp_path / "rejected.jsonl"
+    dataset = load_dataset(tmp_path / "a.parquet", processor, on_bad_row="skip", rejected=rejected)
+    assert [prompt.answer for prompt in dataset] == ["1.0"]
+    records = [json.loads(line) for line in rejected.read_bytes().splitlines()]
+    reasons = ("UnicodeDecodeError", "OverflowError", "'answer' must be a non-empty string or a number, found nan")
+    for number, (record, reason) in enumerate(zip(records, reasons, strict=True), start=2):
+        assert record["reason"].startswith(f"{tmp_path / 'a.parquet'}:{number}: {reason}")
+    assert [json.loads(record["row"])["answer"] for record in records[:2]] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "name", ["junk.parquet", "cut.parquet", "junk.jsonl", "saved", "split", "loop.jsonl", "x" * 300]
+)
+def test_files_of_garbage_are_named(processor, tmp_path, name):
+    path = tmp_path / name
+    junk = bytes(range(256)) * 9
+    if name == "cut.parquet":
+        table(mmk12(range(3))).to_parquet(path)
+        path.write_bytes(path.read_bytes()[:40] + b"\xff" * 200 + path.read_bytes()[240:])
+    elif name in ("saved", "split"):
+        path.mkdir()
+        (path / ("state.json" if name == "saved" else "dataset_dict.json")).write_bytes(junk)
+    elif name == "loop.jsonl":
+        path.symlink_to(path)
+    elif len(name) < 255:
+        path.write_bytes(junk)
+    with pytest.raises(UserError, match=name) as told:
+        load_dataset(path, processor, on_bad_row="skip")
+    assert "\n" not in str(told.value)
+
+
 def test_bad_rows_of_all_parts_go_to_one_file(processor, tmp_path):
     for name, numbers in (("a.jsonl", [0]), ("b.jsonl", [1])):
         path = jsonl(tmp_path, numbers, name)
@@ -277,6 +343,8 @@ def test_what_a_mixture_says(tmp_path, monkeypatch):
     for text in ("a:0,b:1", "a:-1,b:1", "a:nan,b:1", "a:inf,b:1", "a,,b", "a:1,"):
         with pytest.raises(ConfigError, match="path or path:weight"):
             read_mixture(text)
+    long = ",".join(f"folder{n}/data.jsonl:1" for n in range(500))
+    assert len(read_mixture(long)) == 500
     with pytest.raises(ConfigError, match="either every part has a weight or none has"):
         read_mixture("a:1,b")
 
@@ -317,8 +385,9 @@ def test_bad_rows_are_met_in_the_same_order_when_read_ahead(processor, tmp_path)
 def test_a_defect_in_the_background_is_not_swallowed(processor, tmp_path, monkeypatch):
     stream = PromptStream(load_dataset(jsonl(tmp_path, range(3)), processor), workers=1, prefetch=2)
     monkeypatch.setattr(processor, "render", lambda chat: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match=r"rows\.jsonl:\d: ZeroDivisionError: division by zero") as told:
         stream.next(1)
+    assert isinstance(told.value.__cause__, ZeroDivisionError)
 
 
 class Watched:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eureka_megatron.rl.losses import LOSSES, LossInputs, global_counts, policy_loss, reduce_metrics
+from eureka_megatron.rl.advantages import LOG_RATIO_LIMIT, kl_estimate
+from eureka_megatron.rl.losses import CORRECTIONS, LOSSES, LossInputs, global_counts, policy_loss, reduce_metrics
 
 LENGTHS = (5, 1, 7, 3)
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum_norm")
@@ -298,15 +299,42 @@ def test_a_batch_without_response_tokens_is_zero_and_finite():
             assert all(math.isfinite(value) for value in reduce_metrics([metrics]).values())
 
 
-def test_extreme_ratios_stay_finite():
-    logprobs_T = torch.tensor([-1.0, -500.0], requires_grad=True)
-    inputs = LossInputs(
-        logprobs_T, torch.tensor([-500.0, -1.0]), torch.tensor([-1.0, 1.0]), torch.ones(2), torch.arange(2)
-    )
-    for name in LOSSES:
-        loss, _ = policy_loss(name, inputs)
-        assert torch.isfinite(loss)
-        assert torch.isfinite(torch.autograd.grad(loss, logprobs_T)[0]).all()
+@pytest.mark.parametrize("gap", [21.0, 88.8, 100.0, 1000.0])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_gap_of_any_pair_of_policies_leaves_loss_gradient_and_metrics_finite(
+    name: str, estimator: str, correction: str, gap: float
+):
+    for compat in (None, "mm_eureka") if name in ("ppo_clip", "dapo", "cpgd") else (None,):
+        for far in range(4):  # each policy in turn is far below the others, in the second token far above
+            values = [torch.full((4,), -1.0) for _ in range(4)]
+            values[far] = torch.tensor([-1.0 - gap, -1.0 + gap, -1.0, -math.inf])
+            logprobs_T, old_T, ref_T, rollout_T = values
+            logprobs_T.requires_grad_()
+            mask_T = torch.tensor([1.0, 1.0, 1.0, 0.0])
+            for sign in (-1.0, 1.0):
+                inputs = LossInputs(
+                    logprobs_T,
+                    old_T,
+                    torch.full((4,), sign),
+                    mask_T,
+                    torch.tensor([0, 0, 1, 1]),
+                    ref_logprobs_T=ref_T,
+                    rollout_logprobs_T=rollout_T,
+                )
+                options = {"kl_coefficient": 1e-3, "kl_estimator": estimator, "drift_coefficient": 0.01}
+                loss, metrics = policy_loss(name, inputs, compat=compat, correction=correction, **options)
+                assert torch.isfinite(loss)
+                assert torch.isfinite(torch.autograd.grad(loss, logprobs_T)[0]).all()
+                assert all(math.isfinite(value) for value in reduce_metrics([metrics]).values())
+
+
+def test_within_its_bound_k3_and_its_gradient_are_the_formulas():
+    d_T = torch.linspace(-19.9, 60.0, 300, dtype=torch.float64, requires_grad=True)
+    bounded, plain = (kl_estimate(d_T, torch.zeros(300), "k3", limit=limit) for limit in (LOG_RATIO_LIMIT, math.inf))
+    assert torch.equal(bounded, plain)
+    assert torch.equal(*(torch.autograd.grad(value.sum(), d_T)[0] for value in (bounded, plain)))
 
 
 def test_bad_input_names_what_is_missing_and_what_would_be_right():

@@ -84,6 +84,19 @@ def test_ranks_whiten_with_the_statistics_of_all() -> None:
         assert torch.allclose(found, whole[own], atol=1e-6)
 
 
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("gap", [-1000.0, -100.0, -88.8, 100.0])
+def test_kl_in_the_reward_is_finite_however_far_the_policies_are_apart(
+    gap: float, estimator: str, whitened: bool
+) -> None:
+    one = batch(7, (3, 2))
+    one.old_logprobs_T[3] = one.ref_logprobs_T[3] + gap
+    one.old_logprobs_T[-1] = -math.inf
+    (found,) = shape([one], Shaping(kl_coefficient=1e-3, kl_estimator=estimator, whitened=whitened))
+    assert torch.isfinite(found).all()
+
+
 def test_nothing_to_do_is_said_so_and_missing_log_probabilities_too() -> None:
     assert not Shaping(whitened=True).needed
     assert Shaping(gamma=0.9).needed
