@@ -173,7 +173,7 @@ class AlgorithmSection(_Section):
     loss: str = "ppo_clip"  # a name of rl.losses
     loss_options: dict[str, float | str | bool | None] = Field(default_factory=dict)  # keyword options of that loss
     kl_coefficient: float = Field(0.0, ge=0)  # β; 0 builds no reference at all
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # log-ratios are bounded to 20 nats before any exponential
     kl_in: Literal["loss", "reward"] = "loss"
     reference: Path | None = None  # directory of the reference policy, of the kinds of model.path; none: that one
     gamma: float = Field(1.0, gt=0, le=1)  # discount of later rewards, per response token
