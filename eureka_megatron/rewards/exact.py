@@ -124,8 +124,6 @@ class Comparison:
 
     def _lists(self, gold: str, prediction: str) -> bool:
         left, right = structure.items(gold), structure.items(prediction)
-        if len(left) == len(right) == 1:
-            return self._single(gold if left == [gold] else left[0], prediction if right == [prediction] else right[0])
         if len(left) != len(right):
             left, right = structure.opened(left), structure.opened(right)
         if {len(left), len(right)} == {1, 2} and self._decimal_comma(gold, prediction):

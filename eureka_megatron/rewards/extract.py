@@ -89,13 +89,13 @@ def strip_end_tokens(response: str) -> str:
 
 
 def answer_span(response: str, *, untagged: str = "reject") -> str | None:
-    r"""Text of the last complete <answer>…</answer> pair; without one None, or the last \boxed{…} where `untagged` is "boxed"."""
+    r"""Text of the last complete <answer>…</answer> pair; without one None, or the last boxes where `untagged` is "boxed"."""
     end = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:
         return response[start + len("<answer>") : end].replace("</answer>", "")
     found = boxes(response) if untagged == "boxed" else []
-    return f"\\boxed{{{found[-1][2]}}}" if found else None
+    return f"\\boxed{{{_joined(response, found)[2]}}}" if found else None
 
 
 def settled(span: str) -> str:

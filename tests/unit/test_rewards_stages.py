@@ -81,7 +81,8 @@ def test_what_is_denied_is_no_reading(answer: str):
 def test_the_span_is_the_last_complete_pair_or_a_box_where_that_is_allowed():
     assert extract.answer_span("<answer>1</answer> <answer>2</answer> <answer>3") == "2"
     assert extract.answer_span(r"\boxed{3}") is None
-    assert extract.answer_span(r"\boxed{3} \boxed{\frac{1}{2}}", untagged="boxed") == r"\boxed{\frac{1}{2}}"
+    assert extract.answer_span(r"\boxed{3}, so \boxed{\frac{1}{2}}", untagged="boxed") == r"\boxed{\frac{1}{2}}"
+    assert extract.answer_span(r"\boxed{3} and \boxed{4}", untagged="boxed") == r"\boxed{3, 4}"
 
 
 OPTIONS = {
