@@ -288,7 +288,7 @@ class Comparison:
             return all(self._single(a, b) for a, b in zip(left, right, strict=True))
         if sets[0] != sets[1]:  # \\{(1,2)\\} and (1,2)
             content = (first if sets[0] else second)[1]
-            if len(structure.items(content, loose=True)) == 1 and "|" not in content:
+            if len(structure.items(content, loose=True)) == 1 and "|" not in content and content != "\\emptyset":
                 return self._single(*((content, prediction) if sets[0] else (gold, content)))
             return False if first and second else None
         if ("," in gold) != ("," in prediction):  # a column is a vector as (1,2) is

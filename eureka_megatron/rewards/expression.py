@@ -96,9 +96,12 @@ def equal(left: str, right: str) -> bool:
 
 
 def same(a: Value, b: Value) -> bool:
-    """Equal to 50 digits; what is below 1e-60 is zero."""
+    """Equal to 50 digits; what subtraction leaves of nothing, about 1e-80, is zero, but 1/100! is not."""
     size = max(abs(a), abs(b))
-    return bool(a == b) if not MP.isfinite(size) else bool(size < 1e-60 or abs(a - b) <= size * MP.mpf("1e-50"))
+    if not MP.isfinite(size):
+        return bool(a == b)
+    left_over = (a == 0 or b == 0) and MP.mpf("1e-95") < size < MP.mpf("1e-60")
+    return bool(left_over or abs(a - b) <= size * MP.mpf("1e-50"))
 
 
 def proportion(left: str, right: str) -> Value | None:

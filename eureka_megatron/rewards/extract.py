@@ -50,7 +50,7 @@ _HEAD = re.compile(
     r"^((?i:yes|no|true|false|correct|incorrect)(?=[,.;])|[\w.]+(?= (?:is|are|was|were|has|have) )|(?:[甲乙丙丁]|小[\u4e00-\u9fff])(?![和与、,或]))"
 )
 _COUNTED = re.compile(
-    r"(?<=[\d)}!])\s+(?:(?:(?:different|possible) )?(?:ways|outcomes|methods|arrangements|choices)|in all|in total|altogether)$|\s*[种个条人次名件只块张本天组对道位辆棵家项][\u4e00-\u9fff]*$"
+    r"(?<=[\d)}!])\s+(?:(?:(?:different|possible) )?(?:ways|outcomes|methods|arrangements|choices)|in all|in total|altogether)$|\s*[种个条人次名件只块张本天组对道位辆棵家项][\u4e00-\u9fff]*$|(?<=[①-⑳])\s*[都均]?是?(?:正确|对)的?$"
 )
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _ASIDE = re.compile(r"(?<=[\w}\])%])\s+\((?!.*(?:\bor\b|或|[<>=]|\\[lgn]eq))[^()]*[A-Za-z\u4e00-\u9fff][^()]*\)$")
@@ -66,7 +66,7 @@ _SENTENCE = re.compile(r"(?<=[^\d\s])[.!?]\s+|(?<=\d)\.\s+(?=[A-Z])|[。！？\n
 
 _OPENING = re.compile(
     r"^(?:(?:so|thus|hence|therefore|then|finally|consequently|answer|final answer|(?:it|that|they)(?:'s|'re)?|this|we|choose|about|approximately|roughly|only|just|"
-    r"the (?:point|points|interval|set|coordinates?|vector|line|ratio|equation|number|value|values|solution|solutions|answer|answers|roots?|range)|"
+    r"the (?:ordered |open |closed |half-open |solution )?(?:points?|interval|set|coordinates?|vector|line|ratio|equation|number|values?|solutions?|answers?|roots?|range|vertex|pair|cent(?:er|re)|midpoint|focus)|"
     r"(?:point|interval|coordinates?|vector|line|ratio))\s*(?:of\s+)?[,:]?\s+"
     r"|(?:on|at|a total of|the(?=\s+\d))\s+"
     r"|(?:此|该|原)?(?:方程组?|不等式组?)(?=无|有)"
@@ -228,7 +228,7 @@ def tidy(text: str) -> str:
         "",
         re.sub(r"^'(.*)'$", r"\1", text.strip().strip('"`').strip()),
     )
-    while text.endswith((".", "!", ";", ",", "\\\\", ":")) and not re.search(r"\d\s*!$", text):
+    while text.endswith((".", "!", ";", ",", "\\\\", ":")) and not re.search(r"(?:\d|\b[a-z]|\))\s*!$", text):
         text = (text[:-2] if text.endswith("\\\\") else text[:-1]).rstrip()
     if (word := text.casefold().removeprefix("the ")) in _ORDINALS:
         return str(_ORDINALS.index(word) + 1)

@@ -96,7 +96,7 @@ _PLAIN = [
     (re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d,.])"), lambda m: m[1].replace(".", "") + "." + m[2]),  # 1.234,56
     (re.compile(r"(?<![\d.,(\[{])(\d+),(0\d|0\d{3,})(?![\d,.])"), r"\1.\2"),  # 3,07 can be no list
     (re.compile(r"[,;]?\s*\(?\s*(?<![A-Za-z])([kn])\s*\\in\s*(?:\\mathbb)?\s*\{?\s*[ZN]\s*\}?\s*(?:[_^]?\s*\{?\s*[*+]\s*\}?)?\s*\)?"), " "),
-    (re.compile(r"(?<![\\\w^}\]])\{([^{}]*,[^{}]*)\}"), r"\\{\1\\}"),
+    (re.compile(r"(?<![\\\w^}\]])\{([^{}]*(?:,|\\emptyset)[^{}]*)\}"), r"\\{\1\\}"),
     (re.compile(r"\\\{\s*([a-z])\s*[|:]\s*(\1\s*=[^<>]*)\\\}"), r"\2"),
     (re.compile(r"(?<!\d)(\d{1,2})[时点](\d{1,2})分"), lambda m: f"{m[1]}:{m[2]:0>2}"),
 ]  # fmt: skip
@@ -138,7 +138,9 @@ def _fraction(sign: re.Match) -> str:
 def _environment(match: re.Match) -> str:
     """A matrix as pmatrix, a system of equations as "(first and second)"."""
     opening, name, body, closing = match.groups()
-    if name.endswith("matrix") or (name == "array" and opening in ("(", "[") and closing in (")", "]")):
+    if (name.endswith("matrix") and opening != "\\{") or (
+        name == "array" and opening in ("(", "[") and closing in (")", "]")
+    ):
         kind = name[0] if name[0] in "vV" else "v" if opening == closing == "|" else "p"
         outer = (opening or "", closing or "") if name.endswith("matrix") and name[0] != "m" else ("", "")
         return f"{outer[0]}\\begin{{{kind}matrix}}{body}\\end{{{kind}matrix}}{outer[1]}"

@@ -24,6 +24,7 @@ _ANY = re.compile(r"\\cup(?![a-zA-Z])|(?<![A-Za-z])(?:or|union)(?![A-Za-z])|或"
 _ALL = re.compile(r"\\cap(?![a-zA-Z])|(?<![A-Za-z])(?:and|but)(?![A-Za-z])|[,;]|[且和与]")
 _SIGN = re.compile(r"\\leq|\\geq|\\neq|<|>|=")
 _MIRROR = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
+_ABSOLUTE = re.compile(r"\|\s*([a-z])\s*\|\s*(<|>|\\leq|\\geq)\s*([^<>=|]+)")
 _COMMA = re.compile(r"[,;]")
 
 
@@ -52,6 +53,10 @@ def _read(answer: str) -> Region:
     if (match := _MEMBER.match(answer)) and (match[2] != "=" or not _SIGN.search(answer[match.end() :])):
         inner = _read(answer[match.end() :])
         return Region(inner.numbers, match[1], inner.sure or match[2] != "=")
+    if match := _ABSOLUTE.fullmatch(answer):  # |x|>5 is x>5 or x<-5
+        name, sign, end = match.groups()
+        other = f"{name}{_MIRROR[sign]}-({end})"
+        return _joined([_inequality(f"{name}{sign}{end}"), _inequality(other)], at_once=sign in ("<", "\\leq"))
     for separator, at_once in ((_ANY, False), (_ALL, True)):
         pieces = [piece for piece in structure.split(answer, separator) if piece]
         if len(pieces) > 1:

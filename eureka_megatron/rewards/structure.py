@@ -114,7 +114,7 @@ def elements(item: str) -> list[str]:
     return items(inner[1], loose=True) if inner and inner[0] + inner[2] == "()" else [item]
 
 
-def assignments(pieces: list[str]) -> list[dict[str, str]]:
+def assignments(pieces: list[str], counting: tuple[str, ...] | None = None) -> list[dict[str, str]]:
     """Values by unknown, a new solution where an unknown comes again; empty when an item assigns nothing.
 
     Subscripts that only count (m_1=11, m_2=3) say nothing; those of a_1=2, a_5=10 do.
@@ -123,16 +123,14 @@ def assignments(pieces: list[str]) -> list[dict[str, str]]:
     """
     found: list[dict[str, str]] = [{}]
     names: list[str] = []
-    subscripts = set(re.findall(r"_\s*\{?\s*(\d)(?!\d)", " ".join(pieces)))
-    counting = (
-        ("", *sorted(subscripts))
-        if subscripts == set("123456789"[: len(subscripts)]) and len(subscripts) > 1
-        else ("",)
-    )
+    if counting is None:
+        subscripts = sorted(set(re.findall(r"_\s*\{?\s*(\d)(?!\d)", " ".join(pieces))))
+        counts = len(subscripts) > 1 and subscripts == list("123456789"[: len(subscripts)])
+        counting = ("", *subscripts) if counts else ("",)
     for piece in pieces:
         inner = bracketed(piece)
         if inner and inner[0] == "(" and "=" in inner[1]:
-            inside = assignments(items(inner[1]))
+            inside = assignments(items(inner[1]), counting)
             if not inside:
                 return []
             found += inside
