@@ -47,7 +47,7 @@ def ratios(draw: Random) -> Question:
         wrong = [("swapped", f"{b}:{a}:{c}"), ("one left out", f"{a}:{b}"), ("reversed", f"{c}:{b}:{a}"), ("one other", f"{a}:{b}:{c + 1}")]
         return Question([f"{a}:{b}:{c}"], wrong, right=[f"{a} : {b} : {c}", f"AB:BC:CA={a}:{b}:{c}", f"{a}：{b}：{c}", f"{a}∶{b}∶{c}"])
     wrong = [("swapped", f"{b}:{a}"), ("swapped", frac(Fraction(b, a))), ("one other", f"{a + 1}:{b}"), ("one other", f"{a}:{b + 1}"),
-             ("part of the whole", f"{a}:{a + b}"), ("squared", f"{a + 13}:{b * b}")]
+             ("part of the whole", f"{a}:{a + b}"), ("squared", f"{a * a}:{b * b}")]
     golds = [f"AB:CD={a}:{b}", rf"m:n={a}:{b}"]
     return Question([f"{a}:{b}"], wrong, golds=golds, right=[f"{a} : {b}", f"{a}：{b}", f"{a}∶{b}", f"{a} to {b}", rf"\frac{{{a}}}{{{b}}}",
         f"{a}/{b}"])

@@ -1,5 +1,8 @@
 """Each stage of the judge by its own table of examples (docs/rewards.md tells the stages)."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from eureka_megatron.rewards import choice, expression, extract, regions, score, structure, symbolic, units
@@ -230,3 +233,23 @@ def test_rounding_and_conversion_are_named_switches():
         assert accuracy(answer, gold, units="converted") == 0.0
     with pytest.raises(ValueError, match="'exact' or 'rounded'"):
         accuracy("1", "1", decimals="loose")
+
+
+def _documented() -> list[tuple[str, list[str], list[str]]]:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    rows = page.partition("## By examples")[2].partition("\n\n## ")[0].splitlines()
+    cells = [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows if row.startswith("| `")]
+    spans = [[[span.replace("\\|", "|") for span in re.findall("`([^`]+)`", cell)] for cell in row] for row in cells]
+    return [(gold[0], right, wrong) for gold, right, wrong in spans]
+
+
+@pytest.mark.parametrize(("gold", "right", "wrong"), _documented())
+def test_the_examples_of_the_documentation_are_true(gold: str, right: list[str], wrong: list[str]):
+    verdicts = {
+        answer: score(f"<think>t</think><answer>{answer}</answer>", gold)["accuracy"] for answer in right + wrong
+    }
+    assert verdicts == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
+
+
+def test_every_row_of_the_documentation_is_read():
+    assert len(_documented()) > 25
