@@ -248,14 +248,13 @@ class Comparison:
         bases = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
         if any(base and base[1].isalnum() and base[1][0].isdigit() for base in bases):
             return (all(bases) and _same_base(*bases)) or self._no("another number base, or none")
-        if (structure := self._structures(gold, prediction)) is not None:
-            return structure
+        if (found := self._structures(gold, prediction)) is not None:
+            return found
         (gold_value, gold_unit), (value, unit) = units.split(gold), units.split(prediction)
         if not self._same_units(gold_unit, unit):
             return self._no("another unit")
-        if (
-            _PERCENT in (gold_unit, unit) and gold_unit != unit
-        ):  # 25% is 0.25; its sign may be missing in the answer only
+        if _PERCENT in (gold_unit, unit) and gold_unit != unit:
+            # 25% is 0.25; its sign may be missing in the answer only.
             if gold_unit == _PERCENT and self._values(gold_value, value):
                 return True
             sides = ((gold_value, gold_unit), (value, unit))
@@ -264,8 +263,8 @@ class Comparison:
             value = f"({value})*({unit.factor})/({gold_unit.factor})"
         if text.is_wordy(gold_value) or text.is_wordy(value):
             return text.same_words(gold_value, value)
-        if (gold_unit or unit) and (structure := self._structures(gold_value, value)) is not None:
-            return structure
+        if (gold_unit or unit) and (found := self._structures(gold_value, value)) is not None:
+            return found
         # 3m against m*3: the letter was no unit.
         return self._values(gold_value, value) or (gold_unit != unit and self._known(gold, prediction))
 
@@ -286,20 +285,19 @@ class Comparison:
             if first[0] == "\\{":
                 return _matched(left, right, self._single)
             return all(self._single(a, b) for a, b in zip(left, right, strict=True))
-        if sets[0] != sets[1]:  # \\{(1,2)\\} and (1,2)
+        if sets[0] != sets[1]:  # {(1,2)} and (1,2)
             content = (first if sets[0] else second)[1]
             if len(structure.items(content, loose=True)) == 1 and "|" not in content and content != "\\emptyset":
                 return self._single(*((content, prediction) if sets[0] else (gold, content)))
             return False if first and second else None
         if ("," in gold) != ("," in prediction):  # a column is a vector as (1,2) is
-            gold, prediction = (structure.COLUMN.sub(structure._cells, side) for side in (gold, prediction))
+            gold, prediction = map(structure.column_as_tuple, (gold, prediction))
             if "," in gold and "," in prediction:
                 return self._structures(gold, prediction)
         matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
-        if all(matrices):
-            return (
-                matrices[0][1] == matrices[1][1] == "p" and self._matrices(*(matrix[2] for matrix in matrices))
-            ) or None
+        if all(matrices):  # by their cells; of determinants math-verify knows more
+            kinds, cells = zip(*(matrix.groups() for matrix in matrices), strict=True)
+            return (kinds == ("p", "p") and self._matrices(*cells)) or None
         if ":" in gold or ":" in prediction:
             return self._ratios(gold, prediction)
         empty = [side == "\\emptyset" for side in (gold, prediction)]

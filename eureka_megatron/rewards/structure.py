@@ -19,7 +19,7 @@ _PART = re.compile(
 _ORDERS = ("123456789", "abcde", ("i", "ii", "iii", "iv", "v"), "①②③④⑤⑥⑦⑧⑨")
 POINT_NAME = re.compile(r"^(?:\\(?:vec|overrightarrow)\s*)?\{?[A-Za-z]{1,2}\}?'*(?:_\{?\w\}?)?\s*=?\s*(?=[(\[])")
 _SET_NAME = re.compile(r"^[^=<>{}]*=\s*(?=\\\{)")
-COLUMN = re.compile(r"^\\begin\{pmatrix\}((?:(?!\\begin|&).)*)\\end\{pmatrix\}$", re.DOTALL)
+_COLUMN = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin|&).)*)\\end\{pmatrix\}", re.DOTALL)
 _CONDITION = re.compile(r"(?<=[\w)}\]])\s*(\([^()]*(?:<|>|\\leq|\\geq|\\neq)[^()]*\))$")
 _OPENING = ("\\{", "(", "[")
 _CLOSING = ("\\}", ")", "]")
@@ -105,8 +105,11 @@ def opened(values: list[str]) -> list[str]:
     return items(inner[1]) if inner and inner[0] == "\\{" and "|" not in inner[1] else values
 
 
-def _cells(column: re.Match) -> str:
-    return "(" + ",".join(cell.strip() for cell in column[1].strip(" \\").split("\\\\")) + ")"
+def column_as_tuple(answer: str) -> str:
+    r"""\begin{pmatrix}1\\2\end{pmatrix} as (1,2); anything else as it is."""
+    column = _COLUMN.fullmatch(answer)
+    cells = column[1].strip(" \\").split("\\\\") if column else []
+    return f"({','.join(cell.strip() for cell in cells)})" if column else answer
 
 
 def elements(item: str) -> list[str]:
