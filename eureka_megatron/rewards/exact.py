@@ -174,7 +174,9 @@ class Comparison:
             return self._equations(_precise(left), _precise(right), (gold, prediction))
         if len(left) == len(right) == 3 and left[1] == right[1] and left[1] in _GEOMETRY:
             return _same_geometry(left, right)
-        return self._inequalities(left, right) if signs <= {"<", ">", "\\leq", "\\geq", "\\neq"} else False
+        if signs & _GEOMETRY.keys():
+            return False
+        return self._inequalities(left, right) or self.otherwise(gold, prediction)
 
     def _equations(self, gold: list[str], sides: list[str], whole: tuple[str, str]) -> bool:
         if len(gold) == 1:
