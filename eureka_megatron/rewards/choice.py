@@ -7,6 +7,7 @@ import re
 
 from eureka_megatron.rewards import extract
 from eureka_megatron.rewards.normalise import canonical
+from eureka_megatron.rewards.structure import parts
 
 _SEPARATOR = r"(?:\s*(?:,|;|/|&|\band\b|\bor\b|[和或及与])\s*|\s+)+"
 _ONE = r"[(\[]?\s*[A-Za-z]\s*[)\]]?"
@@ -17,7 +18,9 @@ _CALLED = re.compile(
     r"^(?:the\s+)?(?:correct\s+)?(?:options?|choices?|answers?|(?:答案|应|故)?选择?项?)\s*:?\s*(?=[(\[]?[A-Z])|(?<=[A-Z])\s*(?:选项|[两三四]?项|正确)+$|\s+(?:is|are)\s+(?:all\s+)?(?:correct|right|true)$",
     re.IGNORECASE,
 )
-_WITH_TEXT = re.compile(r"[(\[]\s*([A-Za-z])\s*[)\]]\s*\S|([A-Za-z])\s*[.:)]\s*\S|([A-Z])[\s,]\s*[\d\\$-]")
+_WITH_TEXT = re.compile(
+    r"[(\[]\s*([A-Za-z])\s*[)\]]\s*\S|([A-Za-z])\s*[.:)]\s*\S|([A-Z])(?:[\s,]\s*[\d\\$-]|\s*,\s*[a-z]+ [a-z])"
+)
 _MORE_OPTIONS = re.compile(r"(?<![A-Za-z\\])[(\[]?([A-Z])\s*[.:)]\s")
 _STANDALONE = re.compile(r"(?<![A-Za-z\d\\'_^=+*/-])([A-Z])(?![A-Za-z\d'_^=+*/])")
 _ARTICLE = re.compile(r"(?<![A-Za-z])A (?!is\b|are\b|and\b|or\b|because\b|since\b|as\b|matches\b|fits\b)[a-z]")
@@ -54,6 +57,9 @@ def _listed(text: str) -> frozenset[str] | None:
 def gold_letters(gold: str) -> frozenset[str] | None:
     """The options a gold answer names, or None when it is no option: one capital, capitals in order, A,C, (A), A. text."""
     text = canonical(gold).replace(")(", ") (")
+    text = re.sub(r"(?<=[(\[]) | (?=[)\]])", "", text)
+    if parts(text):  # (I) 2; (II) 3
+        return None
     if re.fullmatch(r"[(\[]?[A-Ja-df-h][)\]]?\.?", text):
         return _listed(text)
     if (match := _JOINED.fullmatch(text)) and list(match[1]) == sorted(set(match[1])) and match[1][-1] <= "J":

@@ -35,10 +35,12 @@ _FUNCTION_CALL = re.compile(
 )
 _MATRIX = re.compile(r"\\begin\{([pvV])matrix\}((?:(?!\\begin).)*)\\end\{\1matrix\}", re.DOTALL)
 _BASE = re.compile(
-    r"\(?\s*([\dA-F]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?(\d+|[a-z]+)\s*\)?\s*\}?|\(?\s*base\s*(\w+)\s*\)?)"
+    r"\(?\s*([\dA-Fa-f]+)\s*\)?\s*(?:_\s*\{?\s*\(?\s*(?:base\s*)?(\d+|[a-z]+)\s*\)?\s*\}?|\(?\s*base\s*(\w+)\s*\)?)"
 )
 _PERCENT = units.unit("%")
 _NUMERALS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
+_BLANKS = re.compile(";")
+_PROOF = re.compile(r"(?:证明)?(?:过程)?(?:略|见解析|如下)|proof omitted|omitted", re.IGNORECASE)
 _DENIAL = re.compile(r"\b(?:not|never|cannot)\b|[不非]")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
@@ -77,12 +79,21 @@ class Comparison:
         if not left and not right:
             return None
         left, right = left or structure.items(gold), right or structure.items(prediction)
-        return len(left) == len(right) and all(self.equal(*pair) for pair in zip(left, right, strict=True))
+        return self._in_order(left, right)
+
+    def _in_order(self, left: list[str], right: list[str]) -> bool:
+        proofs = [[bool(_PROOF.fullmatch(part)) for part in side] for side in (left, right)]
+        pairs = [pair for pair, *proof in zip(zip(left, right, strict=False), *proofs, strict=False) if not all(proof)]
+        return len(left) == len(right) and all(self.equal(*pair) for pair in pairs)
 
     def _regions(self, gold: str, prediction: str) -> bool | None:
         if not _REGION.search(gold + prediction):
             return None
         left, right = regions.parse(gold), regions.parse(prediction)
+        if (left and left.sure and right is None) or (right and right.sure and left is None):
+            pair = structure.bracketed(prediction if left else gold)
+            if pair and len(structure.items(pair[1], loose=True)) == 2:
+                return self._no("its ends are not in order")
         if left is None or right is None or not (left.sure or right.sure):
             return None
         if left.name and right.name and left.name != right.name:
@@ -132,6 +143,13 @@ class Comparison:
             left, right = self._distinct(left), self._distinct(right)
         if len(left) == len(right) == 1:
             return self._single(left[0], right[0])
+        if (
+            len(left) == len(right)
+            and ";" in gold
+            and "=" not in gold
+            and len(structure.split(gold, _BLANKS)) == len(left)
+        ):
+            return self._in_order(left, right)  # blanks to fill in
         return _matched(left, right, self._single)
 
     def _distinct(self, values: list[str]) -> list[str]:
@@ -274,6 +292,8 @@ class Comparison:
         """A missing unit is forgiven."""
         if gold is None or unit is None or gold == unit:
             return True
+        if not (units.is_known(gold) or units.is_known(unit)):  # 40 students and 40人 are counted in two languages
+            return gold.powers[0][0].isascii() != unit.powers[0][0].isascii()
         return self.converted and gold.powers == unit.powers
 
     def _structures(self, gold: str, prediction: str) -> bool | None:
@@ -371,11 +391,11 @@ def _same_name(a: str, b: str) -> bool:
     short, long = sorted((re.sub(r"\\(?:vec|overrightarrow)(?![a-z])|[\s{}]", "", side) for side in (a, b)), key=len)
     if short.startswith("y") and re.fullmatch(rf"[a-z]{short[1:]}\(x\)", long):
         return True
-    return short == long or (short in "xyzt" and long.partition("_")[0] == short)
+    return short == long or (short in "xyztVS" and long.partition("_")[0] == short)
 
 
 def _same_base(a: re.Match, b: re.Match) -> bool:
-    (digits, base), (others, other) = ((m[1].lstrip("0"), m[2] or m[3]) for m in (a, b))
+    (digits, base), (others, other) = ((m[1].lstrip("0").upper(), m[2] or m[3]) for m in (a, b))
     return digits == others and _NUMERALS.get(base, base) == _NUMERALS.get(other, other)
 
 

@@ -46,6 +46,8 @@ def examine(
             return Verdict(
                 chosen == options, "option", f"{''.join(sorted(chosen or ())) or 'none'} chosen, {gold} wanted"
             )
+    if options is not None and (told := re.match(r"[(\[]?[A-J][)\].:]\s*(.+)", gold)):
+        gold = told[1]  # the option's text in place of its letter
     verdicts = []
     for reading in readings:
         verdicts.append(compare(gold, reading, rounded, converted))

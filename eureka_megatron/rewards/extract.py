@@ -15,6 +15,7 @@ import re
 from eureka_megatron.rewards import units
 from eureka_megatron.rewards.normalise import balanced, canonical
 from eureka_megatron.rewards.structure import parts
+from eureka_megatron.rewards.text import is_wordy
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
 _MAX_CHARACTERS = 4000
@@ -50,14 +51,30 @@ _HEAD = re.compile(
     r"^((?i:yes|no|true|false|correct|incorrect)(?=[,.;])|[\w.]+(?= (?:is|are|was|were|has|have) )|(?:[甲乙丙丁]|小[\u4e00-\u9fff])(?![和与、,或]))"
 )
 _COUNTED = re.compile(
-    r"(?<=[\d)}!])\s+(?:(?:(?:different|possible) )?(?:ways|outcomes|methods|arrangements|choices)|in all|in total|altogether)$|\s*[种个条人次名件只块张本天组对道位辆棵家项][\u4e00-\u9fff]*$|(?<=[①-⑳])\s*[都均]?是?(?:正确|对)的?$"
+    r"(?<=[\d)}!])\s+(?:(?:(?:different|possible) )?(?:ways|outcomes|methods|arrangements|choices)|in all|in total|altogether)$|\s*[种个条人次名件只块张本天组对道位辆棵家项根株][\u4e00-\u9fff]*$|(?<=[①-⑳])\s*[都均]?是?(?:正确|对)的?$"
 )
+_MARKS = {
+    "\\sqrt": "正确",
+    "✓": "正确",
+    "✔": "正确",
+    "对": "正确",
+    "\\times": "错误",
+    "✗": "错误",
+    "✘": "错误",
+    "错": "错误",
+}
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+_NUMBER = re.compile(r"(?<![A-Za-z0-9.^_{\\])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:\s\d+/\d+|/\d+|:\d\d)?(?![\d{])")
+_WORD = re.compile(r"\s*(?:[A-Za-z]+|[\u4e00-\u9fff]{1,3})?")
+_PROSE = re.compile(r"[A-Za-z\u4e00-\u9fff\s,.;:$%/\d-]+(?:\^\d)?[A-Za-z\u4e00-\u9fff\s,.;]*")
+_BOUND = re.compile(
+    r"[<>=_^(\[{]|\b(?:than|least|most|over|under|between|about|approximately|up to|or)\b|[大小多少超低高]于|超过|不足|至[少多]|约|或|以[上下内]"
+)
 _ASIDE = re.compile(r"(?<=[\w}\])%])\s+\((?!.*(?:\bor\b|或|[<>=]|\\[lgn]eq))[^()]*[A-Za-z\u4e00-\u9fff][^()]*\)$")
 _NEGATION = re.compile(
     r"\b(?:not|never|neither|nor|cannot|can't|except|without|wrong|incorrect|false|untrue)\b|n't\b"
     r"|不(?!等式|变|同|大于|小于|超过|少于|多于|低于|高于|妨|论|管|难|规则|定|含|计|考虑|足|断|仅)|没有|并非|非(?!常|零|负|空)|错误|错的|除了",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 _CONCLUSION = re.compile(
     r"\b(?:so|hence|thus|therefore|but)\b|故|所以|因此|但", re.IGNORECASE
@@ -70,15 +87,16 @@ _OPENING = re.compile(
     r"(?:point|interval|coordinates?|vector|line|ratio))\s*(?:of\s+)?[,:]?\s+"
     r"|(?:on|at|a total of|the(?=\s+\d))\s+"
     r"|(?:此|该|原)?(?:方程组?|不等式组?)(?=无|有)"
-    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|它们|两者|二者|仍然?|(?:该|这个|此)?(?:说法|结论|命题|判断)|直线与圆|两圆|点?[A-Z]?在|(?:[A-Z]点|点[A-Z])?的?坐标|保持|选(?=[甲乙丙丁])|这样的[\u4e00-\u9fff]{1,3}(?=不?存在)|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
+    r"|(?:点|区间|坐标|向量|直线|集合|答|解|约|大约|共|有|在|当|且|应填|填|会|它们|两者|二者|仍然?|(?:该|这个|此)?(?:说法|结论|命题|判断)|直线与圆|两圆|点?[A-Z]?在|(?:[A-Z]点|点[A-Z])?的?坐标|保持|应?采用|(?:[\u4e00-\u9fff]{1,6}的)?方向|选(?=[甲乙丙丁])|这样的[\u4e00-\u9fff]{1,3}(?=不?存在)|可知|由此|综上所述|综上|因此|所以|故|则|即|∴)\s*[,:]?\s*"
     r"|\\approx\s*|=\s*|\\Rightarrow\s*)(?=\S)", re.IGNORECASE,
 )  # fmt: skip
 _LEAD_INS = (
     re.compile(r"^.*[,;.]\s*(?:so|hence|thus|therefore|then)\b\s*,?\s*(?=\S)", re.IGNORECASE),
     re.compile(r"^.*?(?<![A-Za-z])(?:is|are|was|were|equals?|be|becomes?|get|gets|have|has|obtain|gives?|yields?|choose|find|need|takes?|costs?|by)(?:\s+equal\s+to|\s+to)?\s*:?\s+(?=\S)", re.IGNORECASE),
     re.compile(r"^.*?[A-Za-z\u4e00-\u9fff)]\s*:\s*(?=\S)"),
-    re.compile(r"^.*?(?:答案|结果|解得|求得|得到|可得|得出|因此|所以|故选|应选|故|得|解)(?:应该|应)?(?:是|为|等于|选)?\s*[:,]?\s*(?=\S)"),
+    re.compile(r"^.*?(?:答案|结果|解得|求得|得到|可得|得出|因此|所以|故选|应选|故|得|解|则)(?:应该|应)?(?:是|为|等于|选)?\s*[:,]?\s*(?=\S)"),
     re.compile(r"^.*(?:等于|为|是|共有?|需要?|有|随.*而)\s*:?\s*(?=\S)"),
+    re.compile(r"^.*与[^,]*(?=相[切交离]$)"),
 )  # fmt: skip
 
 
@@ -127,7 +145,7 @@ def readings(span: str) -> list[str]:
     if len(text) > _MAX_CHARACTERS:
         return []
     last = re.split(r"\n\s*\n", text)[-1]
-    lines = [line.strip() for line in last.splitlines() if line.strip()]
+    lines = [line.strip() for line in undelimited(last).splitlines() if line.strip()]
     several = ", ".join(lines) if 1 < len(lines) < 9 and max(map(len, lines)) < 60 else ""
     statements = dict.fromkeys([text, several, last, sentences(text)[-1]])
     found = [reading for statement in statements for reading in _peeled(statement)]
@@ -209,11 +227,32 @@ def _peeled(text: str) -> list[str]:
         rest = rest[match.end() :]
     rest = tidy(rest)
     found += [_ASIDE.sub("", rest), _COUNTED.sub("", rest)]
-    if (match := _HEAD.match(text)) and not _NEGATION.search(text[match.end() :]):
+    if (match := _HEAD.match(text)) and (match[1].casefold() in ("yes", "no") or not denies(text[match.end() :])):
         found.append(match[1])
+    if (quantity := _only_quantity(text)) is not None:
+        found.append(quantity)
     if pieces := parts(rest):
         found.append("; ".join(f"({number}) {_peeled(piece)[-1]}" for number, piece in enumerate(pieces, 1)))
     return found
+
+
+def _only_quantity(text: str) -> str | None:
+    """The quantity of a sentence that has just one: "The beaker holds 180 g of water" → "180 g"."""
+    numbers = list(_NUMBER.finditer(text))
+    around = text.replace("^\\circ", "")
+    if len(numbers) != 1 or not is_wordy(text) or denies(text) or _BOUND.search(around) or not _PROSE.fullmatch(around):
+        return None
+    number, behind = numbers[0][0], re.sub(r"^\s+(?:in (?:total|all)|altogether)\b", "", text[numbers[0].end() :])
+    for length in range(min(len(behind), 30), 0, -1):  # the longest known unit behind it
+        value, unit = units.split(number + behind[:length])
+        if (
+            unit is not None
+            and value == number.strip()
+            and units.is_known(unit)
+            and not behind[length : length + 1].isalpha()
+        ):
+            return number + behind[:length]
+    return number + _WORD.match(behind)[0]  # what is counted
 
 
 def _unique(texts: list[str]) -> list[str]:
@@ -230,6 +269,8 @@ def tidy(text: str) -> str:
     )
     while text.endswith((".", "!", ";", ",", "\\\\", ":")) and not re.search(r"(?:\d|\b[a-z]|\))\s*!$", text):
         text = (text[:-2] if text.endswith("\\\\") else text[:-1]).rstrip()
+    if (mark := _MARKS.get(text)) is not None:
+        return mark
     if (word := text.casefold().removeprefix("the ")) in _ORDINALS:
         return str(_ORDINALS.index(word) + 1)
     while text.startswith("{") and balanced(text, 0) == len(text) - 1:

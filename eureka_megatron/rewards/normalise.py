@@ -23,7 +23,7 @@ _SIGNS = str.maketrans(
     | {chr(code): f"\\mathrm{{{unicodedata.normalize('NFKC', chr(code)).replace('2', '^2').replace('3', '^3')}}}" for code in range(0x3371, 0x33E0)}
     | dict.fromkeys("−–—‐‑‒", "-") | dict.fromkeys("÷∕", "/") | dict.fromkeys("\u200b\u200c\u200d\ufeff\x00", "")
     | dict.fromkeys("°º˚", "^\\circ ") | dict.fromkeys("“”„", '"') | dict.fromkeys("‘’′", "'")
-    | {"∶": ":", "℃": "^\\circ C", "℉": "^\\circ F", "、": ",", "。": ".", "【": "[", "】": "]", "″": "''", "ℝ": "\\mathbb{R}"}
+    | {"∛": "\\sqrt[3]", "↑": "", "↓": "", "→": "\\rightarrow ", "∶": ":", "℃": "^\\circ C", "℉": "^\\circ F", "、": ",", "。": ".", "【": "[", "】": "]", "″": "''", "ℝ": "\\mathbb{R}"}
 )  # fmt: skip
 _SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
 _SCRIPTS = str.maketrans(_SUPERSCRIPTS + _SUBSCRIPTS, "0123456789+-n" * 2)
@@ -42,6 +42,8 @@ _LATEX = [
     (re.compile(rf"\\(?:left|right|middle|[bB]ig{{1,2}}[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf|it|bold|boldsymbol|mathbf|mathit|mathsf|pmb|hfill|hline|therefore|because){_SUFFIX}"), " "),
     (re.compile(rf"(?<!\\)\\(?:[,;:!> ]|quad{_SUFFIX}|qquad{_SUFFIX})|~|\\[hv]space\{{[^{{}}]*\}}|\\phantom\{{[^{{}}]*\}}"), " "),
     (re.compile(rf"\\[dtc]frac{_SUFFIX}"), r"\\frac"),
+    (re.compile(rf"\\overrightarrow{_SUFFIX}"), r"\\vec"),
+    (re.compile(r"\\x(?:longequal|rightarrow)\s*(?:\[[^\]]*\])?\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"), "="),
     (re.compile(rf"\\[dt]binom{_SUFFIX}"), r"\\binom"),
     (re.compile(rf"\\(?:le|leqslant|leqq){_SUFFIX}"), r"\\leq "),
     (re.compile(rf"\\(?:ge|geqslant|geqq){_SUFFIX}"), r"\\geq "),
@@ -67,10 +69,10 @@ _LATEX = [
     (re.compile(r"\\mathrm\s*\{\s*([a-zA-Z])\s*\}(?!\s*\^)|\\(?:mathbb|mathcal)\s*([RZNQC])"), lambda m: f" {m[1]} " if m[1] else f"\\mathbb{{{m[2]}}}"),
 ]  # fmt: skip
 _TEXT = re.compile(
-    r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|mathrm|mbox|hbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+    r"\\(?:text(?:normal|rm|bf|it|sf|tt)?|mathrm|mbox|hbox|operatorname\*?|ce)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _LINE = r"(?<![A-Za-z\\\\])(?:[A-Z]{2,4}|[a-z](?:_\{?\d\}?)?)(?![A-Za-z])"
-_RELATIONS = {"平行": "parallel", "垂直": "perp", "相似": "sim", "全等": "cong"}
+_RELATIONS = {"平行": "parallel", "垂直": "perp", "相似": "sim", "全等": "cong", "similar": "sim", "congruent": "cong"}
 _POWERS = {"thousand": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
 # Spellings without one.
 _PLAIN = [
@@ -79,13 +81,22 @@ _PLAIN = [
     (re.compile(r"(?<![\\\w^}])\{(\s*[a-zA-Z]\s*(?:\\in[^{}|]*)?[|:][^{}]*)\}"), r"\\{\1\\}"),
     (re.compile(r"<=|=<"), r"\\leq "),
     (re.compile(r">="), r"\\geq "),
-    (re.compile(r"!="), r"\\neq "),
+    (re.compile(r"(?<![\d)])!="), r"\\neq "),
     (re.compile(r"(?<![A-Za-z])per cent(?![A-Za-z])"), "percent"),
     (re.compile(r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|cot|ln|log|lg|exp|pi|arcsin|arccos|arctan)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"(?:the )?empty set|空集"), r"\\emptyset "),
     (re.compile(rf"({_LINE})\s*(?://|\\?\|\||\\\|| is (?:parallel|perpendicular) to |平行于|垂直于)\s*(?={_LINE})"), lambda m: f"{m[1]}\\{'perp' if 'perp' in m[0] or '垂' in m[0] else 'parallel'} "),
     (re.compile(rf"((?:\\triangle\s*)?{_LINE})\s*[与和]\s*((?:\\triangle\s*)?{_LINE})\s*(?:互相)?(平行|垂直|相似|全等)"), lambda m: f"{m[1]}\\{_RELATIONS[m[3]]} {m[2]}"),
     (re.compile(r"^(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)$"), r"\1:\2"),
+    (re.compile(r"(?<=\d)\s*比\s*(?=\d)"), ":"),
+    (re.compile(r"负(?=\d|\\)"), "-"),
+    (re.compile(r"(?<![A-Za-z\\])([xy])([12])(?![\w.])|(?<![A-Za-z\\])([a-z])([12])(?=\s*[=<>])"), lambda m: f"{m[1] or m[3]}_{m[2] or m[4]}"),
+    (re.compile(r"(?<![A-Za-z\\])n\s*(?=\\pi)"), "k"),  # n and k count periods alike
+    (re.compile(r"([一二三四五六七八九十]{1,2})分之([一二三四五六七八九十]{1,2})"), lambda m: f"\\frac{{{_count(m[2])}}}{{{_count(m[1])}}}"),
+    (re.compile(r"(\d+)\s*(?:小时|hours?|hrs?|h)\s*(?:and\s*)?(\d+)\s*(?:分钟?|minutes?|mins?|min)(?![a-z])"), r"(\1*60+\2) min"),
+    (re.compile(r"(?<!\\)[Tt]riangle\s+(?=[A-Z]{3})"), r"\\triangle "),
+    (re.compile(r"(?<=[A-Z]{3}) is (congruent|similar) to (?:the )?"), lambda m: f"\\{_RELATIONS[m[1]]} "),
+    (re.compile(r"百分之([一二三四五六七八九十]{1,3})"), lambda m: f"{_count(m[1])}%"),
     (re.compile(r"百分之(\d+(?:\.\d+)?)"), r"\1%"),
     (re.compile(r"(?<=\d)\s*([mcdk]?m)([23])(?!\w)"), r" \1^\2"),  # 12cm2
     (re.compile(r"(?<=\d)又(?=\d|\\frac)"), " "),
@@ -99,7 +110,10 @@ _PLAIN = [
     (re.compile(r"(?<![\\\w^}\]])\{([^{}]*(?:,|\\emptyset)[^{}]*)\}"), r"\\{\1\\}"),
     (re.compile(r"\\\{\s*([a-z])\s*[|:]\s*(\1\s*=[^<>]*)\\\}"), r"\2"),
     (re.compile(r"(?<!\d)(\d{1,2})[时点](\d{1,2})分"), lambda m: f"{m[1]}:{m[2]:0>2}"),
+    (re.compile(r"(上午|下午)\s*(\d{1,2}:\d{2})"), lambda m: f"{m[2]} {'am' if m[1] == '上午' else 'pm'}"),
 ]  # fmt: skip
+_CONDITION = re.compile(r"[\w)]\s*(?:[<>=]|\\[lgn]eq)")
+_CONDITION_WORDS = re.compile(r"\\text\s*\{[^{}]*\}|\b(?:if|when|for)\b|当|若")
 _ENVIRONMENT = re.compile(
     r"(?:(\\\{|[(\[|])\s*)?\\begin\s*\{(cases|array|aligned|align\*?|gathered|split|[bpvVB]?(?:small)?matrix)\}"
     r"(?:\s*\{[lcr|\s]*\})?((?:(?!\\begin).)*?)\\end\s*\{\2\}\s*([.)\]|])?", re.DOTALL,
@@ -131,6 +145,13 @@ def _canonical(text: str) -> str:
     return " ".join(text.split())
 
 
+def _count(numeral: str) -> int:
+    """一 to 九十九, without the tens beyond 十."""
+    tens, _, ones = numeral.rpartition("十")
+    units = "零一二三四五六七八九".index(ones or "零")
+    return units + (10 * ("零一二三四五六七八九".index(tens) if tens else 1) if "十" in numeral else 0)
+
+
 def _fraction(sign: re.Match) -> str:
     return "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄"))
 
@@ -144,7 +165,11 @@ def _environment(match: re.Match) -> str:
         kind = name[0] if name[0] in "vV" else "v" if opening == closing == "|" else "p"
         outer = (opening or "", closing or "") if name.endswith("matrix") and name[0] != "m" else ("", "")
         return f"{outer[0]}\\begin{{{kind}matrix}}{body}\\end{{{kind}matrix}}{outer[1]}"
-    rows = [row.replace("&", " ").strip(" ,;") for row in body.split("\\\\")]
+    cells = [[cell.strip(" ,;") for cell in row.split("&")] for row in body.split("\\\\") if row.strip()]
+    if cells and all(len(row) == 2 and _CONDITION.search(row[1]) for row in cells):  # a function by pieces
+        pieces = (f"({value}, {_CONDITION_WORDS.sub('', condition).strip(' ()')})" for value, condition in cells)
+        return f"\\{{{', '.join(pieces)}\\}}"
+    rows = [" ".join(row).strip(" ,;") for row in cells]
     joined = " and ".join(row for row in rows if row)
     return f"{opening if opening in ('(', '[') else ''}({joined}){closing if closing in (')', ']') else ''}"
 

@@ -13,10 +13,10 @@ from eureka_megatron.rewards import text
 _SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
 _LOOSE_SEPARATOR = re.compile(r"[;]|,(?!\d{3}(?!\d))|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|[或和且与及]")
 _PART = re.compile(
-    r"(?<![A-Za-z_^])(?<!\\sqrt )(?:(?i:part)\s*|第\s*)?\(\s*(\d|[a-e]|i{1,3}|iv|v)\s*\)(?:小?[问题])?|([\u2460-\u2469])"
+    r"(?<![A-Za-z_^])(?<!\\sqrt )(?:(?i:part)\s*|第\s*)?\(\s*(\d|[a-e]|i{1,3}|iv|v|I{1,3}|IV|V)\s*\)(?:小?[问题])?|([\u2460-\u2469])"
     r"|(?<![\w.])([1-9])\.(?!\d)|(?<!\w)([a-e])\)|(?i:part|question)\s*([1-9a-e])\s*[:.]"
 )
-_ORDERS = ("123456789", "abcde", ("i", "ii", "iii", "iv", "v"), "①②③④⑤⑥⑦⑧⑨")
+_ORDERS = ("123456789", "abcde", ("i", "ii", "iii", "iv", "v"), ("I", "II", "III", "IV", "V"), "①②③④⑤⑥⑦⑧⑨")
 POINT_NAME = re.compile(r"^(?:\\(?:vec|overrightarrow)\s*)?\{?[A-Za-z]{1,2}\}?'*(?:_\{?\w\}?)?\s*=?\s*(?=[(\[])")
 _SET_NAME = re.compile(r"^[^=<>{}]*=\s*(?=\\\{)")
 _COLUMN = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin|&).)*)\\end\{pmatrix\}", re.DOTALL)

@@ -7,6 +7,8 @@ import re
 _GENOTYPE = re.compile(r"(?:([A-Za-z])(?i:\1))+")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")
 _CHEMICAL = re.compile(r"(?:(?:^|[+=])?\d*(?:[A-Z][a-z]?|[()])(?:_\{?\d{1,3}\}?|\d{1,3})?){1,30}")
+_ARROW = re.compile(r"\\(?:rightarrow|to|longrightarrow)(?![a-z])|=+")
+_CHARGE = re.compile(r"\^\s*\{?\d?[-+]\}?|\\(?:up|down)arrow(?![a-z])")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]*\}|\\[a-zA-Z]+")
 _NAMED = re.compile(r"\\(?:angle|triangle|overline|overrightarrow|vec|odot|widehat|square)\s*\{?\s*[A-Za-z]+'?")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|[A-Za-z0-9])")
@@ -36,6 +38,8 @@ def same(gold: str, prediction: str) -> bool:
     left, right = _SPACE.sub("", gold), _SPACE.sub("", prediction)
     if left == right:
         return bool(left)
+    if is_reaction(left) and is_reaction(right):  # in any order of what reacts, and of what it gives
+        return _reaction(left) == _reaction(right)
     if _CHEMICAL.fullmatch(left) and _CHEMICAL.fullmatch(right) and "_" in left + right:
         return re.sub(r"[_{}]", "", left) == re.sub(r"[_{}]", "", right)  # H_2O and H2O
     if left.casefold() != right.casefold() or not is_wordy(gold):
@@ -45,8 +49,14 @@ def same(gold: str, prediction: str) -> bool:
 
 def is_reaction(text: str) -> bool:
     """2H_2+O_2=2H_2O."""
-    text = text.replace(" ", "")
-    return "+" in text and "=" in text and bool(re.search(r"[A-Za-z]_?\{?\d", text)) and bool(_CHEMICAL.fullmatch(text))
+    text = _ARROW.sub("=", text.replace(" ", ""))
+    has_counts = re.search(r"[A-Za-z](?:_?\{?\d|\^\{?\d?[-+])", text)
+    return "+" in text and "=" in text and bool(has_counts) and bool(_CHEMICAL.fullmatch(_CHARGE.sub("", text)))
+
+
+def _reaction(text: str) -> list[list[str]]:
+    sides = _ARROW.sub("=", _CHARGE.sub(lambda charge: charge[0].replace("+", "p"), text.replace(" ", ""))).split("=")
+    return [sorted(re.sub(r"[_{}^]", "", side).split("+")) for side in sides]
 
 
 def _natural_case(word: str) -> bool:

@@ -21,13 +21,13 @@ _TABLE = {
     "month": "month|months 个月 月; year=12|years year yr 年; century=1200|centuries",
     "L": "L=1/1000|liters liter litres litre 升; mL=1/1000000|ml milliliters milliliter millilitres millilitre 毫升; dL=1/10000",
     "deg": "deg|degrees degree 度", "degC": "degC|摄氏度", "degF": "degF|华氏度", "rad": "rad|radians radian 弧度",
-    "%": "%|percentage percent pct", "$": "$|dollars dollar USD 美元; cent=1/100|cents cent 美分",
-    "¥": "¥|yuan RMB CNY 元; jiao=1/10|角", "€": "€|euros euro EUR 欧元", "£": "£|GBP 英镑",
+    "%": "%|percentage percent pct", "‰": "‰", "$": "$|dollars dollar USD 美元; cent=1/100|cents cent 美分",
+    "¥": "¥|yuan RMB CNY 元; jiao=1/10|角", "€": "€|euros euro EUR 欧元", "£": "£|GBP 英镑; penny=1/100|pence penny",
     "A": "A|amperes ampere amps amp 安培 安; mA=1/1000", "mol": "mol|moles mole 摩尔", "K": "K|kelvin", "lx": "lx|lux",
     "N": "N|newtons newton 牛顿 牛; kN=1000", "J": "J|joules joule 焦耳 焦; kJ=1000; cal|calories; kcal; eV",
     "W": "W|watts watt 瓦特 瓦; kW=1000|千瓦; MW=1000000; mW=1/1000", "V": "V|volts volt 伏特 伏; kV=1000; mV=1/1000",
     "Ω": "Ω|ohms ohm 欧姆 欧; kΩ=1000", "Pa": "Pa|pascals pascal 帕斯卡 帕; kPa=1000; MPa=1000000",
-    "Hz": "Hz|hertz 赫兹; kHz=1000; MHz=1000000", "dB": "dB|decibels", "unit": "unit|units 个单位 单位", "ha": "ha|hectares 公顷",
+    "Hz": "Hz|hertz 赫兹; kHz=1000; MHz=1000000", "dB": "dB|decibels", "gal": "gal|gallons gallon 加仑", "unit": "unit|units 个单位 单位", "ha": "ha|hectares 公顷",
     "arcmin": "arcmin|'", "arcsec": "arcsec|''", "am": "am|a.m. a.m AM A.M. A.M", "pm": "pm|p.m. p.m PM P.M. P.M",
 }  # fmt: skip
 _DERIVED = {
@@ -36,7 +36,7 @@ _DERIVED = {
     "N": ({"kg": 1, "m": 1, "s": -2}, 1),
     "W": ({"kg": 1, "m": 2, "s": -3}, 1),
 }
-_COMPOUND_NAMES = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "bpm": "1/min"}
+_COMPOUND_NAMES = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "mpg": "mi/gal"}
 
 
 class Unit(NamedTuple):
@@ -61,6 +61,7 @@ def _read_table() -> dict[str, tuple[dict[str, int], Fraction]]:
 
 
 _UNITS = _read_table()
+_BASES = {base for powers, _ in _UNITS.values() for base in powers}
 _LOWER = {name.lower(): unit for name, unit in _UNITS.items() if len(name) > 3}
 _SORTED = [re.escape(name) for name in sorted([*_UNITS, *_COMPOUND_NAMES], key=len, reverse=True)]
 _NAME = f"(?:{'|'.join(_SORTED)}|(?i:{'|'.join(name for name in _SORTED if len(name) > 3)}))"
@@ -71,7 +72,7 @@ _UNIT = re.compile(
     rf"\s*({_FACTOR}(?:\s*(?:/|\\cdot|\*|per\b|每|an?\b)?\s*{_FACTOR}){{0,3}}|\^\\circ(?:\s*[CF](?![A-Za-z]))?)\s*\.?$"
 )
 _PART = re.compile(
-    r"(?P<slash>/)?[\s*()]*(?:(?P<square>square|sq\.?|平方)|(?P<cube>cubic|cu\.?|立方))?\s*(?P<name>[A-Za-z.%Ωμ$€£¥\u4e00-\u9fff]+)"
+    r"(?P<slash>/)?[\s*()]*(?:(?P<square>square|sq\.?|平方)|(?P<cube>cubic|cu\.?|立方))?\s*(?P<name>[A-Za-z.%‰Ωμ$€£¥\u4e00-\u9fff]+)"
     r"(?P<power>\s*\^\s*\{?\s*-?\s*\d\s*\}?)?(?:\)?\s+(?:(?P<squared>squared)|(?P<cubed>cubed)))?"
 )
 _LETTER_UNITS = set("mgtshLNJWVAK")
@@ -83,6 +84,7 @@ _NUMERIC_END = re.compile(r"(?:[\d.)}\]%!]|\\pi|\\infty)$")
 _COUNTED = re.compile(
     r"^([-+]?[\d,./ ]*\d|[-+]?\\frac\{\d+\}\{\d+\})\s*((?:[A-Za-z]{3,}|[\u4e00-\u9fff])(?:[A-Za-z \u4e00-\u9fff]*))$"
 )
+_BEHIND_LETTERS = re.compile(rf"(.*[a-z)}}\]])\s*({'|'.join(name for name in _SORTED if name[0] > chr(0x4E00))})")
 _MULTIPLES = re.compile(
     r"(?:hundred|thousand|million|billion|trillion|dozen|times|factorial|over|[百千万亿])", re.IGNORECASE
 )
@@ -92,6 +94,9 @@ def split(text: str) -> tuple[str, Unit | None]:
     """(value, unit) of a canonical answer; unit None when there is none. "12 cm^2" gives ("12", m^2 by 1/10000)."""
     text = text.strip()
     if (match := _MONEY.match(text)) or (match := _MONEY_AFTER.search(text)):
+        rest = text[match.end() :] if match.lastindex == 2 else ""
+        if rate := re.match(rf"([\d.,/]+?)\s*(?:/|per\b|每|an?\b)\s*({_NAME})$", rest):  # $3/pound
+            return match[1] + rate[1], unit(f"{match[2].lstrip(chr(92))}/{rate[2]}")
         sign = match[match.lastindex].lstrip("\\").replace("US", "").replace("￥", "¥").replace("RMB", "¥")
         return (text[: match.end(1)] + text[match.end() :]).strip() if match.lastindex == 2 else text[
             : match.start()
@@ -102,9 +107,16 @@ def split(text: str) -> tuple[str, Unit | None]:
             match = _UNIT.match(text, position)
             if match and not _is_product(text[:position], match[1].strip()):
                 return text[:position].strip(), unit(match[1])
+    if match := _BEHIND_LETTERS.fullmatch(text):  # 0.8a元
+        return match[1].strip(), unit(match[2])
     if len(text) < 80 and (match := _COUNTED.match(text)) and not _MULTIPLES.match(match[2]):
         return match[1].strip(), Unit(((" ".join(match[2].split()).casefold().rstrip("s"), 1),), Fraction(1))
     return text, None
+
+
+def is_known(unit: Unit) -> bool:
+    """Whether all of it stands in the table; counted things do not."""
+    return all(base in _BASES for base, _ in unit.powers)
 
 
 def _is_product(value: str, name: str) -> bool:
