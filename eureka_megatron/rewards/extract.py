@@ -66,7 +66,7 @@ _MARKS = {
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _NUMBER = re.compile(r"(?<![A-Za-z0-9.^_{\\])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:\s\d+/\d+|/\d+|:\d\d)?(?![\d{])")
 _WORD = re.compile(r"\s*(?:[A-Za-z]+|[\u4e00-\u9fff]{1,3})?")
-_PROSE = re.compile(r"[A-Za-z\u4e00-\u9fff\s,.;:$%/\d-]+(?:\^\d)?[A-Za-z\u4e00-\u9fff\s,.;]*")
+_PROSE = re.compile(r"[A-Za-z\u4e00-\u9fff\s,.;:\"$%/\d-]+(?:\^\d)?[A-Za-z\u4e00-\u9fff\s,.;]*")
 _BOUND = re.compile(
     r"[<>=_^(\[{]|\b(?:than|least|most|over|under|between|about|approximately|up to|or)\b|[大小多少超低高]于|超过|不足|至[少多]|约|或|以[上下内]"
 )

@@ -39,7 +39,7 @@ _LATEX = [
     (re.compile(r"~(?=\s*\\triangle)"), r"\\sim "),
     (re.compile(r",\s*\\!\s*(?=\d{3})|(?<=\d)\{,\}(?=\d{3}(?!\d))|(?<=\d)(?:\\[,;: ]|\\!|~)+(?=\d{3}(?!\d))"), ","),
     (re.compile(r"(?<=\d)\{,\}(?=\d)"), "."),  # 3{,}14 and no thousands: a decimal comma
-    (re.compile(rf"\\(?:left|right|middle|[bB]ig{{1,2}}[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf|it|bold|boldsymbol|mathbf|mathit|mathsf|pmb|hfill|hline|therefore|because){_SUFFIX}"), " "),
+    (re.compile(rf"\\(?:left|right|middle|[bB]ig{{1,2}}[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf|it|bold|boldsymbol|mathbf|mathit|mathsf|pmb|hfill|hline|therefore|because|uparrow|downarrow){_SUFFIX}"), " "),
     (re.compile(rf"(?<!\\)\\(?:[,;:!> ]|quad{_SUFFIX}|qquad{_SUFFIX})|~|\\[hv]space\{{[^{{}}]*\}}|\\phantom\{{[^{{}}]*\}}"), " "),
     (re.compile(rf"\\[dtc]frac{_SUFFIX}"), r"\\frac"),
     (re.compile(rf"\\overrightarrow{_SUFFIX}"), r"\\vec"),
