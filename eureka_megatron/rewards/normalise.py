@@ -13,7 +13,7 @@ import unicodedata
 
 _COMMANDS = {
     "times": "×✕", "cdot": "·⋅∙", "pm": "±", "mp": "∓", "infty": "∞", "leq": "≤⩽≦", "geq": "≥⩾≧", "neq": "≠",
-    "cup": "∪⋃", "cap": "∩", "emptyset": "∅", "in": "∈", "sqrt": "√", "angle": "∠", "triangle": "△▲", "perp": "⊥⟂",
+    "cup": "∪⋃", "cap": "∩", "emptyset": "∅Ø", "in": "∈", "sqrt": "√", "angle": "∠", "triangle": "△▲", "perp": "⊥⟂",
     "parallel": "∥∥‖", "cong": "≌≅", "sim": "∽∼", "approx": "≈≒", "Rightarrow": "⇒", "odot": "⊙",
     "Gamma": "Γ", "Delta": "Δ∆", "Theta": "Θ", "Lambda": "Λ", "Sigma": "Σ", "Phi": "Φ", "Psi": "Ψ", "Omega": "ΩΩ",
 }  # fmt: skip
@@ -90,6 +90,7 @@ _PLAIN = [
     (re.compile(r"^(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)$"), r"\1:\2"),
     (re.compile(r"(?<=\d)\s*比\s*(?=\d)"), ":"),
     (re.compile(r"负(?=\d|\\)"), "-"),
+    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), r"\\times "),
     (re.compile(r"(?<![A-Za-z\\])([xy])([12])(?![\w.])|(?<![A-Za-z\\])([a-z])([12])(?=\s*[=<>])"), lambda m: f"{m[1] or m[3]}_{m[2] or m[4]}"),
     (re.compile(r"(?<![A-Za-z\\])n\s*(?=\\pi)"), "k"),  # n and k count periods alike
     (re.compile(r"([一二三四五六七八九十]{1,2})分之([一二三四五六七八九十]{1,2})"), lambda m: f"\\frac{{{_count(m[2])}}}{{{_count(m[1])}}}"),

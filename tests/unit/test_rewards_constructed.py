@@ -34,11 +34,11 @@ def examined() -> list[tuple[str, str, bool]]:
 
 
 def test_answers_written_by_hand_without_a_look_at_the_judge():
-    """Measured on 2743: 5.6 % of the right ones missed (numbers in words, dates, translations, functions told in prose), no wrong one rewarded."""
+    """Measured on 2917: 5.8 % of the right ones missed (numbers in words, dates, translations, functions told in prose), no wrong one rewarded."""
     cases = examined()
     verdicts = [bool(score(f"<think>t</think><answer>{text}</answer>", gold)["accuracy"]) for gold, text, _ in cases]
     missed = [case for case, verdict in zip(cases, verdicts, strict=True) if case[2] and not verdict]
     rewarded = [case for case, verdict in zip(cases, verdicts, strict=True) if verdict and not case[2]]
-    assert len(cases) > 2700
-    assert len(missed) <= 0.06 * sum(right for *_, right in cases), missed
+    assert len(cases) > 2900
+    assert len(missed) <= 0.07 * sum(right for *_, right in cases), missed
     assert rewarded == []
