@@ -53,16 +53,8 @@ _HEAD = re.compile(
 _COUNTED = re.compile(
     r"(?<=[\d)}!])\s+(?:(?:(?:different|possible) )?(?:ways|outcomes|methods|arrangements|choices)|in all|in total|altogether)$|\s*[种个条人次名件只块张本天组对道位辆棵家项根株][\u4e00-\u9fff]*$|(?<=[①-⑳])\s*[都均]?是?(?:正确|对)的?$"
 )
-_MARKS = {
-    "\\sqrt": "正确",
-    "✓": "正确",
-    "✔": "正确",
-    "对": "正确",
-    "\\times": "错误",
-    "✗": "错误",
-    "✘": "错误",
-    "错": "错误",
-}
+# As canonical text: √ and × are what teachers write for right and wrong.
+_MARKS = {**dict.fromkeys(("\\sqrt", "✓", "✔", "对"), "正确"), **dict.fromkeys(("\\times", "✗", "✘", "错"), "错误")}
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 _NUMBER = re.compile(r"(?<![A-Za-z0-9.^_{\\])[-+]?\$?\d[\d,]*(?:\.\d+)?(?:\s\d+/\d+|/\d+|:\d\d)?(?![\d{])")
 _WORD = re.compile(r"\s*(?:[A-Za-z]+|[\u4e00-\u9fff]{1,3})?")
@@ -76,9 +68,8 @@ _NEGATION = re.compile(
     r"|不(?!等式|变|同|大于|小于|超过|少于|多于|低于|高于|妨|论|管|难|规则|定|含|计|考虑|足|断|仅)|没有|并非|非(?!常|零|负|空)|错误|错的|除了",
     re.IGNORECASE | re.ASCII,
 )
-_CONCLUSION = re.compile(
-    r"\b(?:so|hence|thus|therefore|but)\b|故|所以|因此|但", re.IGNORECASE
-)  # what was denied before is past
+# What was denied before is past.
+_CONCLUSION = re.compile(r"\b(?:so|hence|thus|therefore|but)\b|故|所以|因此|但", re.IGNORECASE)
 _SENTENCE = re.compile(r"(?<=[^\d\s])[.!?]\s+|(?<=\d)\.\s+(?=[A-Z])|[。！？\n]+")
 
 _OPENING = re.compile(
@@ -228,7 +219,7 @@ def _peeled(text: str) -> list[str]:
     rest = tidy(rest)
     found += [_ASIDE.sub("", rest), _COUNTED.sub("", rest)]
     if (match := _HEAD.match(text)) and (match[1].casefold() in ("yes", "no") or not denies(text[match.end() :])):
-        found.append(match[1])
+        found.insert(1, match[1])  # not the last, which is the most peeled
     if (quantity := _only_quantity(text)) is not None:
         found.append(quantity)
     if pieces := parts(rest):
