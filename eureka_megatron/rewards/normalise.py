@@ -91,8 +91,9 @@ _PLAIN = [
     (re.compile(r"(?<=\d)\s*比\s*(?=\d)"), ":"),
     (re.compile(r"负(?=\d|\\)"), "-"),
     (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), r"\\times "),
-    (re.compile(r"(?<![A-Za-z\\])([xy])([12])(?![\w.])|(?<![A-Za-z\\])([a-z])([12])(?=\s*[=<>])"), lambda m: f"{m[1] or m[3]}_{m[2] or m[4]}"),
-    (re.compile(r"(?<![A-Za-z\\])n\s*(?=\\pi)"), "k"),  # n and k count periods alike
+    (re.compile(r"(?<![A-Za-z0-9\\])([xy])([12])(?![\w.])|(?<![A-Za-z\\])([a-z])([12])(?=\s*[=<>])"), lambda m: f"{m[1] or m[3]}_{m[2] or m[4]}"),
+    # n and k count periods alike; the n of n\pi r^2/360 counts degrees.
+    (re.compile(r"(?<![A-Za-z\\])n(?=\s*\\pi.*(?<![A-Za-z])n\s*\\in\s*(?:\\mathbb)?\s*\{?\s*Z)"), "k"),
     (re.compile(r"([一二三四五六七八九十]{1,2})分之([一二三四五六七八九十]{1,2})"), lambda m: f"\\frac{{{_count(m[2])}}}{{{_count(m[1])}}}"),
     (re.compile(r"(\d+)\s*(?:小时|hours?|hrs?|h)\s*(?:and\s*)?(\d+)\s*(?:分钟?|minutes?|mins?|min)(?![a-z])"), r"(\1*60+\2) min"),
     (re.compile(r"(?<!\\)[Tt]riangle\s+(?=[A-Z]{3})"), r"\\triangle "),

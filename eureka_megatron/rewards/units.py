@@ -98,9 +98,8 @@ def split(text: str) -> tuple[str, Unit | None]:
         if rate := re.match(rf"([\d.,/]+?)\s*(?:/|per\b|每|an?\b)\s*({_NAME})$", rest):  # $3/pound
             return match[1] + rate[1], unit(f"{match[2].lstrip(chr(92))}/{rate[2]}")
         sign = match[match.lastindex].lstrip("\\").replace("US", "").replace("￥", "¥").replace("RMB", "¥")
-        return (text[: match.end(1)] + text[match.end() :]).strip() if match.lastindex == 2 else text[
-            : match.start()
-        ].strip(), unit(sign)
+        value = match[1] + rest if match.lastindex == 2 else text[: match.start()]
+        return value.strip(), unit(sign)
     # Units stand at the end and are short: look only there, so that long text costs nothing.
     for position in range(max(1, len(text) - 60), len(text)):
         if _NUMERIC_END.search(text[max(0, position - 8) : position].rstrip()):

@@ -111,6 +111,7 @@ RIGHT = [
     ("3", r"\lfloor 3.7\rfloor"), ("(a+b)^2", "a^2+2ab+b^2"), ("p-q", "p - q"), ("-2,1", "1,-2"),
     (r"1\frac{2}{7}", r"\frac{9}{7}"), ("4, 6, 14, 15", "4,6,14,15"), ("7 or 6", "6,7"), ("π/2", r"\frac{\pi}{2}"),
     ("|x|>5", r"(-\infty,-5)\cup(5,\infty)"), (r"|x|\le5", "[-5,5]"),
+    (r"\frac{n}{360}\pi r^2", r"\frac{n\pi r^2}{360}"), (r"$x=n\pi+\frac{\pi}{4}, n\in\mathbb{Z}$", r"x=k\pi+\frac{\pi}{4}, k\in Z"), ("x1 = 3, x2 = 5", "x_1=3, x_2=5"),
 ]  # fmt: skip
 
 WRONG = [
