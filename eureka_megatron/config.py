@@ -117,17 +117,43 @@ class DataSection(_Section):
     )  # prompts decoded ahead, at most (some 10 MiB each for the largest pictures); 0: none
 
 
+# What samplers elsewhere take besides the temperature → values that change nothing
+_OTHER_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "top_p": (1, None),
+    "top_k": (-1, 0, None),
+    "min_p": (0, None),
+    "repetition_penalty": (1, None),
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+}
+
+
 class RolloutSection(_Section):
     engines: int = Field(1, ge=1)
     samples_per_prompt: int = Field(8, ge=2)
+    # T: the policy that is sampled and trained is softmax(logits / T), in log-probabilities, ratios, KL, entropy and gradients
     temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
     max_response_tokens: int = Field(4096, ge=1)
     max_model_tokens: int = Field(8192, ge=2)  # prompt and response together
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     kv_cache_gib: float = Field(1.0, gt=0)  # on a CPU
     max_concurrent: int = Field(256, ge=1)  # sequences an engine runs at once
     timeout_seconds: float = Field(3600.0, gt=0)  # an engine that has not answered a call by then is ended and replaced
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_policy(cls, values: Any) -> Any:
+        """Settings of other samplers, known by name: what changes the sampled policy is refused, what does not is passed over."""
+        if not isinstance(values, dict):
+            return values
+        for name, neutral in _OTHER_SAMPLING.items():
+            if name in values and values[name] not in neutral:
+                raise ValueError(
+                    f"{name}={values[name]}: rollouts come from the whole policy, or log-probabilities and gradients would be those of "
+                    "another one than was sampled; set rollout.temperature, and for evaluation training.evaluate_temperature and "
+                    "training.evaluate_top_p"
+                )
+        return {name: value for name, value in values.items() if name not in _OTHER_SAMPLING}
 
 
 class RewardsSection(_Section):
@@ -211,6 +237,8 @@ class TrainingSection(_Section):
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     evaluate_every: int = Field(0, ge=0)  # rollout steps; 0: never
     evaluate_before: bool = False  # also before the first step, as eval_before/*
+    evaluate_temperature: float = Field(1.0, ge=0)  # 0: greedy
+    evaluate_top_p: float = Field(1.0, gt=0, le=1)  # the likeliest words that hold this share of the probability
     export_every: int = Field(0, ge=0)  # rollout steps between HF exports; 0: only at the end
 
 

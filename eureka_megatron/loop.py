@@ -157,12 +157,12 @@ class Run:
                 compare(report.fingerprints, checksums, where=f"rollout engine {index}")
         return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
 
-    def evaluate(self, temperature: float = 1.0) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Sample every test prompt once and judge it."""
         if self.test is None:
             raise UserError("data.test is not set: nothing to evaluate")
         prompts = [self.test.get(index) for index in range(len(self.test))]
-        self.scores = self.collector.evaluate([prompt for prompt in prompts if prompt], temperature=temperature)
+        self.scores = self.collector.evaluate([prompt for prompt in prompts if prompt])
         self.scored_version = self.weight_version
         return self.scores
 

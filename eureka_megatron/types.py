@@ -90,7 +90,7 @@ class Rollout:
     """One sampled response. Example: tokens_R [17, 41, 2], logprobs_R [-0.1, -1.3, -0.0], finish_reason "stop"."""
 
     tokens_R: np.ndarray  # int64, with the end token when finish_reason is "stop"
-    logprobs_R: np.ndarray  # float32: log μ of each sampled token, before temperature
+    logprobs_R: np.ndarray  # float32: log μ of each sampled token at the temperature of sampling
     text: str  # decoded without special tokens
     finish_reason: str  # "stop" | "length"
     weight_version: int  # of the weights that sampled it

@@ -24,9 +24,10 @@ def token_logprobs(
     labels_T: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden · weightᵀ)[label] and the entropy of each row, both fp32 [T], in nats.
+    """log softmax(hidden · weightᵀ / temperature)[label] and the entropy of each row, both fp32 [T], in nats.
 
     Args:
         hidden_TH: final hidden states, equal on all ranks of `group`. Its gradient is this rank's partial sum: the caller's
@@ -34,9 +35,10 @@ def token_logprobs(
         weight_VH: this rank's rows of the output weight; rank r holds words r·V' … (r+1)·V'.
         labels_T: int64, the taken tokens.
         group: tensor-parallel group; None: the weight is whole.
+        temperature: of the policy, > 0. Logits are divided by it in fp32, as engines do when they sample.
         logits_at_once: bounds the memory: how many logits exist at a time. Results do not depend on it.
     """
-    return _TokenLogprobs.apply(hidden_TH, weight_VH, labels_T, group, logits_at_once)
+    return _TokenLogprobs.apply(hidden_TH, weight_VH, labels_T, group, temperature, logits_at_once)
 
 
 class _Sums(NamedTuple):
@@ -55,20 +57,22 @@ class _Sums(NamedTuple):
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: Any, logits_at_once: int) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: Any, temperature: float, logits_at_once: int
+    ) -> Any:
         labels = labels - (dist.get_rank(group) * len(weight) if group is not None else 0)
         taken = hidden.new_zeros(len(hidden), dtype=torch.float32)
         sums = None
         blocks = _blocks(len(weight), len(hidden), logits_at_once)
         for words in blocks:
-            logits = token_logits(hidden, weight[words])
+            logits = token_logits(hidden, weight[words], temperature)
             here, places = _labels_in(labels, words)
             taken = torch.where(here, logits.gather(1, places[:, None])[:, 0], taken)
             sums = _add(sums, logits)
             del logits
         logprobs, entropies, log_total = _finish(sums, taken, group)
         ctx.save_for_backward(hidden, weight, labels, log_total, entropies)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.temperature = blocks, temperature
         ctx.set_materialize_grads(False)
         return logprobs, entropies
 
@@ -76,10 +80,14 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> Any:
         hidden, weight, labels, log_total, entropies = ctx.saved_tensors
         learns_hidden, learns_weight = ctx.needs_input_grad[:2]
+        if ctx.temperature != 1.0:  # d(logit / T)/d(logit): all that follows is linear in the two
+            grad_logprobs, grad_entropies = (
+                None if grad is None else grad / ctx.temperature for grad in (grad_logprobs, grad_entropies)
+            )
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if learns_hidden else None
         grad_weight = torch.empty_like(weight) if learns_weight else None
         for words in ctx.blocks:
-            log_p = token_logits(hidden, weight[words]).sub_(log_total[:, None])
+            log_p = token_logits(hidden, weight[words], ctx.temperature).sub_(log_total[:, None])
             grad = _logit_gradients(log_p, entropies, grad_logprobs, grad_entropies)
             if grad_logprobs is not None:
                 here, places = _labels_in(labels, words)
@@ -92,7 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if learns_weight:
                 torch.mm(grad.T, hidden, out=grad_weight[words])
             del log_p, grad  # before the next block's are made
-        return grad_hidden.to(hidden.dtype) if learns_hidden else None, grad_weight, None, None, None
+        return grad_hidden.to(hidden.dtype) if learns_hidden else None, grad_weight, None, None, None, None
 
 
 def _blocks(words: int, rows: int, logits_at_once: int) -> list[slice]:
@@ -100,9 +108,10 @@ def _blocks(words: int, rows: int, logits_at_once: int) -> list[slice]:
     return [slice(start, min(start + size, words)) for start in range(0, words, size)]
 
 
-def token_logits(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+def token_logits(hidden_TH: Tensor, weight_VH: Tensor, temperature: float = 1.0) -> Tensor:
     """fp32 [T, V']: sums of products of bf16 numbers, never rounded to bf16 themselves, whose spacing between 16 and 32 is 0.125."""
-    return _product(hidden_TH, weight_VH.T)
+    logits = _product(hidden_TH, weight_VH.T)
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

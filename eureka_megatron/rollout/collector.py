@@ -109,15 +109,17 @@ class Collector:
         self.metrics = self._figures(tally, reused=reused, dropped=dropped, ready=len(ready))
         return ready
 
-    def evaluate(self, prompts: Sequence[Prompt], n: int = 1, temperature: float = 1.0) -> dict[str, float]:
-        """Sample every prompt n times and judge: mean of each reward, "response_length", "truncated", "samples".
+    def evaluate(self, prompts: Sequence[Prompt], n: int = 1) -> dict[str, float]:
+        """Sample every prompt n times, as `training.evaluate_…` says, and judge: mean of each reward, "response_length", "truncated", "samples".
 
         The seed is the run's, so that two evaluations of equal weights give equal figures.
         """
         if not prompts:
             return {"samples": 0.0}
         tally = _Tally()
-        groups = self._sample(prompts, self._seed("evaluate"), tally, n=n, temperature=temperature)
+        rule = self._config.training
+        sampling = {"n": n, "temperature": rule.evaluate_temperature, "top_p": rule.evaluate_top_p}
+        groups = self._sample(prompts, self._seed("evaluate"), tally, sampling)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         names = sorted(set().union(*(rollout.rewards for rollout in rollouts)))
         means = {name: float(np.mean([rollout.rewards[name] for rollout in rollouts])) for name in names}
@@ -142,20 +144,14 @@ class Collector:
         prompts: Sequence[Prompt],
         seed: int,
         tally: _Tally,
-        n: int | None = None,
-        temperature: float | None = None,
+        sampling: dict[str, Any] | None = None,
     ) -> list[Group]:
-        """Rollouts of the prompts, judged."""
+        """Rollouts of the prompts, judged. sampling: None: as training samples, from the whole policy."""
         rollout = self._config.rollout
+        if sampling is None:
+            sampling = {"n": rollout.samples_per_prompt, "temperature": rollout.temperature, "top_p": 1.0}
         start = time.perf_counter()
-        groups = self._pool.generate(
-            prompts,
-            n=rollout.samples_per_prompt if n is None else n,
-            temperature=rollout.temperature if temperature is None else temperature,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
-            seed=seed,
-        )
+        groups = self._pool.generate(prompts, **sampling, max_tokens=rollout.max_response_tokens, seed=seed)
         sampled = time.perf_counter()
         verdicts = iter(self._judge([_to_judge(group.prompt, one) for group in groups for one in group.rollouts]))
         judged = [

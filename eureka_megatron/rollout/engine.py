@@ -5,7 +5,9 @@ Decisions a reader may wonder about:
 - Prompts go in as token ids with **one** placeholder a picture or video; vLLM expands them, and the expansion is compared with
   `Prompt.tokens_S` token by token. Expanded ids would be expanded again without an error.
 - Frames of a video go in as they are, neither sampled nor resized again, with the rate that gives vLLM `Picture.seconds_per_grid` to the bit.
-- Log-probabilities are vLLM's `raw_logprobs`: before temperature, before the ban below. Trainer and engine compare like with like.
+- The temperature is a scale of the model's logits, and sampling itself happens at 1: vLLM's `raw_logprobs`, before the ban below and before
+  top-p, are then those of softmax(logits / T), which the trainer computes as well. Its own temperature would leave them at T = 1.
+- On GPUs the output layer gives fp32, as the trainer's does; a scale would round bf16 logits a second time.
 - Vision special tokens are banned by a logit bias of minus infinity (one indexed addition a step): a sampled `<|image_pad|>` would
   be taken for a picture by the next training pass.
 - Every request has its own seed, made from the call's seed and the prompt's id: a response depends neither on which engine
@@ -25,7 +27,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ class Engine:
             model=str(directory),
             load_format=load_format(directory),
             # Some files name none, and vLLM would take a model without an output layer.
-            hf_overrides={"architectures": [ARCHITECTURE]},
+            hf_overrides={"architectures": [ARCHITECTURE], **({"head_dtype": "float32"} if on_gpu else {})},
             dtype=options.dtype,
             max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
             max_num_seqs=options.max_concurrent,
@@ -136,7 +138,8 @@ class Engine:
         """n responses for each prompt, in order.
 
         seed: one number for the call, or one for each prompt (as the pool gives, so that splitting changes nothing).
-        A response ends with the end-of-turn token (kept, finish_reason "stop") or after max_tokens ("length").
+        A response ends with the end-of-turn token (kept, finish_reason "stop") or after max_tokens ("length"). Its log-probabilities are
+        those of the policy at this temperature (at 0, greedy: of that at 1), whatever top_p leaves out.
 
         Raises UserError when a prompt is too long or vLLM expands its pictures to other tokens than `tokens_S`.
         """
@@ -145,11 +148,12 @@ class Engine:
         self._require_whole_weights()
         if temperature == 0 and n > 1:
             raise UserError(f"temperature 0 makes all {n} responses of a prompt equal: ask for n=1")
+        self._set_temperature(temperature)
         seeds = request_seeds(prompts, seed) if isinstance(seed, int) else list(seed)
         parameters = [
             SamplingParams(
                 n=n,
-                temperature=temperature,
+                temperature=float(temperature > 0),  # greedy, or of the scaled logits
                 top_p=top_p,
                 max_tokens=self._room(prompt, max_tokens),
                 seed=own,
@@ -168,11 +172,14 @@ class Engine:
             for output in outputs
         ]
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """float32 [R] for each pair: log-probabilities of given response tokens under the current weights."""
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        """float32 [R] for each pair: log-probabilities of given response tokens under the current weights at this temperature."""
         from vllm import SamplingParams
 
         self._require_whole_weights()
+        self._set_temperature(temperature)
         parameters = SamplingParams(
             temperature=0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
@@ -285,6 +292,9 @@ class Engine:
     def _expected(self) -> dict[str, TensorMeta]:
         return expected_tensors(self._model)
 
+    def _set_temperature(self, temperature: float) -> None:
+        self._llm.apply_model(partial(_scale_logits, scale=1.0 / (temperature or 1.0)))
+
     def _require_whole_weights(self) -> None:
         if self._update is not None:
             raise SyncError(f"the engine is in the middle of the weight update to version {self._update.version}")
@@ -376,6 +386,10 @@ class _Update:
 
 def _identity(model: Any) -> Any:
     return model
+
+
+def _scale_logits(model: Any, scale: float) -> None:
+    model.language_model.logits_processor.scale = scale
 
 
 def _flush_reload(worker: Any) -> None:

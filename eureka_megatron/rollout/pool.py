@@ -115,13 +115,15 @@ class RolloutPool:
         self._check_versions(found.values())
         return [Group(prompt, found[i]) for i, prompt in enumerate(prompts)]
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0
+    ) -> list[np.ndarray]:
         """float32 [R] each: log-probabilities of given responses, see Engine.score."""
         costs = [len(prompt.tokens_S) + len(tokens_R) for prompt, tokens_R in zip(prompts, responses, strict=True)]
 
         def submit(engine: int, share: list[int]) -> Any:
             part = [_without_features(prompts[i]) for i in share]
-            return self._actors[engine].score.remote(part, [responses[i] for i in share])
+            return self._actors[engine].score.remote(part, [responses[i] for i in share], temperature)
 
         found: dict[int, np.ndarray] = {}
         for share, scores in self._fan_out(balance(costs, len(self._actors)), submit):

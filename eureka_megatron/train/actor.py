@@ -102,18 +102,24 @@ class TrainerRank:
     def train(self, batch: Batch, parcel: Parcel) -> list[dict[str, float]]:
         """One rollout step's updates with the configured loss. The batch's samples are in the parcel."""
         batch = replace(batch, samples=tuple(unwrap(parcel)))
-        algorithm, passes = self.config.algorithm, self.config.training.passes
+        algorithm = self.config.algorithm
         return self.trainer.train(
-            batch, algorithm.loss, algorithm.all_loss_options(), algorithm.compat, passes, shaping_of(algorithm)
+            batch,
+            algorithm.loss,
+            algorithm.all_loss_options(),
+            algorithm.compat,
+            self.config.training.passes,
+            shaping_of(algorithm),
+            self.config.rollout.temperature,
         )
 
     def sft(self, parcel: Parcel) -> dict[str, float]:
         """See PolicyTrainer.sft."""
         return self.trainer.sft(unwrap(parcel))
 
-    def logprobs(self, parcel: Parcel) -> list[Any] | None:
+    def logprobs(self, parcel: Parcel, temperature: float) -> list[Any] | None:
         """See PolicyTrainer.logprobs; numpy, on the reporting rank."""
-        values = self.trainer.logprobs(unwrap(parcel))
+        values = self.trainer.logprobs(unwrap(parcel), temperature)
         return None if values is None else [value.float().cpu().numpy() for value in values]
 
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
@@ -204,9 +210,9 @@ class TrainerGroup:
         """Metrics of one supervised optimizer step."""
         return self._all("sft", ray.put(wrap(samples)))[self.reporter]
 
-    def logprobs(self, samples: Sequence[Sample]) -> list[Any]:
+    def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[Any]:
         """float32 [S] each: log-probability of every token of the samples, index 0 is 0."""
-        return self._all("logprobs", ray.put(wrap(samples)))[self.reporter]
+        return self._all("logprobs", ray.put(wrap(samples)), temperature)[self.reporter]
 
     def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool = False) -> Any:
         """Send the present weights to the engines as `version`. → SyncReport."""

@@ -107,7 +107,9 @@ def to_device(record: Record, device: torch.device, dtype: torch.dtype) -> Recor
     return replace(record, **moved)
 
 
-def row_logprobs(hidden_tH: Tensor, weight_VH: Tensor, batch: MicroBatch, parallel: Parallel) -> tuple[Tensor, Tensor]:
+def row_logprobs(
+    hidden_tH: Tensor, weight_VH: Tensor, batch: MicroBatch, parallel: Parallel, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each row's label, fp32 [T]: of the whole packed row on every rank.
 
     Context-parallel ranks compute their own rows and exchange the results, so that a loss may look at whole sequences. All of them then
@@ -115,17 +117,19 @@ def row_logprobs(hidden_tH: Tensor, weight_VH: Tensor, batch: MicroBatch, parall
     """
     share = batch.context
     labels = batch.labels_T if share is None else batch.labels_T[share.rows_t]
-    logprobs, entropy = token_logprobs(hidden_tH, weight_VH, labels, group=parallel.tensor.group)
+    logprobs, entropy = token_logprobs(
+        hidden_tH, weight_VH, labels, group=parallel.tensor.group, temperature=temperature
+    )
     if share is None:
         return logprobs, entropy
     return gather_rows(torch.stack((logprobs, entropy), dim=1), share.order_T, parallel.context).unbind(1)
 
 
 def logprobs_only(
-    hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel
+    hidden_TH: Tensor, weight_VH: Tensor, batch: MicroBatch, *, parallel: Parallel, temperature: float = 1.0
 ) -> tuple[Tensor, Metrics]:
     """A `LossFunction` that only reports: metrics "logprobs_T" and "entropy_T"."""
-    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel)
+    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel, temperature)
     return logprobs.sum(), {"logprobs_T": logprobs.detach(), "entropy_T": entropy.detach()}
 
 
@@ -161,9 +165,10 @@ def policy_inputs(
     parallel: Parallel,
     global_tokens: float,
     global_sequences: float,
+    temperature: float = 1.0,
 ) -> LossInputs:
-    """The record that `rl.losses` takes. Without old log-probabilities (first update on fresh rollouts) they are the current ones."""
-    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel)
+    """The record that `rl.losses` takes, of the policy at this temperature. Without old log-probabilities (first update on fresh rollouts) they are the current ones."""
+    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel, temperature)
     return LossInputs(
         logprobs_T=logprobs,
         old_logprobs_T=batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs.detach(),

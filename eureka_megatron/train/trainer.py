@@ -96,13 +96,14 @@ class PolicyTrainer:
 
     # --- forward only ---
 
-    def logprobs(self, samples: Sequence[Sample]) -> list[Tensor] | None:
+    def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[Tensor] | None:
         """Log-probability of every token given those before it (index 0: 0), fp32 [S] each, in the samples' order.
 
         → on the last stage of data-parallel rank 0; None on the other ranks. For checks and evaluation, not for training: every
         data-parallel rank computes all samples.
         """
-        return self._per_sample(samples, step.logprobs_only, "logprobs_T", packing.unshift)
+        loss = partial(step.logprobs_only, temperature=temperature)
+        return self._per_sample(samples, loss, "logprobs_T", packing.unshift)
 
     def logits(self, samples: Sequence[Sample]) -> list[Tensor] | None:
         """Logits after every token, fp32 [S, vocabulary] each; where and for what as `logprobs`."""
@@ -120,7 +121,7 @@ class PolicyTrainer:
             found.update(zip(batch.sample_indices, cut(part[name], batch), strict=True))
         return [found[index] for index in range(len(samples))]
 
-    def _forward_only(self, batches: list[MicroBatch], loss: Any = step.logprobs_only) -> list[Metrics]:
+    def _forward_only(self, batches: list[MicroBatch], loss: Any) -> list[Metrics]:
         for chunk in self.chunks:
             chunk.eval()
         return step.run_schedule(
@@ -137,10 +138,12 @@ class PolicyTrainer:
         compat: str | None = None,
         passes: int = 1,
         shaping: Shaping | None = None,
+        temperature: float = 1.0,
     ) -> list[dict[str, float]]:
         """All optimizer steps of one rollout step. → the metrics of each, complete on ranks of the last stage.
 
-        Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
+        The policy is softmax(logits / temperature), that which was sampled: all log-probabilities, ratios, KL terms, entropies and
+        gradients are its own. Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
         samples bring them; those of the reference likewise, when the trainer has one.
         """
         features = self._frozen_features(batch)
@@ -149,10 +152,11 @@ class PolicyTrainer:
             for indices in batch.updates
         ]
         flat = [one for micro_batches in updates for one in micro_batches]
-        flat = prepare.with_logprobs(flat, batch.samples, self._forward_only, "old")
+        forward = partial(self._forward_only, loss=partial(step.logprobs_only, temperature=temperature))
+        flat = prepare.with_logprobs(flat, batch.samples, forward, "old")
         if self.reference is not None:
             with self.reference.swapped_in():
-                flat = prepare.with_logprobs(flat, batch.samples, self._forward_only, "ref")
+                flat = prepare.with_logprobs(flat, batch.samples, forward, "ref")
         gap = prepare.engine_gap(flat, batch.samples, self.parallel.device)
         gap = reduce_metrics([step.reduce_over_data([{"logprob_abs_diff_max": gap}], self.parallel)])
         if shaping is not None:
@@ -173,7 +177,7 @@ class PolicyTrainer:
                     tokens: float = tokens,
                     sequences: float = sequences,
                 ) -> tuple[Tensor, Metrics]:
-                    inputs = step.policy_inputs(hidden, weight, one, self.parallel, tokens, sequences)
+                    inputs = step.policy_inputs(hidden, weight, one, self.parallel, tokens, sequences, temperature)
                     return policy_loss(loss, inputs, compat=compat, **options)
 
                 results.append(self._update(micro_batches, policy) | gap)

@@ -114,7 +114,9 @@ class Prompts:
 
 
 @torch.no_grad()
-def reference_logprobs(model: Any, directory: Path, prompt: Prompt, tokens_R: np.ndarray) -> np.ndarray:
+def reference_logprobs(
+    model: Any, directory: Path, prompt: Prompt, tokens_R: np.ndarray, temperature: float = 1.0
+) -> np.ndarray:
     """float32 [R]: transformers' log-probabilities of the response tokens, pictures through its own image processor."""
     from transformers import AutoImageProcessor
 
@@ -128,7 +130,7 @@ def reference_logprobs(model: Any, directory: Path, prompt: Prompt, tokens_R: np
             is_picture[0, offset : offset + picture.units] = 1
         extra["mm_token_type_ids"] = is_picture  # without it transformers silently falls back to 1-D positions
     logits = model(input_ids=tokens, **extra).logits[0].float()
-    scores = torch.log_softmax(logits[len(prompt.tokens_S) - 1 : -1], dim=-1)
+    scores = torch.log_softmax(logits[len(prompt.tokens_S) - 1 : -1] / temperature, dim=-1)
     return scores.gather(1, torch.tensor(tokens_R)[:, None])[:, 0].numpy()
 
 
@@ -139,10 +141,16 @@ def load_reference(directory: Path) -> Any:
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def worst(model: Any, directory: Path, prompts: Sequence[Prompt], groups: Sequence[Any]) -> float:
+def worst(
+    model: Any, directory: Path, prompts: Sequence[Prompt], groups: Sequence[Any], temperature: float = 1.0
+) -> float:
     """Largest difference between the rollouts' log-probabilities and transformers'."""
     return max(
-        float(np.abs(reference_logprobs(model, directory, prompt, rollout.tokens_R) - rollout.logprobs_R).max())
+        float(
+            np.abs(
+                reference_logprobs(model, directory, prompt, rollout.tokens_R, temperature) - rollout.logprobs_R
+            ).max()
+        )
         for prompt, group in zip(prompts, groups, strict=True)
         for rollout in group.rollouts
     )

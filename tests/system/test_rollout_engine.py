@@ -61,12 +61,16 @@ def data(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_sampled_logprobs_equal_transformers(pool: Any, prompts: Prompts, reference: Any, tiny_dir: Path) -> None:
     mixture = prompts.mixture()
-    for temperature in (1.0, 0.6):  # the log-probabilities are those before temperature
+    for temperature in (1.0, 0.6, 2.0, 1.0):
         groups = pool.generate(mixture, **OPTIONS | {"temperature": temperature}, seed=5)
         assert [len(group.rollouts) for group in groups] == [4, 4, 4]
-        difference = worst(reference, tiny_dir, mixture, groups)
+        difference = worst(reference, tiny_dir, mixture, groups, temperature)
         print(f"largest difference to transformers at temperature {temperature}: {difference:.2e}")
         assert difference <= 1e-5
+    narrow = pool.generate(mixture, **OPTIONS | {"temperature": 0.6, "top_p": 0.3}, seed=5)  # what evaluation may ask
+    assert worst(reference, tiny_dir, mixture, narrow, 0.6) <= 1e-5
+    greedy = pool.generate(mixture, **OPTIONS | {"n": 1, "temperature": 0}, seed=5)
+    assert worst(reference, tiny_dir, mixture, greedy) <= 1e-5
 
 
 def test_scores_of_given_responses_equal_transformers(
@@ -74,10 +78,12 @@ def test_scores_of_given_responses_equal_transformers(
 ) -> None:
     mixture = prompts.mixture()
     responses = [np.array([300, 12, 44, 9]), np.array([7]), np.arange(50, 80)]
-    scores = pool.score(mixture, responses)
-    for prompt, tokens_R, found in zip(mixture, responses, scores, strict=True):
-        assert found.dtype == np.float32
-        assert np.abs(found - reference_logprobs(reference, tiny_dir, prompt, tokens_R)).max() <= 1e-5
+    for temperature in (0.5, 1.0):
+        scores = pool.score(mixture, responses, temperature)
+        for prompt, tokens_R, found in zip(mixture, responses, scores, strict=True):
+            assert found.dtype == np.float32
+            expected = reference_logprobs(reference, tiny_dir, prompt, tokens_R, temperature)
+            assert np.abs(found - expected).max() <= 1e-5
 
 
 def test_equal_seeds_give_equal_responses_whatever_the_order(pool: Any, prompts: Prompts) -> None:

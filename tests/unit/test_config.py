@@ -264,3 +264,16 @@ def test_the_search_for_reads_sees_chains_aliases_and_annotations():
     ):
         assert reads(ast.parse(text), "optimizer", class_name) >= {"lr"}
     assert "lr" not in reads(ast.parse("f(other.lr, config.sft.lr)"), "optimizer", class_name)
+
+
+@pytest.mark.parametrize(
+    "override", ["top_p=0.9", "top_k=50", "min_p=0.05", "repetition_penalty=1.05", "presence_penalty=0.5"]
+)
+def test_sampling_from_another_policy_than_is_trained_is_refused(path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rollout: {override}: rollouts come from the whole policy.*evaluate_top_p"):
+        load_config(path, [f"rollout.{override}"])
+
+
+def test_sampling_settings_that_change_nothing_are_passed_over(path: Path) -> None:
+    neutral = ["rollout.top_p=1.0", "rollout.top_k=-1", "rollout.repetition_penalty=1.0", "rollout.min_p=0"]
+    assert load_config(path, neutral) == load_config(path)

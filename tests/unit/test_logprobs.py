@@ -44,6 +44,20 @@ def test_equals_the_naive_formula_for_every_block_size(at_once: int) -> None:
         assert relative(a, b) <= 1e-6  # measured 4e-7
 
 
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 2.0])
+def test_a_temperature_divides_the_logits(temperature: float) -> None:
+    hidden, weight, labels, upstream = data()
+    found = gradients(
+        lambda h, w: token_logprobs(h, w, labels, temperature=temperature, logits_at_once=37 * 5),
+        hidden,
+        weight,
+        upstream,
+    )
+    expected = gradients(lambda h, w: naive(h, w / temperature, labels), hidden, weight, upstream)
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) <= 1e-6  # measured 5e-7
+
+
 def split_body(rank: int, size: int) -> list[torch.Tensor]:
     hidden, weight, labels, upstream = data()
     part = weight.chunk(size)[rank]
@@ -153,4 +167,4 @@ def test_the_size_of_the_blocks_does_not_show_in_bf16() -> None:
     )
     errors = [relative(a.float(), b.float()) for a, b in zip(many, one, strict=True)]
     print([f"{error:.1e}" for error in errors])
-    assert max(errors) <= 1e-6  # measured 2.4e-7; with products rounded to bf16 5.1e-3
+    assert max(errors) <= 5e-6  # measured 2.4e-7 to 1.1e-6, by machine; with products rounded to bf16 5.1e-3
