@@ -12,11 +12,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from eureka_megatron import __version__
-from eureka_megatron.errors import ConfigError, UserError, nearest
+from eureka_megatron.errors import ConfigError, Stopped, UserError, nearest
+from eureka_megatron.session import session, stop_behind
 
 # What a machine or a path refuses is no defect of the package: full, read-only, forbidden, a file where a folder must be.
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
@@ -55,15 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not missing or missing == "eureka_megatron":
             raise
         return _complain(f"the package {missing!r} is not installed; `eureka doctor` says how to get it", 1, debug)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130, debug)
+    except (Stopped, KeyboardInterrupt) as error:
+        stop = stop_behind(error)
+        return _complain("; ".join(filter(None, (str(stop), stop.note))), stop.exit_code, debug)
     except BrokenPipeError:  # `eureka doctor | head`: nobody reads on, also not at interpreter shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in MACHINE_ERRORS or error.filename is None:
+        if error.errno not in MACHINE_ERRORS:
             raise
-        return _complain(f"{error.filename}: {error.strerror}", 1, debug)
+        where = (
+            error.filename or "where the run writes (run.output, TMPDIR, caches)"
+        )  # a full disk shows when writing, and names no file
+        return _complain(f"{where}: {error.strerror}", 1, debug)
 
 
 def _quieten() -> None:
@@ -293,18 +299,20 @@ def _share(text: str) -> float:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from eureka_megatron.demo import run_demo
+    with session(args.out):
+        from eureka_megatron.demo import run_demo
 
-    run_demo(args.out, args.overrides)
+        run_demo(args.out, args.overrides)
 
 
 def _sft(args: argparse.Namespace) -> None:
     from eureka_megatron.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from eureka_megatron.sft import run_sft
+    with _run_session(config):
+        from eureka_megatron.sft import run_sft
 
-    run_sft(config, args.resume)
+        run_sft(config, args.resume)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -312,9 +320,14 @@ def _train(args: argparse.Namespace) -> None:
 
     # Before torch, Megatron and Ray are imported: a typing mistake is told within a second.
     config = load_config(args.config, args.overrides)
-    from eureka_megatron.loop import train
+    with _run_session(config):
+        from eureka_megatron.loop import train
 
-    train(config, args.resume)
+        train(config, args.resume)
+
+
+def _run_session(config: Any) -> AbstractContextManager[None]:
+    return session(config.run.output.expanduser(), save_on_signal=config.checkpoint.on_signal)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -326,7 +339,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     layout = Layout(**{field.name: getattr(args, field.name) for field in fields(Layout)})
     options = {"against": args.against, "dtype": args.dtype, "grads": args.grads, "as_json": args.json}
-    return run_verify(model_directory(args.hf), layout, **options)
+    with session():
+        return run_verify(model_directory(args.hf), layout, **options)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -355,7 +369,7 @@ def _export(args: argparse.Namespace) -> None:
         push=args.push,
         public=args.public,
     )
-    with progress_bar("export", args.quiet) as progress:
+    with session(), progress_bar("export", args.quiet) as progress:
         lines = export(model_directory(args.checkpoint), args.output, options, progress)
     print("\n".join(lines))
 

@@ -250,6 +250,12 @@ class CheckpointSection(_Section):
     every: int = Field(50, ge=0)
     keep_last: int = Field(2, ge=1)  # of all finished ones
     keep_every: int = Field(0, ge=0)  # besides the last ones, those whose step is a multiple of this stay; 0: none does
+    # SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 (scancel, sbatch --signal, a time limit) end the run after the present step, with a checkpoint;
+    # a second signal ends it at once, as the first does without this
+    on_signal: bool = False
+    signal_exit_code: int | None = Field(
+        None, ge=0, le=255
+    )  # of a run that a signal ended, e.g. one that a batch system requeues; null: 128 + the signal's number
 
 
 class SFTSection(_Section):

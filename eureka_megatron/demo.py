@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from eureka_megatron.cluster import start_ray
 from eureka_megatron.config import OptimizerSection, RunConfig, load_config
 from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import PromptStream
@@ -30,10 +31,10 @@ from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
+from eureka_megatron.session import LOCK_FILE
 from eureka_megatron.sft import supervise
 from eureka_megatron.tracking.curves import draw_curves
 from eureka_megatron.tracking.tracker import Tracker
-from eureka_megatron.train.actor import start_ray
 from eureka_megatron.types import Prompt
 
 MARKER = ".eureka-demo"  # only a folder that holds this is ever replaced
@@ -91,11 +92,12 @@ def demo_config(out: Path, overrides: list[str]) -> RunConfig:
 
 
 def _claim(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARKER).is_file():
-            raise UserError(f"{out} is not empty and not from an earlier demo; name another folder with --out")
-        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    found = [path for path in out.iterdir() if path.name != LOCK_FILE]
+    if found and not (out / MARKER).is_file():
+        raise UserError(f"{out} is not empty and not from an earlier demo; name another folder with --out")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / MARKER).touch()
 
 

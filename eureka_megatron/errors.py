@@ -5,6 +5,7 @@ Everything else that is raised is a defect of this package and keeps its traceba
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from signal import Signals
 
 
 class UserError(ValueError):
@@ -17,6 +18,15 @@ class ConfigError(UserError):
     """Bad configuration or usage: exit code 2. The message names the key, what was found and what would be right."""
 
     exit_code = 2
+
+
+class Stopped(BaseException):
+    """A signal ended the run; no error, so that nothing that handles errors holds it up. Exit code 128 + its number, or `exit_code`."""
+
+    def __init__(self, signal: Signals, note: str = "", exit_code: int | None = None) -> None:
+        super().__init__("interrupted" if signal.name == "SIGINT" else f"stopped by {signal.name}")
+        self.signal, self.note = signal, note
+        self.exit_code = 128 + signal if exit_code is None else exit_code
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from eureka_megatron.cluster import start_ray
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics, updates_per_step
 from eureka_megatron.data.dataset import PromptStream
@@ -21,10 +22,10 @@ from eureka_megatron.places import settle
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
-from eureka_megatron.run_state import Saves, driver_state, restore, starting_point
+from eureka_megatron.run_state import Saves, driver_state, restore, starting_point, told_when_stopped
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.tracker import Tracker
-from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
+from eureka_megatron.train.actor import TrainerGroup, model_card
 from eureka_megatron.train.checks import check_algorithm, check_run
 
 
@@ -73,7 +74,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
     if start is None:
         return
     checkpoint, first = start
-    with Run(config) as run, Tracker(config, config.run.output, start_step=first) as tracker:
+    with told_when_stopped(config), Run(config) as run, Tracker(config, config.run.output, start_step=first) as tracker:
         if checkpoint is None:
             run.sync_weights(check=True)
         reinforce(run, tracker, checkpoint)

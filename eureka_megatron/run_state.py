@@ -5,8 +5,10 @@ What the trainer ranks hold is `train.checkpointing`; the folder is `checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.checkpoint.release import git_commit
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows
-from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.errors import ConfigError, Stopped, UserError
+from eureka_megatron.session import stop_behind, stop_requested
 from eureka_megatron.tracking.tracker import Tracker, versions
 from eureka_megatron.train.actor import TrainerGroup
 from eureka_megatron.types import Group, Rollout
@@ -135,6 +138,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 # --- saving ---
 
 
+@contextmanager
+def told_when_stopped(config: RunConfig) -> Iterator[None]:
+    """A signal that ends the block learns what is saved and how to go on, and the exit code that is wanted."""
+    try:
+        yield
+    except BaseException as error:
+        stop = stop_behind(error)
+        if stop is None:
+            raise
+        if config.checkpoint.signal_exit_code is not None and stop.signal != SIGINT:
+            stop.exit_code = config.checkpoint.signal_exit_code
+        if found := store.list_checkpoints(config.run.output / store.CHECKPOINTS):
+            stop.note = f"{found[-1][1]} holds the first {found[-1][0]} steps: go on from there with --resume auto"
+        else:
+            stop.note = f"nothing is saved (checkpoint.every={config.checkpoint.every}, checkpoint.on_signal={config.checkpoint.on_signal})"
+        raise stop from (None if stop is error else error)
+
+
 DriverState = Callable[[], tuple[dict[str, str], dict[str, Any]]]  # files by name, entries of state.json
 
 
@@ -159,14 +180,21 @@ class Saves:
         self._figures: dict[str, float] = {}
 
     def after(self, step: int) -> None:
-        """Call after each step: begins a save when one is due, tells how the last one ended."""
-        every, done = self.rule.every, step + 1
+        """Call after each step: begins a save when one is due, tells how the last one ended.
+
+        Raises:
+            Stopped: a signal had asked for it (checkpoint.on_signal); the checkpoint is written.
+        """
+        every, done, signal = self.rule.every, step + 1, stop_requested()
         if self.trainer.save_ended():
             self.finish()
-        if every and (done % every == 0 or done == self.steps):
+        if signal or (every and (done % every == 0 or done == self.steps)):
             self.finish()  # a disk that is slower than `every` steps holds the run up here
             with self.tracker.phase("checkpoint"):
                 self.trainer.save(done, *self.state())
+        if signal:
+            self.finish()
+            raise Stopped(signal)
 
     def finish(self) -> None:
         """Waits for a save that is under way. One that failed is told; the run goes on, with the last good one in place."""

@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from eureka_megatron.cluster import start_ray
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.places import settle
-from eureka_megatron.run_state import Saves, common_state, starting_point, tell_of_resumption
+from eureka_megatron.run_state import Saves, common_state, starting_point, tell_of_resumption, told_when_stopped
 from eureka_megatron.tracking.tracker import Tracker
-from eureka_megatron.train.actor import TrainerGroup, model_card, start_ray
+from eureka_megatron.train.actor import TrainerGroup, model_card
 from eureka_megatron.train.checks import check_run
 
 
@@ -76,7 +77,7 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
         rejected=config.run.output / "rejected.jsonl",
         response_key=config.sft.responses,
     )
-    with ExitStack() as stack:
+    with told_when_stopped(config), ExitStack() as stack:
         start_ray(stack)
         trainer = TrainerGroup(config)
         stack.callback(trainer.close)

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from eureka_megatron.rewards.scoring import score
+from eureka_megatron.session import shielded
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +110,15 @@ class _Worker:
         self.limits = limits
         # -S would be faster but hides the virtual environment; one thread: the pool is the parallelism.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "eureka_megatron.rewards.worker", json.dumps(limits)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if limits["user_function"] else subprocess.DEVNULL,  # what a user's function prints
-            env=environment,
-            process_group=0,  # with what a user's function starts: `kill` ends them all
-        )
+        with shielded():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "eureka_megatron.rewards.worker", json.dumps(limits)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if limits["user_function"] else subprocess.DEVNULL,  # what a user's function prints
+                env=environment,
+                process_group=0,  # with what a user's function starts: `kill` ends them all
+            )
         self.ready = False
         self.pending: collections.deque[int] = collections.deque()
         self.buffer = b""

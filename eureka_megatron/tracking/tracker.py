@@ -7,7 +7,8 @@ A JSON line: {"step": 3, "stage": "train", "time": 1760000000.1, "train/reward":
 that is not finite is null, and the line's "non_finite" says what it was. Several stages (sft, then train) share one run
 folder; each counts its own steps.
 
-wandb must never stop a run: whatever it raises is told once, and the run goes on without it.
+wandb and TensorBoard must never stop a run: whatever they raise is told once, and the run goes on without them. Lines that a full disk does
+not take wait until it does; a line is in metrics.jsonl whole or not at all.
 """
 
 import contextlib
@@ -19,12 +20,13 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from eureka_megatron.config import RunConfig
+from eureka_megatron.session import shielded
 from eureka_megatron.tracking.console import Console
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
 
@@ -65,7 +67,8 @@ class Tracker:
         )
         self.phase = self.console.phase
         self.say = self.console.say
-        self._lines: Any = None
+        self._lines: int | None = None  # of metrics.jsonl
+        self._waiting: list[bytes] = []
         self._tensorboard: Any = None
         self._wandb: Any = None
 
@@ -74,12 +77,9 @@ class Tracker:
         path = self.run_dir / "metrics.jsonl"
         cut_lines(path, self.stage, self.start_step)
         self._record_run()
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if self.config.tracking.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = self.run_dir / "tensorboard" / self.stage
-            self._tensorboard = SummaryWriter(str(folder), purge_step=self.start_step)
+            self._guard("tensorboard", self._open_tensorboard)
         self._start_wandb()
         self.console.__enter__()
         return self
@@ -88,25 +88,49 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.console.__exit__()
-        self._lines.close()
+        self._write_lines()
+        if self._waiting:
+            self._warn(f"{self.run_dir / 'metrics.jsonl'} lacks the last {len(self._waiting)} lines")
+        os.close(self._lines)
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._guard("tensorboard", self._tensorboard.close)
         if self._wandb is not None:
             run = self._wandb
-            self._guard(lambda: run.finish(exit_code=0 if error is None else 1))
+            self._guard("wandb", lambda: run.finish(exit_code=0 if error is None else 1))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step`, names as given, and `time/<phase>` of phases that ended since the last call."""
         values = {name: _number(name, value) for name, value in {**self.console.take_times(), **metrics}.items()}
-        self._lines.write(format_line(step, self.stage, values) + "\n")
-        self._lines.flush()
+        self._waiting.append((format_line(step, self.stage, values) + "\n").encode())
+        self._write_lines()
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._guard("tensorboard", lambda: self._add_scalars(step, values))
         if self._wandb is not None:
             run = self._wandb
-            self._guard(lambda: run.log({"step": step, **values}))
+            self._guard("wandb", lambda: run.log({"step": step, **values}))
         self.console.show(step, values)
+
+    def _write_lines(self) -> None:
+        """All that wait, or none: what a full disk took of them is taken back."""
+        data, size = b"".join(self._waiting), os.fstat(self._lines).st_size
+        try:
+            while data:
+                data = data[os.write(self._lines, data) :]
+            self._waiting.clear()
+        except OSError as error:
+            os.ftruncate(self._lines, size)
+            if len(self._waiting) == 1:
+                self._warn(f"{self.run_dir / 'metrics.jsonl'}: {error.strerror}; its lines wait")
+
+    def _open_tensorboard(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self.run_dir / "tensorboard" / self.stage
+        self._tensorboard = SummaryWriter(str(folder), purge_step=self.start_step)
+
+    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
 
     def _record_run(self) -> None:
         import yaml
@@ -140,34 +164,35 @@ class Tracker:
         path = self.run_dir / f"wandb-{self.stage}.id"
         if not path.exists() or self.start_step == 0:
             path.write_text(secrets.token_hex(6))
-        run = wandb.init(
-            mode=mode,
-            id=path.read_text().strip(),
-            resume="allow",
-            project=self.config.tracking.project,
-            group=self.config.run.name,
-            name=f"{self.config.run.name}-{self.stage}",
-            job_type=self.stage,
-            dir=str(self.run_dir),
-            config=self.config.model_dump(mode="json"),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=WANDB_INIT_SECONDS,
-                finish_timeout=WANDB_FINISH_SECONDS,
-                save_code=False,
-            ),
-        )
+        with shielded():  # its service logs until the driver says that the run is over
+            run = wandb.init(
+                mode=mode,
+                id=path.read_text().strip(),
+                resume="allow",
+                project=self.config.tracking.project,
+                group=self.config.run.name,
+                name=f"{self.config.run.name}-{self.stage}",
+                job_type=self.stage,
+                dir=str(self.run_dir),
+                config=self.config.model_dump(mode="json"),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=WANDB_INIT_SECONDS,
+                    finish_timeout=WANDB_FINISH_SECONDS,
+                    save_code=False,
+                ),
+            )
         # Stages and late evaluations may log an earlier step again; wandb's own counter would drop such rows.
         run.define_metric("*", step_metric="step")
         return run
 
-    def _guard(self, action: Any) -> None:
+    def _guard(self, which: str, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:
-            self._wandb = None
-            self._warn(f"wandb failed ({_first_line(error)}); the run goes on without it")
+            setattr(self, f"_{which}", None)
+            self._warn(f"{which} failed ({_first_line(error)}); the run goes on without it")
 
     def _warn(self, text: str) -> None:
         self.console.say(f"warning: {text}")

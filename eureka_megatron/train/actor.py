@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -280,23 +278,3 @@ def environment_of_a_rank(world_size: int, *, on_gpu: bool) -> dict[str, str]:
 def model_card(config: RunConfig, scores: dict[str, float] | None = None, stage: str = "train") -> dict[str, Any]:
     """What a release says of the run it comes from, `eureka train` or `eureka sft`."""
     return run_card(config.model_dump(mode="json"), scores, stage)
-
-
-def start_ray(stack: ExitStack) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a private one on this machine that ends with the stack.
-
-    Its object store may take Ray's usual share of the memory and of /dev/shm; RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION and
-    RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES say otherwise.
-    """
-    if ray.is_initialized():
-        return
-    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="ERROR")
-    else:
-        # Ray lowers its workers' priority by 15 to keep a shared node's daemons responsive; here the workers are the job.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # A short path: Ray's sockets lie below it, and the system limits their length.
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eureka-", ignore_cleanup_errors=True))
-        ray.init(_temp_dir=folder, **quiet)
-    stack.callback(ray.shutdown)

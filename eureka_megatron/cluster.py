@@ -1,0 +1,110 @@
+"""Ray: joins the cluster that RAY_ADDRESS names, or starts a private one that leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psutil
+import ray
+from ray._private import services
+
+from eureka_megatron.errors import UserError
+from eureka_megatron.session import kept_handlers, shielded, socket_folder, temporary_folder
+
+CONNECT_SECONDS = 10.0
+END_SECONDS = 10.0  # that ended processes are waited for
+
+
+def start_ray(stack: ExitStack) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a private one on this machine that ends with the stack.
+
+    Its object store may take Ray's usual share of the memory and of /dev/shm; RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION and
+    RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES say otherwise.
+
+    Raises:
+        UserError: nobody answers at RAY_ADDRESS, or Ray cannot start here.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        require_cluster(address)
+        options: dict[str, Any] = {}
+    else:
+        # Ray lowers its workers' priority by 15 to keep a shared node's daemons responsive; here the workers are the job.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        folder = stack.enter_context(temporary_folder())
+        sockets = stack.enter_context(socket_folder(folder))
+        options = {"_temp_dir": str(sockets), "include_dashboard": False, "log_to_driver": False}
+        if sockets != folder:
+            options["object_spilling_directory"] = str(folder)  # what is large goes where the user has said
+    before = set(psutil.Process().children())
+    try:
+        with kept_handlers(), _apart():
+            ray.init(logging_level="ERROR", **options)
+    except Exception as error:
+        ray.shutdown()
+        where = (
+            f"RAY_ADDRESS={address}: the cluster cannot be joined" if address else "Ray cannot start on this machine"
+        )
+        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+    stack.callback(_end, [one for one in psutil.Process().children() if one not in before])
+
+
+def require_cluster(address: str) -> None:
+    """Ray itself waits for minutes, in silence, for a cluster that is gone. Raises UserError."""
+    if address in ("auto", "local"):
+        if address == "auto" and not services.find_gcs_addresses():
+            raise UserError(
+                "RAY_ADDRESS=auto: no Ray cluster runs on this machine; unset RAY_ADDRESS for a private one"
+            )
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason}); start it, or unset RAY_ADDRESS for a private one"
+        ) from None
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Ray's processes leave signals to the driver, which ends them in order.
+
+    Without it scancel, a time limit or Ctrl-C would end all of them at once, and the driver, when its raylet is gone, without a word.
+    """
+
+    class Apart(services.ConsolePopen):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            with shielded():
+                super().__init__(*args, process_group=0, **options)
+
+    usual, services.ConsolePopen = services.ConsolePopen, Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = usual
+
+
+def _end(started: list[psutil.Process]) -> None:
+    """Ray's end, and that of every process it started here: only then can their files go."""
+    everything = list(started)
+    for one in started:
+        try:
+            everything += one.children(recursive=True)
+        except psutil.NoSuchProcess:
+            continue
+    ray.shutdown()
+    _, alive = psutil.wait_procs(everything, timeout=END_SECONDS / 2)
+    for one in alive:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=END_SECONDS / 2)
