@@ -27,6 +27,7 @@ from typing import Any
 from eureka_megatron.config import RunConfig
 from eureka_megatron.tracking.console import Console
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
+from eureka_megatron.tracking.watch import Watch
 
 VERSIONED = (
     "eureka-megatron",
@@ -65,6 +66,7 @@ class Tracker:
         )
         self.phase = self.console.phase
         self.say = self.console.say
+        self._watch = Watch(config)
         self._lines: Any = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -88,6 +90,9 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.console.__exit__()
+        if error is None:
+            for text in self._watch.at_end():
+                self._warn(text)
         self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -107,6 +112,8 @@ class Tracker:
             run = self._wandb
             self._guard(lambda: run.log({"step": step, **values}))
         self.console.show(step, values)
+        if text := self._watch.after(values):
+            self._warn(text)
 
     def _record_run(self) -> None:
         import yaml
