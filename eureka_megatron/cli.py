@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from eureka_megatron import __version__
 from eureka_megatron.errors import ConfigError, UserError, nearest
@@ -292,6 +292,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _first_word(stream: IO[str] | None = None) -> None:
+    """The imports that follow take seconds, on a cold network file system a minute."""
+    from eureka_megatron.tracking.console import tell
+
+    tell("loading torch and Megatron-Core …", stream)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from eureka_megatron.demo import run_demo
 
@@ -302,6 +309,7 @@ def _sft(args: argparse.Namespace) -> None:
     from eureka_megatron.config import load_config
 
     config = load_config(args.config, args.overrides)
+    _first_word()
     from eureka_megatron.sft import run_sft
 
     run_sft(config, args.resume)
@@ -312,6 +320,7 @@ def _train(args: argparse.Namespace) -> None:
 
     # Before torch, Megatron and Ray are imported: a typing mistake is told within a second.
     config = load_config(args.config, args.overrides)
+    _first_word()
     from eureka_megatron.loop import train
 
     train(config, args.resume)
@@ -320,6 +329,7 @@ def _train(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
+    _first_word(sys.stderr if args.json else None)
     from eureka_megatron.places import model_directory
     from eureka_megatron.verify.command import run_verify
     from eureka_megatron.verify.layout import Layout
