@@ -136,7 +136,9 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
         training = add(children, name, command, text)
         _add_run(training)
         training.add_argument(
-            "--resume", metavar="auto|DIR", help="go on from run.output's newest whole checkpoint, or from this one"
+            "--resume",
+            metavar="auto|DIR",
+            help="go on from run.output's newest whole checkpoint, or from this one (or run's folder)",
         )
 
     verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")

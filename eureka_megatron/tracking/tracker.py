@@ -74,8 +74,10 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
+        # What failed before its first step leaves nothing worth keeping.
+        begins = self.start_step == 0 and not (path.exists() and path.stat().st_size)
         cut_lines(path, self.stage, self.start_step)
-        self._record_run()
+        self._record_run(begins)
         self._lines = path.open("a", encoding="utf-8")
         if self.config.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -112,19 +114,21 @@ class Tracker:
             run = self._wandb
             self._guard(lambda: run.log({"step": step, **values}))
         self.console.show(step, values)
-        if text := self._watch.after(values):
+        text = self._watch.after(values)
+        if text and step + 1 < self.console.total_steps:  # after the last one it is told as a whole
             self._warn(text)
 
-    def _record_run(self) -> None:
+    def _record_run(self, begins: bool) -> None:
         import yaml
 
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         path = self.run_dir / "config.yaml"
-        if path.exists() and path.read_text(encoding="utf-8") != text:  # the first stays; what differs stands beside it
+        if not begins and path.exists() and path.read_text(encoding="utf-8") != text:
+            # The first stays; what differs stands beside it.
             path = self.run_dir / f"config-{self.stage}-{self.start_step}.yaml"
         path.write_text(text, encoding="utf-8")
         path = self.run_dir / "versions.json"
-        if not path.exists():
+        if begins or not path.exists():
             path.write_text(json.dumps(versions(), indent=2) + "\n")
 
     def _start_wandb(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import Dataset, load_dataset
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.run_state import choose_checkpoint, differences, pack, replacing, starting_point, unpack
+from eureka_megatron.run_state import (
+    choose_checkpoint,
+    differences,
+    pack,
+    replacing,
+    starting_point,
+    tell_of_resumption,
+    unpack,
+)
+from eureka_megatron.tracking.tracker import versions
 from eureka_megatron.types import Group, Rollout
 from tests.unit.test_store import make
 
@@ -158,6 +168,22 @@ def test_a_finished_run_is_lengthened_or_left_alone(tmp_path: Path, capsys: pyte
         newer / store.STATE_FILE, (later, later)
     )  # stopped between the last save and its export: hf is still of step 4
     assert starting_point(config(tmp_path), "auto", steps=6, **options) == (newer, 6)
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("cosine", True), ("constant", False)])
+def test_what_a_longer_run_does_to_the_learning_rate_is_said(tmp_path: Path, schedule: str, told: bool) -> None:
+    def of(steps: int) -> RunConfig:
+        sections = {"training": {"steps": steps}, "optimizer": {"schedule": schedule}, "run": {"output": str(tmp_path)}}
+        return make_config({"model": {"path": "m"}, "data": {"train": "d"}, **sections})
+
+    said: list[str] = []
+    state = {"stage": "train", "step": 4, "config": of(4).model_dump(mode="json"), "versions": versions()}
+    tell_of_resumption(tmp_path / "step_000004", state, of(6), SimpleNamespace(say=said.append))
+    assert said[:2] == [
+        f"going on after step 4, from {tmp_path}/step_000004",
+        "changed since then: training.steps 4 → 6",
+    ]
+    assert [line.startswith("the learning rate goes on as in a run of 6 steps") for line in said[2:]] == [True] * told
 
 
 def test_a_new_run_does_not_write_over_weights(tmp_path: Path) -> None:

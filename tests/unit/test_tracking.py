@@ -110,6 +110,21 @@ def test_another_configuration_in_the_same_folder_stands_beside_the_first(tmp_pa
     assert load_config(tmp_path / "config-train-3.yaml") == second
 
 
+def test_what_failed_before_its_first_step_is_not_what_the_folder_records(tmp_path):
+    failed, good = run_config(), run_config(project="another")
+    for config in (failed, good):
+        with Tracker(config, tmp_path) as tracker:
+            pass
+    assert load_config(tmp_path / "config.yaml") == good
+    assert not list(tmp_path.glob("config-*"))
+    with Tracker(good, tmp_path) as tracker:
+        tracker.log(0, {})
+    with Tracker(failed, tmp_path):  # begins once more, in a folder with steps
+        pass
+    assert load_config(tmp_path / "config.yaml") == good
+    assert load_config(tmp_path / "config-train-0.yaml") == failed
+
+
 # ------------------------------------------------------------------------------------------------- TensorBoard and wandb
 
 
