@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from eureka_megatron import __version__
 from eureka_megatron.errors import ConfigError, Stopped, UserError, nearest
@@ -142,7 +142,9 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
         training = add(children, name, command, text)
         _add_run(training)
         training.add_argument(
-            "--resume", metavar="auto|DIR", help="go on from run.output's newest whole checkpoint, or from this one"
+            "--resume",
+            metavar="auto|DIR",
+            help="go on from run.output's newest whole checkpoint, or from this one (or run's folder)",
         )
 
     verify = add(children, "verify", _verify, "compare the Megatron model with transformers at a parallel layout")
@@ -298,6 +300,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _first_word(stream: IO[str] | None = None) -> None:
+    """The imports that follow take seconds, on a cold network file system a minute."""
+    from eureka_megatron.tracking.console import tell
+
+    tell("loading torch and Megatron-Core …", stream)
+
+
 def _demo(args: argparse.Namespace) -> None:
     with session(args.out):
         from eureka_megatron.demo import run_demo
@@ -309,6 +318,7 @@ def _sft(args: argparse.Namespace) -> None:
     from eureka_megatron.config import load_config
 
     config = load_config(args.config, args.overrides)
+    _first_word()
     with _run_session(config):
         from eureka_megatron.sft import run_sft
 
@@ -320,6 +330,7 @@ def _train(args: argparse.Namespace) -> None:
 
     # Before torch, Megatron and Ray are imported: a typing mistake is told within a second.
     config = load_config(args.config, args.overrides)
+    _first_word()
     with _run_session(config):
         from eureka_megatron.loop import train
 
@@ -333,6 +344,7 @@ def _run_session(config: Any) -> AbstractContextManager[None]:
 def _verify(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
+    _first_word(sys.stderr if args.json else None)
     from eureka_megatron.places import model_directory
     from eureka_megatron.verify.command import run_verify
     from eureka_megatron.verify.layout import Layout

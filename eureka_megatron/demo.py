@@ -103,7 +103,6 @@ def _claim(out: Path) -> None:
 
 def _train(config: RunConfig, out: Path) -> dict[str, Any]:
     """Cold start, evaluation, reinforcement learning, evaluation, export: one set of ranks and one engine throughout."""
-    print("starting two trainer ranks and a vLLM engine …", flush=True)
     with Run(config) as run:
         cold_start = config.model_copy(update={"optimizer": SFT_OPTIMIZER})
         with Tracker(cold_start, out, stage="sft") as tracker:

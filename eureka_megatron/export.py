@@ -76,13 +76,10 @@ def export(
 
 def _newest(directory: Path) -> Path:
     """Of a run's folder its newest whole checkpoint; any other directory as it is."""
-    for folder in (directory, directory / store.CHECKPOINTS):
-        if store.list_checkpoints(folder):
-            found, warnings = store.newest_whole(folder)
-            print("".join(f"warning: {warning}\n" for warning in warnings) + f"exporting {found}", flush=True)
-            assert found is not None
-            return found
-    return directory
+    found, warnings = store.newest_of_run(directory)
+    if found != directory:
+        print("".join(f"warning: {warning}\n" for warning in warnings) + f"exporting {found}", flush=True)
+    return found
 
 
 def _check(checkpoint: Path, output: Path | None, options: ExportOptions) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from eureka_megatron.cluster import start_ray
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.batch import make_batch, mean_return, rollout_metrics, updates_per_step
+from eureka_megatron.data.batch import make_batch, mean_return, rewards_differ, rollout_metrics, updates_per_step
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
@@ -22,8 +22,9 @@ from eureka_megatron.places import settle
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
-from eureka_megatron.run_state import Saves, driver_state, restore, starting_point, told_when_stopped
+from eureka_megatron.run_state import Saves, driver_state, replacing, restore, starting_point, told_when_stopped
 from eureka_megatron.sync.check import compare
+from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card
 from eureka_megatron.train.checks import check_algorithm, check_run
@@ -47,6 +48,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
             with tracker.phase("train"):
                 batch = make_batch(groups, config, step, run.weight_version)
                 metrics |= run.learn(batch) | {"train/return": mean_return(batch)}
+                metrics["train/rewards_differ"] = rewards_differ(groups, config)
             with tracker.phase("sync"):
                 metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
         if _due(config.training.evaluate_every, step) and run.test:
@@ -76,6 +78,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
     checkpoint, first = start
     with told_when_stopped(config), Run(config) as run, Tracker(config, config.run.output, start_step=first) as tracker:
         if checkpoint is None:
+            tracker.say("handing the weights to the engines, comparing every tensor on both sides …")
             run.sync_weights(check=True)
         reinforce(run, tracker, checkpoint)
         run.export(output)
@@ -103,6 +106,7 @@ class Run:
         check_run(config)
         check_algorithm(config)
         self.processor = make_processor(config)
+        tell(f"reading {config.data.train} …")
         self.train_data = open_dataset(config, config.data.train, self.processor)
         self.test = open_dataset(config, config.data.test, self.processor) if config.data.test else None
         try:
@@ -114,12 +118,18 @@ class Run:
 
     def _start(self) -> None:
         config = self.config
+        rows = counted(len(self.train_data), "training row") + (
+            f", {counted(len(self.test), 'test row')}" if self.test else ""
+        )
+        ranks = counted(config.parallel.world_size, "trainer rank")
+        tell(f"{rows}; starting Ray, {ranks} and {counted(config.rollout.engines, 'rollout engine')} …")
         start_ray(self._stack)
         self.trainer = TrainerGroup(config)
         self._stack.callback(self.trainer.close)
         self.pool = RolloutPool(config)  # engines load while the trainer ranks do
         self._stack.callback(self.pool.shutdown)
         self.layout = self.trainer.start()
+        tell("the trainer has its weights; vLLM loads and warms up …")
         self.pool.start()
         self.pool.resend = lambda engines: self.trainer.send_weights(engines, self.weight_version)
         self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
@@ -168,5 +178,6 @@ class Run:
         return self.scores
 
     def export(self, output: Path, scores: dict[str, float] | None = None) -> None:
-        """Write the trainer's present weights as a Hugging Face directory with a model card."""
-        self.trainer.export(output, model_card(self.config, scores))
+        """Write the trainer's present weights as a Hugging Face directory with a model card. What lies there moves aside."""
+        with replacing(output) as fresh:
+            self.trainer.export(fresh, model_card(self.config, scores))

@@ -5,8 +5,10 @@ What the trainer ranks hold is `train.checkpointing`; the folder is `checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any
@@ -14,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
 from eureka_megatron.checkpoint.release import git_commit
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows
 from eureka_megatron.errors import ConfigError, Stopped, UserError
 from eureka_megatron.session import stop_behind, stop_requested
+from eureka_megatron.tracking.console import tell
 from eureka_megatron.tracking.tracker import Tracker, versions
 from eureka_megatron.train.actor import TrainerGroup
 from eureka_megatron.types import Group, Rollout
@@ -40,22 +42,61 @@ def starting_point(
 ) -> tuple[Path | None, int] | None:
     """(checkpoint to go on from, steps that are done) of a run that will write `output`; None, with a word: all is done.
 
-    The arguments and errors are those of `choose_checkpoint`; UserError also when `output` exists: now, not after the last step.
+    The arguments and errors are those of `choose_checkpoint`; UserError also when a run would begin although `output` exists: now, not
+    after the last step. A run that goes on replaces it (`replacing`): `steps` was raised, or it ended between a save and its export.
     """
+    if resume and (resume != "auto" or store.list_checkpoints(config.run.output / store.CHECKPOINTS)):
+        tell("checking every byte of the checkpoint to go on from …")
     checkpoint = choose_checkpoint(config, resume, stage)
-    done = store.read_state(checkpoint)["step"] if checkpoint else 0
-    if done >= steps and output.exists():  # a job that was put into the queue once more
-        print(f"all {steps} steps are done, weights in {output}")
+    if checkpoint is None:
+        if _taken(output):
+            raise UserError(
+                f"{output} holds the weights of an earlier run: begin from them with model.path={output} and another run.output, "
+                "or move them away"
+            )
+        return None, 0
+    done = store.read_state(checkpoint)["step"]
+    if (
+        done >= steps and _taken(output) and not _older(output, checkpoint)
+    ):  # a job that was put into the queue once more
+        tell(f"all {steps} steps are done, weights in {output}")
         return None
-    refuse_to_overwrite(output)
     return checkpoint, done
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """Where to write a release that is to lie at `output`. What lies there already moves aside once the new one is whole."""
+    if not _taken(output):
+        yield output
+        return
+    fresh, earlier = _unused(f"{output}.new"), _unused(f"{output}_earlier")
+    yield fresh
+    output.rename(earlier)
+    fresh.rename(output)
+    tell(f"the earlier weights of {output} lie in {earlier}")
+
+
+def _taken(output: Path) -> bool:
+    """Whether something lies there; an empty folder is nothing."""
+    return os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
+
+
+def _older(output: Path, checkpoint: Path) -> bool:
+    """Whether an export is of weights before this checkpoint: that of a run follows its last save."""
+    return output.stat().st_mtime < (checkpoint / store.STATE_FILE).stat().st_mtime
+
+
+def _unused(name: str) -> Path:
+    """The name, or with the first number behind it that nothing bears."""
+    return next(path for n in count(1) if not os.path.lexists(path := Path(name if n == 1 else f"{name}_{n}")))
 
 
 def choose_checkpoint(config: RunConfig, resume: str | None, stage: str = "train") -> Path | None:
     """The checkpoint a run goes on from, every byte of it checked; None: it begins. Prints a line about each damaged one.
 
     Args:
-        resume: "auto" (the newest whole one of `run.output`, if there is any), the path of one, or None.
+        resume: "auto" (the newest whole one of `run.output`, if there is any), the path of one or of a run's folder (its newest), or None.
         stage: "train" or "sft", as the command is called; a checkpoint of the other is refused.
 
     Raises:
@@ -65,32 +106,46 @@ def choose_checkpoint(config: RunConfig, resume: str | None, stage: str = "train
     folder = config.run.output / store.CHECKPOINTS
     if resume is None:
         if found := store.list_checkpoints(folder):
-            raise ConfigError(
-                f"{folder} holds checkpoints of an earlier run, up to step {found[-1][0]}: go on from there with --resume auto, "
-                "or choose another run.output"
-            )
+            raise ConfigError(_way_out(*found[-1], config.run.output, stage))
         return None
-    if resume != "auto":
-        directory = Path(resume)
-        _require_stage(directory, stage)
-        if problems := store.problems_of(directory):
-            raise UserError(f"{directory} is damaged: {'; '.join(problems)}")
-        return directory
-    directory, warnings = store.newest_whole(folder)
+    if resume == "auto":
+        directory, warnings = store.newest_whole(folder)
+    else:
+        named = Path(resume).expanduser().absolute()
+        directory, warnings = store.newest_of_run(named)
+        if directory == named:
+            _require_stage(directory, stage)
+            if problems := store.problems_of(directory):
+                raise UserError(f"{directory} is damaged: {'; '.join(problems)}")
     for warning in warnings:
-        print(f"warning: {warning}; going back to the one before", flush=True)
+        tell(f"warning: {warning}; going back to the one before")
     if directory is None:
-        print(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
+        tell(f"no checkpoint in {folder} yet: starting from the beginning")
     else:
         _require_stage(directory, stage)
     return directory
+
+
+def _way_out(step: int, newest: Path, output: Path, stage: str) -> str:
+    """What to do about a folder that holds checkpoints up to this one, by what wrote them."""
+    try:
+        wrote = store.read_state(newest).get("stage", "train")
+    except UserError:  # damaged: --resume auto looks further back
+        wrote = stage
+    if wrote == stage:
+        way = "go on from there with --resume auto, or choose another run.output"
+    else:
+        way = f"begin from the newest with model.path={newest} and another run.output, such as {output}-{stage}"
+    earlier = "an earlier run" if wrote == stage else f"eureka {wrote}"
+    return f"{newest.parent} holds checkpoints of {earlier}, up to step {step}: {way}"
 
 
 def _require_stage(directory: Path, stage: str) -> None:
     wrote = store.read_state(directory).get("stage", "train")
     if wrote != stage:
         raise UserError(
-            f"{directory} is a checkpoint of eureka {wrote}; eureka {stage} begins from it by model.path={directory}"
+            f"{directory} is a checkpoint of eureka {wrote}; eureka {stage} begins from it by model.path={directory}, "
+            "in another run.output"
         )
 
 
@@ -99,6 +154,7 @@ def restore(run: Run, directory: Path, tracker: Tracker) -> int:
 
     `run.trainer.start_phase` must have happened: schedule and optimizer are filled, not made.
     """
+    tracker.say(f"loading {directory} …")
     state = run.trainer.load(directory)
     run.global_step = state["global_step"]
     waiting = unpack(store.read_json(directory / COLLECTOR_FILE), run.train_data)
@@ -117,6 +173,12 @@ def tell_of_resumption(directory: Path, state: Mapping[str, Any], config: RunCon
     changes = differences(state["config"], config.model_dump(mode="json"))
     if changes:
         tracker.say("changed since then: " + ", ".join(changes))
+    section = "sft" if state.get("stage") == "sft" else "training"
+    before, after = state["config"][section]["steps"], getattr(config, section).steps
+    if before != after and config.optimizer.schedule != "constant":
+        tracker.say(
+            f"the learning rate goes on as in a run of {after} steps from the beginning, not where the schedule of {before} had brought it"
+        )
     then, now = state["versions"], versions()
     newer = [f"{name} {then.get(name)} → {now.get(name)}" for name in NUMERIC if then.get(name) != now.get(name)]
     if newer:

@@ -14,7 +14,15 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.places import settle
-from eureka_megatron.run_state import Saves, common_state, starting_point, tell_of_resumption, told_when_stopped
+from eureka_megatron.run_state import (
+    Saves,
+    common_state,
+    replacing,
+    starting_point,
+    tell_of_resumption,
+    told_when_stopped,
+)
+from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card
 from eureka_megatron.train.checks import check_run
@@ -69,6 +77,7 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
     checkpoint, first = start
     check_run(config)
     data = config.data
+    tell(f"reading {data.train} …")
     dataset = load_dataset(  # not inputs.open_dataset: imitation needs no answer that can be judged
         data.train,
         make_processor(config),
@@ -78,11 +87,14 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
         response_key=config.sft.responses,
     )
     with told_when_stopped(config), ExitStack() as stack:
+        ranks = counted(config.parallel.world_size, "trainer rank")
+        tell(f"{counted(len(dataset), 'row')}; starting Ray and {ranks}, loading {config.model.path} …")
         start_ray(stack)
         trainer = TrainerGroup(config)
         stack.callback(trainer.close)
         trainer.start()
         tracker = stack.enter_context(Tracker(config, config.run.output, stage="sft", start_step=first))
         supervise(trainer, dataset, config, tracker, save=True, checkpoint=checkpoint)
-        trainer.export(output, model_card(config, stage="sft"))
+        with replacing(output) as fresh:
+            trainer.export(fresh, model_card(config, stage="sft"))
         tracker.say(f"done: weights in {output}")

@@ -125,6 +125,16 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def newest_of_run(directory: Path) -> tuple[Path, list[str]]:
+    """As `newest_whole`, of a run's folder or of its folder of checkpoints; any other directory comes back as it is."""
+    for folder in (directory, directory / CHECKPOINTS):
+        if list_checkpoints(folder):
+            found, warnings = newest_whole(folder)
+            assert found is not None
+            return found, warnings
+    return directory, []
+
+
 def read_state(directory: Path) -> dict[str, Any]:
     """state.json of a checkpoint. UserError when it is none, or of a newer format."""
     path = directory / STATE_FILE

@@ -89,6 +89,14 @@ def mean_return(batch: Batch) -> float:
     return float(np.mean([sample.advantages_S[sample.mask_S > 0].mean() for sample in batch.samples]))
 
 
+def rewards_differ(groups: Sequence[Group], config: RunConfig) -> float:
+    """Share of the groups that teach: their responses earned unequal rewards. reinforce_pp compares all groups with each other."""
+    totals = [group.rewards("total") for group in groups]
+    if config.algorithm.advantage == "reinforce_pp":
+        totals = [np.concatenate(totals)]
+    return float(np.mean([np.ptp(row) > 0 for row in totals]))
+
+
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What the groups trained on look like, under the original's names."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from eureka_megatron.doctor.environment import environment_findings
 from eureka_megatron.doctor.finding import Finding
 from eureka_megatron.doctor.gpu import ask_driver, gpu_findings, kind_of, read_probe, start_probe
 from eureka_megatron.doctor.machine import machine_findings, service_findings
@@ -31,15 +32,17 @@ def examine(folder: Path | str = ".") -> list[Finding]:
     probe = start_probe()
     driver, others = (
         ask_driver(),
-        [*service_findings(), *machine_findings(Path(folder))],
+        [*service_findings(), *machine_findings(Path(folder)), *environment_findings()],
     )  # while the child imports torch
     torch = read_probe(probe)
     return [*gpu_findings(driver, torch), *package_findings(kind_of(driver, torch)), *others]
 
 
 def _print_table(findings: list[Finding]) -> None:
-    blocking = [finding.name for finding in findings if finding.blocks]
-    verdict = f"Not ready: {', '.join(blocking)} required." if blocking else "Everything required is here."
+    blocking = [finding.name for finding in findings if finding.blocks and finding.name != "RAY_ADDRESS"]
+    reasons = [f"{', '.join(blocking)} required"] if blocking else []
+    reasons += ["RAY_ADDRESS leads nowhere" for finding in findings if finding.blocks and finding.name == "RAY_ADDRESS"]
+    verdict = f"Not ready: {'; '.join(reasons)}." if reasons else "Everything required is here."
     try:
         from rich.console import Console
         from rich.table import Table
@@ -60,7 +63,7 @@ def _print_table(findings: list[Finding]) -> None:
     # A file or a pipe has no width; lines broken at 80 would be hard to read there.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
-    console.print(f"\n{verdict}", style="bold red" if blocking else "green", highlight=False)
+    console.print(f"\n{verdict}", style="bold red" if reasons else "green", highlight=False)
 
 
 def _mark(finding: Finding) -> str:

@@ -40,7 +40,8 @@ def machine_findings(folder: Path) -> list[Finding]:
     """`folder` is where runs would be written."""
     cores, memory = usable_cores(), usable_memory_bytes() / GIB
     disk = shutil.disk_usage(folder).free / GIB
-    shared = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").is_dir() else 0.0
+    shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+    shared, unused = (shm.total / GIB, shm.free / GIB) if shm else (0.0, 0.0)
     return [
         Finding(
             "cores",
@@ -60,10 +61,10 @@ def machine_findings(folder: Path) -> list[Finding]:
         ),
         Finding(
             "/dev/shm",
-            "present" if shared >= 2 else "limited",
-            f"{shared:.1f} GiB",
+            "present" if unused >= 2 else "limited",
+            f"{unused:.1f} free of {shared:.1f} GiB",
             required=False,
-            lost="with less than 2 GiB Ray keeps its objects on disk, and weights arrive slowly",
+            lost="with less than 2 GiB free Ray keeps its objects on disk, and weights arrive slowly",
             fix="sudo mount -o remount,size=8G /dev/shm (docker run: --shm-size=8g)",
         ),
         Finding(

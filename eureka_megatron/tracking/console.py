@@ -18,6 +18,16 @@ HISTORY = 400  # values kept for each metric's small picture
 LEADING = ("reward", "accuracy", "loss", "logprob", "response_length")
 
 
+def tell(text: str, stream: IO[str] | None = None) -> None:
+    """One line at once, before there is a `Console`: what is being done while nothing else shows yet."""
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def counted(number: int, name: str) -> str:
+    """Example: counted(2, "trainer rank") is "2 trainer ranks"."""
+    return f"{number} {name}" + ("" if number == 1 else "s")
+
+
 class Phase:
     """What `Console.phase` yields: call `update(done)` where the phase knows its progress, e.g. 32 of 128 rollouts."""
 
@@ -63,12 +73,12 @@ class Console:
         self._phases: list[Phase] = []
         self._times: dict[str, float] = {}
         self._started = self._last_line = time.monotonic()
-        self._step_ends: deque[float] = deque([self._started], maxlen=21)  # the last 20 steps give the time left
+        # The last 20 steps give the time left. The first of this process counts for none: it holds the warm-up of engine and kernels.
+        self._step_ends: deque[float] = deque(maxlen=21)
         self._view: Any = None
 
     def __enter__(self) -> "Console":
         self._started = time.monotonic()
-        self._step_ends = deque([self._started], maxlen=21)
         if self.live:
             from rich.console import Console as RichConsole
             from rich.live import Live
@@ -127,7 +137,7 @@ class Console:
             self._print(text)
 
     def seconds_left(self) -> float | None:
-        """Steps to go times the mean seconds of the last 20; None before the first."""
+        """Steps to go times the mean seconds of the last 20; None before the second of this process has ended."""
         steps = len(self._step_ends) - 1
         if steps < 1:
             return None
@@ -138,8 +148,8 @@ class Console:
         parts = [f"{self.title} {self.done}/{self.total_steps}"]
         parts += [f"{_short(name)} {format_value(metrics[name])}" for name in ranked(metrics)[:8]]
         left = self.seconds_left()
-        if left is not None and self.done < self.total_steps:
-            parts.append(f"{format_seconds(left)} left")
+        if self.done < self.total_steps:
+            parts.append("estimating the time to go" if left is None else f"{format_seconds(left)} left")
         return " · ".join(parts)
 
     def table(self) -> Any:

@@ -2,7 +2,6 @@
 
 import netrc
 import os
-from pathlib import Path
 from urllib.parse import urlparse
 
 
@@ -21,8 +20,8 @@ def has_wandb_login() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    path = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))  # without any home it stays as it is
     try:
-        return host in netrc.netrc(str(path)).hosts
+        return host in netrc.netrc(path).hosts
     except (OSError, netrc.NetrcParseError):
         return False

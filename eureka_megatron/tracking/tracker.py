@@ -29,6 +29,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.session import shielded
 from eureka_megatron.tracking.console import Console
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
+from eureka_megatron.tracking.watch import Watch
 
 VERSIONED = (
     "eureka-megatron",
@@ -67,6 +68,7 @@ class Tracker:
         )
         self.phase = self.console.phase
         self.say = self.console.say
+        self._watch = Watch(config)
         self._lines: int | None = None  # of metrics.jsonl
         self._waiting: list[bytes] = []
         self._tensorboard: Any = None
@@ -75,8 +77,10 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
+        # What failed before its first step leaves nothing worth keeping.
+        begins = self.start_step == 0 and not (path.exists() and path.stat().st_size)
         cut_lines(path, self.stage, self.start_step)
-        self._record_run()
+        self._record_run(begins)
         self._lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if self.config.tracking.tensorboard:
             self._guard("tensorboard", self._open_tensorboard)
@@ -88,6 +92,9 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.console.__exit__()
+        if error is None:
+            for text in self._watch.at_end():
+                self._warn(text)
         self._write_lines()
         if self._waiting:
             self._warn(f"{self.run_dir / 'metrics.jsonl'} lacks the last {len(self._waiting)} lines")
@@ -109,6 +116,9 @@ class Tracker:
             run = self._wandb
             self._guard("wandb", lambda: run.log({"step": step, **values}))
         self.console.show(step, values)
+        text = self._watch.after(values)
+        if text and step + 1 < self.console.total_steps:  # after the last one it is told as a whole
+            self._warn(text)
 
     def _write_lines(self) -> None:
         """All that wait, or none: what a full disk took of them is taken back."""
@@ -132,16 +142,17 @@ class Tracker:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
-    def _record_run(self) -> None:
+    def _record_run(self, begins: bool) -> None:
         import yaml
 
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         path = self.run_dir / "config.yaml"
-        if path.exists() and path.read_text(encoding="utf-8") != text:  # the first stays; what differs stands beside it
+        if not begins and path.exists() and path.read_text(encoding="utf-8") != text:
+            # The first stays; what differs stands beside it.
             path = self.run_dir / f"config-{self.stage}-{self.start_step}.yaml"
         path.write_text(text, encoding="utf-8")
         path = self.run_dir / "versions.json"
-        if not path.exists():
+        if begins or not path.exists():
             path.write_text(json.dumps(versions(), indent=2) + "\n")
 
     def _start_wandb(self) -> None:

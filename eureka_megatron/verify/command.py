@@ -17,6 +17,7 @@ from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
 from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.verify.engine import engine_report, native_logprobs
 from eureka_megatron.verify.layout import Job, Layout
 from eureka_megatron.verify.measure import measure
@@ -57,15 +58,27 @@ def run_verify(
         reference = Path(folder) / "reference.safetensors"
         samples = made_up_samples(hf_dir, pictures=() if dtype == "float32" else PICTURES)
         job = Job(str(hf_dir), str(reference), tuple(samples), grads=grads, dtype=dtype, **asdict(layout))
+        words = sys.stderr if as_json else None
+        native = f"the native model on the same, {counted(job.world_size, 'rank')} …"
+        if against == "transformers":
+            tell(f"transformers computes {counted(len(samples), 'sample')}{' and gradients' if grads else ''} …", words)
         if against == "transformers" and dtype == "float32":
             write_reference(hf_dir, reference, samples, grads=grads)
+            tell(native, words)
             report = _on_ranks(measure, job, Path(folder))
         elif against == "transformers":
             job = replace(job, rounded=str(Path(folder) / "rounded.safetensors"))
             write_rounded_references(job)
+            tell(native, words)
             report = _on_ranks(measure_rounding, job, Path(folder))
         else:
-            report = engine_report(job, _on_ranks(native_logprobs, job, Path(folder)))
+            tell(
+                f"the native model computes {counted(len(samples), 'sample')}, {counted(job.world_size, 'rank')} …",
+                words,
+            )
+            native_values = _on_ranks(native_logprobs, job, Path(folder))
+            tell("a vLLM engine starts and computes the same …", words)
+            report = engine_report(job, native_values)
     report = {"against": against, "layout": asdict(layout)} | report
     print(json.dumps(report, indent=2) if as_json else describe(report))
     return 0 if report["passed"] else 1

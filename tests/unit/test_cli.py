@@ -99,6 +99,23 @@ def test_a_bad_configuration_ends_before_anything_heavy_is_imported(config_file,
     assert done.stderr == f"error: {config_file}: unknown key 'optimizer.lrr'; did you mean 'lr'?\n"
 
 
+def test_the_first_word_comes_before_what_is_slow_to_import(config_file):
+    for command, stream in ((["train", config_file], "stdout"), (["verify", "--hf", "x", "--json"], "stderr")):
+        # An import of torch that never ends; what has been said is there all the same.
+        code = (
+            "import sys, time; from eureka_megatron.cli import main\n"
+            "class Slow:\n def find_spec(self, name, *_):\n  if name == 'torch': time.sleep(60)\n"
+            f"sys.meta_path.insert(0, Slow()); main({[str(word) for word in command]})"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        line = getattr(process, stream).readline()
+        process.kill()
+        process.communicate()
+        assert line.startswith("loading torch and Megatron-Core")
+
+
 def test_each_of_several_problems_has_its_line(capsys, config_file):
     assert main(["train", str(config_file), "optimizer.lrr=1", "trainin.steps=3"]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -4,16 +4,18 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from eureka_megatron import doctor
-from eureka_megatron.doctor import gpu, installation
+from eureka_megatron.doctor import environment, gpu, installation
 from eureka_megatron.doctor import machine as resources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,9 @@ OPTIONAL = (
     "C compiler",
     "NVIDIA driver",
     "pinned versions",
+    "TMPDIR",
+    "HOME",
+    "RAY_ADDRESS",
 )
 REQUIRED = ("python", "torch", "torchvision import", "megatron-core", "vllm", "ray", "other requirements")
 
@@ -66,6 +71,76 @@ def test_resources_are_measured(findings):
     assert resources.usable_memory_bytes() > resources.GIB
     assert findings["free disk here"].found.endswith("GiB")
     assert findings["/dev/shm"].found.endswith("GiB")
+
+
+def test_tmpdir_is_one_that_can_be_written_with_room(tmp_path, monkeypatch):
+    def found() -> doctor.Finding:
+        return environment.environment_findings()[0]
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert found().status == "present"
+    assert found().found.startswith(f"{tmp_path}, ")
+    assert "too long a path for Ray's sockets: they go to a shorter one" in found().found  # a note, no fault
+    monkeypatch.setattr(environment, "LEAST_FREE", 2**60)
+    assert found().status == "limited"
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    assert (found().status, found().found) == ("limited", f"{tmp_path}/absent: does not exist")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    assert found().found == f"{tmp_path}/file: is no folder"
+    monkeypatch.setenv("TMPDIR", "/proc")  # nobody may write there, not even root
+    assert found().found.startswith("/proc: cannot be written (")
+
+
+def test_tmpdir_mounted_noexec_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    room = SimpleNamespace(f_flag=os.ST_NOEXEC, f_frsize=2**30, f_bavail=50, f_bfree=50, f_blocks=99)
+    monkeypatch.setattr("os.statvfs", lambda path: room)
+    assert "mounted noexec" in environment.environment_findings()[0].found
+
+
+def test_a_home_that_is_absent_or_cannot_be_written_is_told(tmp_path, monkeypatch):
+    def found() -> tuple[str, str]:
+        row = environment.environment_findings()[1]
+        return row.status, row.found
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found() == ("present", str(tmp_path))
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert found() == ("limited", "/nowhere: does not exist")
+    monkeypatch.setenv("HOME", "/proc")
+    assert found()[1].startswith("/proc: cannot be written (")
+    monkeypatch.delenv("HOME")
+    assert found()[1].endswith(": not set")
+
+
+def test_an_address_of_ray_must_answer(tmp_path, monkeypatch, capsys):
+    def found(address: str) -> doctor.Finding:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        return environment.environment_findings()[2]
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    for fine in ("", "local"):
+        assert (found(fine).status, found(fine).required) == ("present", False)
+    with socket.socket() as cluster:
+        cluster.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{cluster.getsockname()[1]}"
+        assert "nobody answers" in found(address).found  # bound, but nobody listens
+        cluster.listen()
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        for good in (address, f"ray://{address}", "auto"):
+            assert (found(good).found, found(good).blocks) == (f"{good}: answers", False)
+    assert f"nobody answers at {address}" in found("auto").found  # the file of a cluster that is gone
+    (tmp_path / "ray" / "ray_current_cluster").unlink()
+    assert found("auto").found == "auto: no cluster runs on this machine"
+    for odd in ("head", "head:x", "http://"):
+        assert found(odd).blocks
+    start = time.monotonic()
+    assert found("192.0.2.1:6379").blocks  # reserved for documentation: no machine has it
+    assert time.monotonic() - start < 10
+    doctor._print_table([found(address)])
+    assert "Not ready: RAY_ADDRESS leads nowhere." in capsys.readouterr().out
 
 
 def test_a_machine_without_a_c_compiler_or_pythons_headers_is_told_so(tmp_path, monkeypatch):

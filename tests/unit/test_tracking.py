@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from eureka_megatron.config import RunConfig, load_config, make_config
+from eureka_megatron.config import RewardsSection, RunConfig, load_config, make_config
 from eureka_megatron.errors import UserError
 from eureka_megatron.tracking.console import Console, format_seconds, format_value, sparkline
 from eureka_megatron.tracking.curves import SECTIONS, draw_curves, read_series, smooth
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
 from eureka_megatron.tracking.tracker import Tracker, format_line, read_metrics
+from eureka_megatron.tracking.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,6 +108,21 @@ def test_another_configuration_in_the_same_folder_stands_beside_the_first(tmp_pa
             pass
     assert load_config(tmp_path / "config.yaml") == first
     assert load_config(tmp_path / "config-train-3.yaml") == second
+
+
+def test_what_failed_before_its_first_step_is_not_what_the_folder_records(tmp_path):
+    failed, good = run_config(), run_config(project="another")
+    for config in (failed, good):
+        with Tracker(config, tmp_path) as tracker:
+            pass
+    assert load_config(tmp_path / "config.yaml") == good
+    assert not list(tmp_path.glob("config-*"))
+    with Tracker(good, tmp_path) as tracker:
+        tracker.log(0, {})
+    with Tracker(failed, tmp_path):  # begins once more, in a folder with steps
+        pass
+    assert load_config(tmp_path / "config.yaml") == good
+    assert load_config(tmp_path / "config-train-0.yaml") == failed
 
 
 # ------------------------------------------------------------------------------------------------- TensorBoard and wandb
@@ -233,13 +250,77 @@ def test_tracker_logs_the_seconds_of_its_phases(tmp_path):
     assert all(0.01 <= record["time/train"] < 1 for record in read_metrics(tmp_path / "metrics.jsonl"))
 
 
-def test_time_left_follows_the_last_steps():
-    console = Console(10, stream=io.StringIO())
-    assert console.seconds_left() is None
-    for step in range(3):
-        time.sleep(0.02)
+def test_time_left_follows_the_last_steps_and_not_the_first_with_its_warm_up(monkeypatch):
+    clock = iter([0.0, 100.0, 102.0, 104.0, 108.0])  # a start of 100 s, then steps of 2, 2 and 4
+    monkeypatch.setattr("eureka_megatron.tracking.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    console, left = Console(10, stream=io.StringIO()), []
+    for step in range(4):
         console.show(step, {})
-    assert console.seconds_left() == pytest.approx(7 * 0.02, rel=0.6)
+        left.append(console.seconds_left())
+    assert left == [None, 8 * 2.0, 7 * 2.0, pytest.approx(6 * 8 / 3)]
+    assert console.line({}).endswith("16s left")
+
+
+def rollout_step(**figures: float) -> dict[str, float]:
+    """Metrics of a step in which everything is as it should be, but for these."""
+    good = {"skipped": 0, "all_wrong": 1, "all_right": 1, "mixed": 2}
+    values = {f"filter/{name}": float(figures.pop(name, value)) for name, value in good.items()}
+    return values | {"rollout/reward": 0.7, "rollout/truncated": 0.0, "train/rewards_differ": 0.5} | figures
+
+
+SKIPPED = rollout_step(skipped=1, all_wrong=4, all_right=0, mixed=0)
+EQUAL = rollout_step(**{"train/rewards_differ": 0.0, "rollout/reward": 0.0}, all_wrong=4, all_right=0, mixed=0)
+CUT = rollout_step(**{"rollout/truncated": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([rollout_step()] * 4, []),
+        ([rollout_step(), SKIPPED, EQUAL, rollout_step()], []),  # now and then is as it should be
+        ([SKIPPED] * 2, ["no step trained, the weights are those it began with: 2 skipped, because algorithm.filter (0.1 <="]),
+        ([EQUAL] * 2, ["no step trained, the weights are no better: in 2 all responses to a prompt earned the same"]),
+        ([EQUAL] * 2, ["no response earned any reward, neither for its answer nor for its form"]),
+        ([SKIPPED] * 2, ["most prompts are never answered right: take easier data"]),
+        ([rollout_step(skipped=1, all_right=9)], ["most prompts are answered right every time: take harder data"]),
+        ([SKIPPED | {"rollout/truncated": 1.0}], ["nearly all responses were cut off at rollout.max_response_tokens=4096"]),
+        ([SKIPPED, EQUAL, rollout_step()], ["nothing was learnt in 2 of 3 steps: 1 skipped, because"]),
+        ([CUT] * 2, ["in every step nearly all responses were cut off"]),
+        ([CUT] * 2 + [rollout_step()], []),
+        ([{"eval/accuracy": 0.5}], []),
+    ],
+)  # fmt: skip
+def test_a_run_that_learns_nothing_says_so_at_its_end(steps, said):
+    watch = Watch(run_config())
+    assert [watch.after(step) for step in steps] == [None] * len(steps)
+    found = watch.at_end()
+    assert len(found) == len(said)
+    assert all(text in line for text, line in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("step", [SKIPPED, EQUAL, CUT])
+def test_and_while_it_goes_on_early_then_sparingly(step):
+    watch = Watch(run_config())
+    assert [number for number in range(1, 101) if watch.after(step)] == [3, 30]
+    assert watch.after(rollout_step()) is None
+    assert [number for number in range(1, 6) if watch.after(step)] == [3]
+
+
+def test_a_reward_function_that_gives_nothing_is_named():
+    config = run_config().model_copy(update={"rewards": RewardsSection(function="mine:score")})
+    watch = Watch(config)
+    watch.after(EQUAL)
+    assert "every response was given 0: look at rewards.function" in watch.at_end()[0]
+
+
+def test_the_tracker_warns_after_a_good_end_only(tmp_path, capsys):
+    with Tracker(run_config(), tmp_path) as tracker:
+        tracker.log(0, SKIPPED)
+    assert capsys.readouterr().out.startswith("warning: no step trained, ")
+    tracker = Tracker(run_config(), tmp_path).__enter__()
+    tracker.log(0, SKIPPED)
+    tracker.__exit__(KeyError, KeyError(), None)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_live_table_shows_phase_progress_and_values_on_a_terminal():
