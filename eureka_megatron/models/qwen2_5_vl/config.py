@@ -209,7 +209,9 @@ def _not_trained(values: dict[str, Any]) -> list[str]:
         part, prefix = (values.get(where), f"{where}.") if where else (values, "")
         if not isinstance(part, dict):
             continue
-        for key in ("rope_scaling", "rope_parameters") if where != "vision_config" else ():  # the tower's has names of its own
+        for key in (
+            ("rope_scaling", "rope_parameters") if where != "vision_config" else ()
+        ):  # the tower's has names of its own
             rope = part.get(key) or {}
             if not isinstance(rope, dict):
                 problems.append(f"{prefix}{key} is {rope!r}; needs an object with rope_type and mrope_section, or null")
