@@ -64,7 +64,9 @@ def check_files(model_dir: Path) -> None:
     """Raises UserError, naming it, when a file of tokenizer, processors or template cannot be read: transformers often does not say which."""
     for path in (model_dir / name for name in (*_FILES, *_OTHERS)):
         if path.is_file():
-            _text(path) if path.suffix == ".jinja" else _object(path)
+            values = _text(path) if path.suffix == ".jinja" else _object(path)
+            if path.name == "chat_template.json" and "chat_template" not in values:
+                raise UserError(f"{path} has no key chat_template")
 
 
 def response_ends(model_dir: Path, tokenizer: Any, config: QwenVLConfig) -> Ends:

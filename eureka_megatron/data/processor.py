@@ -32,7 +32,7 @@ from eureka_megatron.data.samples import training_sample
 from eureka_megatron.data.videos import Clip, open_clip
 from eureka_megatron.data.vision_layout import vision_layout
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.config import VisionConfig, read_hf_config
 from eureka_megatron.types import Picture, Prompt, Sample
 
 # Where the n-th text of a chat stands, while the template is applied without them.
@@ -84,6 +84,7 @@ class Processor:
         self._hf = _load(self.model_dir)
         self._template, _ = read_template(self.model_dir)
         self._own_bounds = _picture_bounds(self._hf.image_processor, self.model_dir)
+        _check_patches(self._hf, config.vision_config, self.model_dir)
         self.min_pixels = self._own_bounds[0] if min_pixels is None else min_pixels
         self.max_pixels = self._own_bounds[1] if max_pixels is None else max_pixels
         self.tokenizer, self._one_at_a_time = self._hf.tokenizer, threading.Lock()
@@ -442,6 +443,21 @@ def _picture_bounds(image_processor: Any, model_dir: Path) -> tuple[int, int]:
             f"{model_dir}: the image processor's size must have shortest_edge and longest_edge (or min_pixels and max_pixels)"
         )
     return bounds
+
+
+def _check_patches(processor: Any, vision: VisionConfig, model_dir: Path) -> None:
+    """Pictures must be cut into the patches that the tower takes."""
+    sizes = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    for kind in ("image_processor", "video_processor"):
+        for name, size in sizes.items():
+            if (found := getattr(getattr(processor, kind), name)) != size:
+                raise UserError(
+                    f"{model_dir}: the {kind} has {name} {found!r}; vision_config in config.json has {size}"
+                )
 
 
 def _unknown_image_processor(model_dir: Path) -> str | None:
