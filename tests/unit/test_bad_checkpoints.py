@@ -87,6 +87,19 @@ def as_pickle(directory: Path) -> None:
     torch.save({}, directory / "pytorch_model.bin")
 
 
+REFUSED = {
+    "yarn": (
+        change_config(rope_scaling={"type": "yarn", "factor": 4.0, "mrope_section": [4, 6, 6]}),
+        ["config.json: rope_scaling.type is 'yarn'; only unscaled rotary positions"],
+    ),
+    "quantised": (
+        change_config(quantization_config={"quant_method": "awq", "bits": 4}),
+        ["config.json: quantization_config: the weights are quantised (awq)"],
+    ),
+    "text where a number belongs": (change_config(hidden_size="128"), ["config.json", "'hidden_size' expected int"]),
+    "section is null": (change_config(rope_scaling=None), ["config.json: mrope_section is None"]),
+}
+
 HF_DAMAGES = {
     "missing shard": (lambda d: (d / SHARD).unlink(), [f"{INDEX} names files that are absent: {SHARD}"]),
     "index names absent files": (point_elsewhere, [INDEX, "model-00009-of-00009.safetensors"]),
@@ -122,6 +135,7 @@ HF_DAMAGES = {
         ],
     ),
     "unknown architecture": (change_config(model_type="llama"), ["config.json", "'llama'"]),
+    **REFUSED,
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json"]),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json"]),
     "pickle": (as_pickle, ["pytorch_model.bin: pickled weights are not read"]),
@@ -172,6 +186,7 @@ MEGATRON_DAMAGES = {
         ["embedding.word_embeddings.weight (.metadata) is (400, 128), expected (416, 128)"],
     ),
     "unknown architecture": (change_config(model_type="llama"), ["config.json", "'llama'"]),
+    **REFUSED,
 }
 
 CASES = [

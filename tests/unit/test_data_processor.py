@@ -396,7 +396,7 @@ def test_a_broken_file_is_named(model_dir, tmp_path, name, text, reason):
 
 
 def test_pictures_cut_for_another_tower_are_refused(model_dir, tmp_path):
-    with pytest.raises(UserError, match="image_processor has patch_size 16; vision_config in config.json has 14"):
+    with pytest.raises(UserError, match=r"image_processor has patch_size 16; vision_config in config.json has 14"):
         Processor(changed(model_dir, tmp_path, "preprocessor_config.json", patch_size=16))
 
 
