@@ -22,7 +22,7 @@ _SAID = "eureka"  # what the assistant says in the turn that shows its end
 
 @dataclass(frozen=True)
 class Ends:
-    """Tokens that end a response. Example: Ends({151645: "closes an assistant's turn in chat_template.json"}, {})."""
+    """Tokens that end a response. Example: Ends({151645: "closes an assistant's turn in the chat template of chat_template.json"}, {})."""
 
     reasons: dict[int, str]  # by token; the first is what closes an answer to imitate
     passed_over: dict[int, str]  # named, but no token of the model
@@ -83,7 +83,9 @@ def response_ends(model_dir: Path, tokenizer: Any, config: QwenVLConfig) -> Ends
         raise UserError(f"{settings}: eos_token_id: {error}") from None
     template, path = read_template(model_dir)
     named = {
-        f"closes an assistant's turn in {path.name}": token_ids(_turn_end(template, path, tokenizer)),
+        f"closes an assistant's turn in the chat template of {path.name}": token_ids(
+            _turn_end(template, path, tokenizer)
+        ),
         "eos_token of the tokenizer": token_ids(tokenizer.eos_token_id),
         "eos_token_id of generation_config.json": generated,
         "eos_token_id of config.json": config.eos_token_ids,

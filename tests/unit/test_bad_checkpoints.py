@@ -20,7 +20,10 @@ from eureka_megatron import cli
 from eureka_megatron.checkpoint.dist_io import append
 from eureka_megatron.checkpoint.dist_metadata import StoredTensor, read_metadata, write_metadata
 from eureka_megatron.checkpoint.offline import hf_to_megatron
+from eureka_megatron.config import make_config
+from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.train.checks import check_rollout
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -269,3 +272,15 @@ def test_a_full_or_forbidden_disk_is_told_and_nothing_is_left(
     assert message in done.stderr
     assert "nothing was left" in done.stderr
     assert list(target.iterdir()) == []
+
+
+def test_rollouts_are_as_long_as_the_positions_at_most(tmp_path: Path) -> None:
+    directory = build_published(tmp_path / "model", weights=False, max_position_embeddings=160)
+    values = {"model": {"path": directory}, "data": {"train": str(tmp_path / "x.jsonl"), "max_prompt_tokens": 100}}
+
+    def check(tokens: int) -> None:
+        check_rollout(make_config(values | {"rollout": {"max_model_tokens": tokens, "max_response_tokens": 40}}))
+
+    check(160)
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_tokens=161 is more than max_position_embeddings=160 in"):
+        check(161)

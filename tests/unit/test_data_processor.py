@@ -431,7 +431,7 @@ def test_the_templates_end_counts_whatever_the_files_name(model_dir, tmp_path):
     assert processor.end_token_id == turn_end
     assert processor.encode_response("3<|im_end|>\n<|endoftext|>")[-2:].tolist() == [*processor._encode("3"), turn_end]
     assert processor.describe_ends() == (
-        f"a response ends with <|im_end|> ({turn_end}: closes an assistant's turn in tokenizer_config.json) or <|endoftext|> "
+        f"a response ends with <|im_end|> ({turn_end}: closes an assistant's turn in the chat template of tokenizer_config.json) or <|endoftext|> "
         f"({text_end}: eos_token of the tokenizer, eos_token_id of generation_config.json, eos_token_id of config.json)"
     )
 
