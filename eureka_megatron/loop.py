@@ -27,7 +27,7 @@ from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card
-from eureka_megatron.train.checks import check_algorithm, check_run
+from eureka_megatron.train.checks import check_algorithm, check_rollout, check_run
 
 
 def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> list[dict[str, float]]:
@@ -104,8 +104,10 @@ class Run:
         config = self.config
         # What can be refused is refused before any process starts.
         check_run(config)
+        check_rollout(config)
         check_algorithm(config)
         self.processor = make_processor(config)
+        tell(self.processor.describe_ends())
         tell(f"reading {config.data.train} …")
         self.train_data = open_dataset(config, config.data.train, self.processor)
         self.test = open_dataset(config, config.data.test, self.processor) if config.data.test else None

@@ -24,6 +24,7 @@ from transformers.video_utils import VideoMetadata
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.chat import Address, Chat, Visual, located, map_texts, read_chat
+from eureka_megatron.data.endings import check_files, read_template, response_ends
 from eureka_megatron.data.pictures import load_picture, short
 from eureka_megatron.data.positions import Span, mrope_positions
 from eureka_megatron.data.prompts import system_prompt as named_system_prompt
@@ -31,7 +32,7 @@ from eureka_megatron.data.samples import training_sample
 from eureka_megatron.data.videos import Clip, open_clip
 from eureka_megatron.data.vision_layout import vision_layout
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.config import VisionConfig, read_hf_config
 from eureka_megatron.types import Picture, Prompt, Sample
 
 # Where the n-th text of a chat stands, while the template is applied without them.
@@ -52,7 +53,8 @@ class Processor:
     Attributes:
         tokenizer: the checkpoint's.
         image_token, video_token: "<|image_pad|>" and "<|video_pad|>", and image_token_id, video_token_id.
-        end_token_id: of "<|im_end|>", which closes a response.
+        ends: the tokens that end a response, and why; see `endings`.
+        end_token_id: the first of them, which closes a response to imitate.
         vision_token_ids: the tokens a policy must not sample; rollouts ban them.
 
     Raises:
@@ -80,13 +82,14 @@ class Processor:
         self.system_prompt = named_system_prompt(system_prompt)
         config = read_hf_config(self.model_dir)
         self._hf = _load(self.model_dir)
+        self._template, _ = read_template(self.model_dir)
         self._own_bounds = _picture_bounds(self._hf.image_processor, self.model_dir)
+        _check_patches(self._hf, config.vision_config, self.model_dir)
         self.min_pixels = self._own_bounds[0] if min_pixels is None else min_pixels
         self.max_pixels = self._own_bounds[1] if max_pixels is None else max_pixels
         self.tokenizer, self._one_at_a_time = self._hf.tokenizer, threading.Lock()
-        self._template = _chat_template(self._hf, self.model_dir)
-        self._vision = config.vision_config
-        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>")
+        self._vision, self._rows = config.vision_config, config.text_config.vocab_size
+        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
         ids = {name: self.tokenizer.convert_tokens_to_ids(name) for name in names}
         for key, name in (("image_token_id", names[0]), ("video_token_id", names[1])):
             if ids[name] != getattr(config, key):
@@ -95,14 +98,16 @@ class Processor:
                 )
         self.image_token, self.video_token = names[:2]
         self.image_token_id, self.video_token_id = ids[names[0]], ids[names[1]]
-        self.end_token_id = ids["<|im_end|>"]
+        self.ends = response_ends(self.model_dir, self.tokenizer, config)
+        self.end_token_id = next(iter(self.ends.reasons))
         added = self.tokenizer.added_tokens_decoder
         self._control_ids = {token.content: number for number, token in added.items() if token.special}
         longest_first = sorted(self._control_ids, key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        ends = {"<|im_end|>", self.tokenizer.eos_token, self.tokenizer.pad_token} - {None}
+        ends = {added[token].content for token in self.ends.reasons if token in added}
+        ends |= {self.tokenizer.eos_token, self.tokenizer.pad_token} - {None}
         self._ends = re.compile(rf"(?:(?:{'|'.join(map(re.escape, ends))})\s*)+$")
-        self.vision_token_ids: tuple[int, ...] = tuple(ids[name] for name in names[:4])
+        self.vision_token_ids: tuple[int, ...] = tuple(ids[name] for name in names)
         self._check_bounds()
 
     def prompt(
@@ -117,7 +122,7 @@ class Processor:
             chat = read_chat(message, system_prompt=self.system_prompt)
             pictures = tuple(self._load(visual, folders) for visual in chat.visuals)
             text = self.render(chat)
-            tokens_S, offsets = self._expand(self._tokens(chat, text), pictures)
+            tokens_S, offsets = self._expand(self._inside(self._tokens(chat, text)), pictures)
             if len(tokens_S) > self.max_prompt_tokens:
                 raise UserError(
                     f"the prompt has {len(tokens_S)} tokens; data.max_prompt_tokens={self.max_prompt_tokens}"
@@ -213,7 +218,8 @@ class Processor:
         """int64 [R]: the tokens of a response, closed by one end token, whether the text has brought its own or not.
 
         Raises:
-            UserError: the text is empty, or spells a control token elsewhere: to imitate that would end the turn or show a picture.
+            UserError: the text is empty, needs a token that the model does not have, or spells a control token elsewhere: to imitate
+                that would end the turn or show a picture.
         """
         text = self._ends.sub("", text)
         if not text.strip():
@@ -222,7 +228,13 @@ class Processor:
             raise UserError(
                 f"the response contains the control token {found[0]}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"
             )
-        return np.array([*self._encode(text), self.end_token_id], dtype=np.int64)
+        return np.array([*self._inside(self._encode(text)), self.end_token_id], dtype=np.int64)
+
+    def describe_ends(self) -> str:
+        """Which tokens end a response, and why, as one line."""
+        named = [f"{self._name(token)} ({token}: {reason})" for token, reason in self.ends.reasons.items()]
+        ignored = [f"; {token} ({why}) is no token of the model" for token, why in self.ends.passed_over.items()]
+        return f"a response ends with {' or '.join(named)}{''.join(ignored)}"
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Text without special tokens."""
@@ -260,6 +272,18 @@ class Processor:
             else:
                 tokens += self._encode(_HIDDEN.sub(lambda found: texts[int(found[1])], piece), plain=True)
         return tokens
+
+    def _inside(self, tokens: list[int]) -> list[int]:
+        """The tokens, when the embedding has a row for each: tokenizers may have got tokens that the model was not resized for."""
+        if tokens and (largest := max(tokens)) >= self._rows:
+            raise UserError(
+                f"token {self._name(largest)} is number {largest}, but the embedding has {self._rows} rows (vocab_size in "
+                f"{self.model_dir / 'config.json'}): tokens were added to the tokenizer and the model not resized"
+            )
+        return tokens
+
+    def _name(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token)
 
     def _expand(self, tokens: list[int], pictures: Sequence[Picture]) -> tuple[np.ndarray, tuple[int, ...]]:
         """Tokens with one placeholder an embedding, and where each picture's placeholders begin."""
@@ -398,8 +422,9 @@ def _load(model_dir: Path) -> Any:
     """The checkpoint's tokenizer, image and video processor, as transformers bundles them."""
     try:
         processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = _unknown_image_processor(model_dir) or str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_files(model_dir)
+        reason = _unknown_image_processor(model_dir) or str(error).strip().splitlines()[0]
         raise UserError(f"{model_dir}: tokenizer or processor cannot be loaded: {reason}") from error
     if not hasattr(processor, "image_processor"):
         raise UserError(
@@ -420,16 +445,19 @@ def _picture_bounds(image_processor: Any, model_dir: Path) -> tuple[int, int]:
     return bounds
 
 
-def _chat_template(processor: Any, model_dir: Path) -> str:
-    """From its own file, or from tokenizer_config.json, where the hub has it; of several named ones the default."""
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise UserError(
-            f"{model_dir} has no chat template: neither chat_template.jinja, chat_template.json nor tokenizer_config.json holds one"
-        )
-    return template
+def _check_patches(processor: Any, vision: VisionConfig, model_dir: Path) -> None:
+    """Pictures must be cut into the patches that the tower takes."""
+    sizes = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    for kind in ("image_processor", "video_processor"):
+        for name, size in sizes.items():
+            if (found := getattr(getattr(processor, kind), name)) != size:
+                raise UserError(
+                    f"{model_dir}: the {kind} has {name} {found!r}; vision_config in config.json has {size}"
+                )
 
 
 def _unknown_image_processor(model_dir: Path) -> str | None:

@@ -22,7 +22,6 @@ vLLM is imported on construction only, after its environment variables are set. 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -35,8 +34,9 @@ import numpy as np
 import torch
 
 from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
+from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, QwenVLConfig, read_hf_config, token_ids
+from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, read_hf_config
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.sync.check import (
     Fingerprint,
@@ -96,6 +96,7 @@ class Engine:
         self._update: _Update | None = None
         directory = Path(options.model)
         config = read_hf_config(directory)
+        positions = config.text_config.max_position_embeddings
         _set_environment()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -107,9 +108,15 @@ class Engine:
             model=str(directory),
             load_format=load_format(directory),
             # Some files name none, and vLLM would take a model without an output layer.
-            hf_overrides={"architectures": [ARCHITECTURE], **({"head_dtype": "float32"} if on_gpu else {})},
+            # `score` must generate one token beyond, even where max_model_tokens is all the positions that the checkpoint names: they bound
+            # the table of rotary angles, whose rows do not depend on how many there are.
+            hf_overrides={
+                "architectures": [ARCHITECTURE],
+                "text_config": {"max_position_embeddings": max(positions, options.max_model_tokens + 1)},
+                **({"head_dtype": "float32"} if on_gpu else {}),
+            },
             dtype=options.dtype,
-            max_model_len=options.max_model_tokens + 1,  # `score` must generate one token beyond
+            max_model_len=options.max_model_tokens + 1,
             max_num_seqs=options.max_concurrent,
             seed=options.seed,
             mm_processor_kwargs={
@@ -121,7 +128,7 @@ class Engine:
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
         self._banned = config.vision_token_ids
-        self._stop_ids = self._stop_tokens(directory, config)
+        self._stop_ids = list(response_ends(directory, self._llm.get_tokenizer(), config).reasons)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -336,13 +343,6 @@ class Engine:
             finish_reason=sample.finish_reason,
             weight_version=self.weight_version,
         )
-
-    def _stop_tokens(self, directory: Path, config: QwenVLConfig) -> list[int]:
-        """End tokens of the tokenizer, the model and its generation settings: chat models have two, all end a turn."""
-        settings = directory / "generation_config.json"
-        generation = json.loads(settings.read_text()) if settings.is_file() else {}
-        found = (self._llm.get_tokenizer().eos_token_id, config.eos_token_ids, generation.get("eos_token_id"))
-        return list(token_ids(*found))
 
 
 class _Update:

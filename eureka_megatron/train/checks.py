@@ -34,6 +34,18 @@ def check_run(config: RunConfig) -> None:
         )
 
 
+def check_rollout(config: RunConfig) -> None:
+    """Refuse rollouts longer than the checkpoint's positions. Raises ConfigError."""
+    asked, known = (
+        config.rollout.max_model_tokens,
+        read_hf_config(config.model.path).text_config.max_position_embeddings,
+    )
+    if asked > known:
+        raise ConfigError(
+            f"rollout.max_model_tokens={asked} is more than max_position_embeddings={known} in {config.model.path / 'config.json'}"
+        )
+
+
 def check_algorithm(config: RunConfig) -> None:
     """Refuse names and options that `rl` does not know. Raises ConfigError."""
     algorithm = config.algorithm

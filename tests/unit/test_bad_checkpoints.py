@@ -20,7 +20,10 @@ from eureka_megatron import cli
 from eureka_megatron.checkpoint.dist_io import append
 from eureka_megatron.checkpoint.dist_metadata import StoredTensor, read_metadata, write_metadata
 from eureka_megatron.checkpoint.offline import hf_to_megatron
+from eureka_megatron.config import make_config
+from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.train.checks import check_rollout
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -87,6 +90,19 @@ def as_pickle(directory: Path) -> None:
     torch.save({}, directory / "pytorch_model.bin")
 
 
+REFUSED = {
+    "yarn": (
+        change_config(rope_scaling={"type": "yarn", "factor": 4.0, "mrope_section": [4, 6, 6]}),
+        ["config.json: rope_scaling.type is 'yarn'; only unscaled rotary positions"],
+    ),
+    "quantised": (
+        change_config(quantization_config={"quant_method": "awq", "bits": 4}),
+        ["config.json: quantization_config: the weights are quantised (awq)"],
+    ),
+    "text where a number belongs": (change_config(hidden_size="128"), ["config.json", "'hidden_size' expected int"]),
+    "section is null": (change_config(rope_scaling=None), ["config.json: mrope_section is None"]),
+}
+
 HF_DAMAGES = {
     "missing shard": (lambda d: (d / SHARD).unlink(), [f"{INDEX} names files that are absent: {SHARD}"]),
     "index names absent files": (point_elsewhere, [INDEX, "model-00009-of-00009.safetensors"]),
@@ -122,6 +138,7 @@ HF_DAMAGES = {
         ],
     ),
     "unknown architecture": (change_config(model_type="llama"), ["config.json", "'llama'"]),
+    **REFUSED,
     "no config": (lambda d: (d / "config.json").unlink(), ["config.json"]),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json"]),
     "pickle": (as_pickle, ["pytorch_model.bin: pickled weights are not read"]),
@@ -172,6 +189,7 @@ MEGATRON_DAMAGES = {
         ["embedding.word_embeddings.weight (.metadata) is (400, 128), expected (416, 128)"],
     ),
     "unknown architecture": (change_config(model_type="llama"), ["config.json", "'llama'"]),
+    **REFUSED,
 }
 
 CASES = [
@@ -254,3 +272,15 @@ def test_a_full_or_forbidden_disk_is_told_and_nothing_is_left(
     assert message in done.stderr
     assert "nothing was left" in done.stderr
     assert list(target.iterdir()) == []
+
+
+def test_rollouts_are_as_long_as_the_positions_at_most(tmp_path: Path) -> None:
+    directory = build_published(tmp_path / "model", weights=False, max_position_embeddings=160)
+    values = {"model": {"path": directory}, "data": {"train": str(tmp_path / "x.jsonl"), "max_prompt_tokens": 100}}
+
+    def check(tokens: int) -> None:
+        check_rollout(make_config(values | {"rollout": {"max_model_tokens": tokens, "max_response_tokens": 40}}))
+
+    check(160)
+    with pytest.raises(ConfigError, match=r"rollout\.max_model_tokens=161 is more than max_position_embeddings=160 in"):
+        check(161)

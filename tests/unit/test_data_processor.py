@@ -346,6 +346,139 @@ def test_templates_by_name_and_none_at_all(model_dir, tmp_path):
         Processor(changed(model_dir, tmp_path, "tokenizer_config.json", chat_template=...))
 
 
+def test_templates_in_a_folder_of_their_own(model_dir, tmp_path):
+    template = json.loads((model_dir / "tokenizer_config.json").read_text())["chat_template"]
+    directory = changed(model_dir, tmp_path, "tokenizer_config.json", chat_template=...)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"has no default chat template, only others by name: rag$"):
+        Processor(directory, min_pixels=784)
+    (directory / "chat_template.jinja").write_text(template)
+    assert Processor(directory, min_pixels=784).ends.reasons
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m['content'] ", r"TemplateSyntaxError, line 1: unexpected end"),
+        ("{{ messages | nope }}", r"No filter named 'nope'"),
+        ("{{ messages[0].nothing.at_all }}", r"UndefinedError"),
+        ("{{ raise_exception('roles must dance') }}", r"roles must dance"),
+    ],
+)
+def test_a_template_that_cannot_be_applied_names_its_file(model_dir, tmp_path, template, reason):
+    directory = shutil.copytree(model_dir, tmp_path / "changed")
+    (directory / "chat_template.jinja").write_text(template)
+    with pytest.raises(
+        UserError, match=f"chat_template.jinja: the chat template cannot be applied: .*{reason}"
+    ) as told:
+        Processor(directory, min_pixels=784)
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("chat_template.json", "{", "chat_template.json is not valid JSON"),
+        ("chat_template.json", "[]", "chat_template.json must hold a JSON object, found list"),
+        ("chat_template.json", "{}", "chat_template.json has no key chat_template"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
+        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "generation_config.json: eos_token_id: 'x' is no token"),
+    ],
+)
+def test_a_broken_file_is_named(model_dir, tmp_path, name, text, reason):
+    directory = shutil.copytree(model_dir, tmp_path / "changed")
+    (directory / name).write_text(text)
+    with pytest.raises(UserError, match=reason):
+        Processor(directory, min_pixels=784)
+
+
+def test_pictures_cut_for_another_tower_are_refused(model_dir, tmp_path):
+    with pytest.raises(UserError, match=r"image_processor has patch_size 16; vision_config in config.json has 14"):
+        Processor(changed(model_dir, tmp_path, "preprocessor_config.json", patch_size=16))
+
+
+# --- where a response ends ---
+
+
+def ends_of(directory, text, generation=..., tokenizer=..., config=...):
+    """A checkpoint that names these ends and whose template is this; ... leaves one as it is, None sets null."""
+    for name, key, value in (
+        ("generation_config.json", "eos_token_id", generation),
+        ("tokenizer_config.json", "eos_token", tokenizer),
+        ("config.json", "eos_token_id", config),
+    ):
+        path = directory / name
+        values = json.loads(path.read_text())
+        if value is not ...:
+            values[key] = value
+        if name == "tokenizer_config.json" and text is not ...:
+            values["chat_template"] = text
+        path.write_text(json.dumps(values))
+    return Processor(directory, min_pixels=784)
+
+
+def test_the_templates_end_counts_whatever_the_files_name(model_dir, tmp_path):
+    """A base model's directory, in which nothing but the template speaks of <|im_end|>."""
+    directory = shutil.copytree(model_dir, tmp_path / "base")
+    text_end, turn_end = (SPECIAL_TOKENS.index(name) for name in ("<|endoftext|>", "<|im_end|>"))
+    first = Processor(model_dir, min_pixels=784).tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])
+    text_end, turn_end = first + text_end, first + turn_end
+    processor = ends_of(directory, ..., generation=text_end, tokenizer="<|endoftext|>", config=text_end)
+    assert list(processor.ends.reasons) == [turn_end, text_end]
+    assert processor.end_token_id == turn_end
+    assert processor.encode_response("3<|im_end|>\n<|endoftext|>")[-2:].tolist() == [*processor._encode("3"), turn_end]
+    assert processor.describe_ends() == (
+        f"a response ends with <|im_end|> ({turn_end}: closes an assistant's turn in the chat template of tokenizer_config.json) or <|endoftext|> "
+        f"({text_end}: eos_token of the tokenizer, eos_token_id of generation_config.json, eos_token_id of config.json)"
+    )
+
+
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + ' END' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("form", ["{{ m.content }}", "{{ m.content[0].text }}", "{{ m.content | trim }}\n "])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "</answer>", "{{ eos_token }}"])
+def test_any_token_may_close_a_turn(model_dir, tmp_path, form, end):
+    directory = shutil.copytree(model_dir, tmp_path / "changed")
+    processor = ends_of(directory, "{% for m in messages %}A: " + form + end + "\n{% endfor %}", tokenizer="<|im_end|>")
+    expected = "<|im_end|>" if end.startswith("{") else end
+    assert processor.tokenizer.convert_ids_to_tokens(processor.end_token_id) == expected
+
+
+def test_a_template_without_an_end_leaves_it_to_the_files_or_is_refused(model_dir, tmp_path):
+    directory = shutil.copytree(model_dir, tmp_path / "changed")
+    processor = ends_of(directory, PLAIN)
+    assert "closes" not in processor.describe_ends()
+    assert processor.end_token_id == processor.tokenizer.eos_token_id
+    with pytest.raises(UserError, match="nothing says where a response ends"):
+        ends_of(directory, PLAIN, generation=None, tokenizer=None, config=None)
+
+
+def test_an_end_that_is_no_token_of_the_model_is_passed_over_and_told(model_dir, tmp_path):
+    directory = shutil.copytree(model_dir, tmp_path / "changed")
+    processor = ends_of(directory, ..., generation=[-1, 99999])
+    assert not {-1, 99999} & processor.ends.reasons.keys()
+    assert "99999 (eos_token_id of generation_config.json) is no token of the model" in processor.describe_ends()
+
+
+def test_a_token_that_the_embedding_has_no_row_for_is_refused(model_dir, tmp_path):
+    directory = shutil.copytree(model_dir, tmp_path / "more")
+    tokenizer = AutoProcessor.from_pretrained(model_dir).tokenizer
+    rows = json.loads((directory / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<|loc_{number}|>" for number in range(rows)])
+    tokenizer.save_pretrained(directory)
+    processor = Processor(directory, min_pixels=784)
+    last = rows - len(processor.tokenizer) + rows - 1  # of the tokens added, the one in the embedding's last row
+    assert processor.encode_response(f"<|loc_{last}|>")[0] == rows - 1
+    message = [{"role": "user", "content": f"<|loc_{last + 1}|>"}]
+    for use in (lambda: processor.encode_response(message[0]["content"]), lambda: processor.prompt(message)):
+        with pytest.raises(UserError, match=rf"token <\|loc_{last + 1}\|> is number {rows}, .* has {rows} rows"):
+            use()
+
+
 def test_a_class_name_that_transformers_gave_up_is_told_with_the_one_to_write(model_dir, tmp_path):
     directory = changed(
         model_dir, tmp_path, "preprocessor_config.json", image_processor_type="Qwen2_5_VLImageProcessor"

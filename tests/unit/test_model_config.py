@@ -1,6 +1,8 @@
 """config.json is read in every form it is published in, as transformers reads it, and what cannot be is named."""
 
+import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,17 @@ SPARSE_72B |= {
 }
 
 
+@pytest.fixture(scope="module")
+def tiny_forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """config.json of a tiny checkpoint in each published form with the default tower left as it is."""
+    forms = ("hub-7b", "transformers-4.57", "transformers-5")
+    folder = tmp_path_factory.mktemp("forms")
+    return {
+        form: json.loads((build_published(folder / form, form, weights=False) / "config.json").read_text())
+        for form in forms
+    }
+
+
 def read(folder: Path, values: object):
     (folder / "config.json").write_text(json.dumps(values))
     return read_hf_config(folder)
@@ -143,10 +156,16 @@ def test_nulls_where_transformers_has_them(tmp_path: Path, null: str) -> None:
         ({"num_attention_heads": 0}, "text_config.num_attention_heads is 0; needs a positive number"),
         ({"vision_config": [1]}, "'vision_config'"),
         ({"rope_scaling": None}, "mrope_section is None"),
-        ({"rope_scaling": "mrope"}, "'rope_parameters'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0, **SECTION}}, "rope_type is 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, **SECTION}}, "rope_type is 'linear'"),
-        ({"rope_scaling": {"type": "yarn", **SECTION}}, "transformers cannot read it"),
+        ({"rope_scaling": "mrope"}, "rope_scaling is 'mrope'; needs an object"),
+        ({"rope_scaling": SECTION | {"rope_theta": True}}, "rope_theta is True; needs a positive number"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, True]}}, "mrope_section is "),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf; needs a positive number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"eos_token_id": ["<|im_end|>"]}, "eos_token_id"),
+        ({"vision_token_id": 1.5}, "vision_token_id: 1.5 is no token; needs a whole number"),
+        ({"image_token_id": 152064}, "image_token_id 152064 is beyond vocab_size 152064"),
+        ({"vision_config": HUB_7B["vision_config"] | {"window_size": 14}}, "window_size 14 is less than"),
+        ({"vision_config": HUB_7B["vision_config"] | {"fullatt_block_indexes": None}}, "fullatt_block_indexes"),
         ({"rope_theta": None}, "rope_theta is None; needs a positive number"),
         ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
         ({"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'"),
@@ -165,11 +184,46 @@ def test_what_cannot_be_is_named(tmp_path: Path, changes: dict, message: str) ->
         read(tmp_path, values)
 
 
+@pytest.mark.parametrize("form", ["hub-7b", "transformers-4.57", "transformers-5"])
+@pytest.mark.parametrize("where", ["", "text_config"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_scaled_positions_are_refused_wherever_the_file_tells_of_them(
+    tiny_forms: dict[str, dict], tmp_path: Path, form: str, where: str, key: str
+) -> None:
+    for name in ("type", "rope_type"):
+        for kind in ("yarn", "linear", "dynamic", "longrope", "llama3", "ntk"):
+            values = copy.deepcopy(tiny_forms[form])
+            part = values.setdefault(where, {}) if where else values
+            part[key] = (part.get(key) or {}) | {name: kind, "factor": 4.0}
+            prefix = f"{where}." if where else ""
+            with pytest.raises(UserError, match=rf"config.json: {prefix}{key}\.{name} is '{kind}'; only unscaled"):
+                read(tmp_path, values)
+
+
+@pytest.mark.parametrize("where", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_quantised_weights_are_refused_with_their_method(
+    tiny_forms: dict[str, dict], tmp_path: Path, where: str, method: str
+) -> None:
+    values = copy.deepcopy(tiny_forms["transformers-5"])
+    (values[where] if where else values)["quantization_config"] = {"quant_method": method, "bits": 4}
+    told = rf"config.json: {where and where + '.'}quantization_config: the weights are quantised \({method}\)"
+    with pytest.raises(UserError, match=told):
+        read(tmp_path, values)
+    assert read(tmp_path, tiny_forms["transformers-5"] | {"quantization_config": None})
+
+
+def test_ends_at_the_top_count_beside_those_of_the_text(tiny_forms: dict[str, dict], tmp_path: Path) -> None:
+    values = copy.deepcopy(tiny_forms["transformers-5"])
+    values["text_config"]["eos_token_id"] = 7
+    assert read(tmp_path, values | {"eos_token_id": [5, 6]}).eos_token_ids == (5, 6, 7)
+
+
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
-    rope = {"type": "linear", "factor": 2.0, "mrope_section": [16, 48]}
+    rope = {"type": "mrope", "mrope_section": [16, 48]}
     with pytest.raises(UserError) as told:
         read(tmp_path, HUB_7B | {"hidden_act": "relu", "rope_scaling": rope, "vocab_size": -1})
-    assert len(str(told.value).splitlines()) == 4
+    assert len(str(told.value).splitlines()) == 3
     with pytest.raises(UserError, match="must hold a JSON object, found list"):
         read(tmp_path, [])
 

@@ -7,6 +7,7 @@ rollout engines ask the same class. What this model does not compute is refused 
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,14 @@ _FLAT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 # Fields of the records below that are no numbers, or not always there, or (those of rotary positions) stand elsewhere in the file.
 _NO_NUMBERS = {"text_config", "vision_config", "tie_word_embeddings", "vision_token_id", "eos_token_ids"}
 _NO_NUMBERS |= {"rope_theta", "mrope_section", "fullatt_block_indexes"}
+# Keys of rope_scaling and rope_parameters that change what is computed, and what they say where nothing is changed.
+_PLAIN_ROPE = {
+    "rope_type": ("default", "mrope", None),
+    "type": ("default", "mrope", None),
+    "partial_rotary_factor": (1, None),
+    "mrope_interleaved": (False, None),
+}
+_QUANTISED = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ def read_hf_config(directory: Path | str) -> QwenVLConfig:
     values = _read_json(path)
     if values.get("model_type") != MODEL_TYPE:
         raise UserError(f"{path}: model_type is {values.get('model_type')!r}, need {MODEL_TYPE!r}")
+    if problems := _not_trained(values):
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     hf = _interpret(values, path)
     text, vision, rope = hf.text_config, hf.vision_config, hf.text_config.rope_parameters
     if problems := [*_not_computed(text, vision, rope), *_not_numbers(hf, rope)]:
@@ -131,8 +142,9 @@ def read_hf_config(directory: Path | str) -> QwenVLConfig:
         video_token_id=hf.video_token_id,
         vision_start_token_id=hf.vision_start_token_id,
         vision_end_token_id=hf.vision_end_token_id,
-        vision_token_id=getattr(hf, "vision_token_id", None),
-        eos_token_ids=token_ids(getattr(hf, "eos_token_id", None), text.eos_token_id),
+        vision_token_id=next(iter(_token_ids(path, "vision_token_id", getattr(hf, "vision_token_id", None))), None),
+        # transformers drops the key at the top where there is a text_config.
+        eos_token_ids=_token_ids(path, "eos_token_id", values.get("eos_token_id"), text.eos_token_id),
     )
     if problems := _impossible(config):
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -140,9 +152,22 @@ def read_hf_config(directory: Path | str) -> QwenVLConfig:
 
 
 def token_ids(*found: int | Iterable[int] | None) -> tuple[int, ...]:
-    """What files give as one id, a list of ids or null, as one sorted tuple. Example: token_ids(7, [3, 7], None) is (3, 7)."""
-    listed = [[entry] if isinstance(entry, int) else entry or () for entry in found]
-    return tuple(sorted({token for entry in listed for token in entry}))
+    """What files give as one id, a list of ids or null, as one sorted tuple. Example: token_ids(7, [3, 7], None) is (3, 7).
+
+    Raises UserError for anything else; who calls adds file and key.
+    """
+    listed = [entry if isinstance(entry, list | tuple) else () if entry is None else (entry,) for entry in found]
+    tokens = [token for entry in listed for token in entry]
+    if wrong := [token for token in tokens if type(token) is not int]:
+        raise UserError(f"{wrong[0]!r} is no token; needs a whole number, a list of them or null")
+    return tuple(sorted(set(tokens)))
+
+
+def _token_ids(path: Path, key: str, *found: Any) -> tuple[int, ...]:
+    try:
+        return token_ids(*found)
+    except UserError as error:
+        raise UserError(f"{path}: {key}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -177,6 +202,36 @@ def _interpret(values: dict[str, Any], path: Path) -> Any:
         raise UserError(f"{path}: transformers cannot read it: {error}") from error
 
 
+def _not_trained(values: dict[str, Any]) -> list[str]:
+    """Scaled rotary positions and quantised weights, wherever the file tells of them: transformers' class passes over some of the places."""
+    problems = []
+    for where in ("", "text_config", "vision_config"):
+        part, prefix = (values.get(where), f"{where}.") if where else (values, "")
+        if not isinstance(part, dict):
+            continue
+        for key in (
+            ("rope_scaling", "rope_parameters") if where != "vision_config" else ()
+        ):  # the tower's has names of its own
+            rope = part.get(key) or {}
+            if not isinstance(rope, dict):
+                problems.append(f"{prefix}{key} is {rope!r}; needs an object with rope_type and mrope_section, or null")
+                continue
+            problems += [
+                f"{prefix}{key}.{name} is {rope[name]!r}; only unscaled rotary positions are supported ('default' or 'mrope'): "
+                "neither YaRN nor any other scaling"
+                for name, plain in _PLAIN_ROPE.items()
+                if rope.get(name) not in plain
+            ]
+        for key in _QUANTISED:
+            if told := part.get(key):
+                method = told.get("quant_method", "no quant_method") if isinstance(told, dict) else told
+                problems.append(
+                    f"{prefix}{key}: the weights are quantised ({method}), which cannot be trained or converted; "
+                    "take the checkpoint that is not quantised"
+                )
+    return problems
+
+
 def _not_computed(text: Any, vision: Any, rope: dict[str, Any]) -> list[str]:
     """What transformers and vLLM would compute otherwise than this model."""
     problems = []
@@ -197,21 +252,27 @@ def _not_computed(text: Any, vision: Any, rope: dict[str, Any]) -> list[str]:
 
 
 def _not_numbers(hf: Any, rope: dict[str, Any]) -> list[str]:
-    """What is no positive number where one is needed: transformers checks most types, but takes 0 and lists of sides."""
-    values = {"rope_theta": rope.get("rope_theta")}
+    """What is no positive number where one is needed: transformers checks most types, but takes 0, infinities and lists of sides."""
+    values = {"rope_theta": (rope.get("rope_theta"), float)}
     for part, owner, record in (
         ("", hf, QwenVLConfig),
         ("text_config.", hf.text_config, TextConfig),
         ("vision_config.", hf.vision_config, VisionConfig),
     ):
-        values |= {f"{part}{name}": getattr(owner, name) for name in record.__annotations__ if name not in _NO_NUMBERS}
+        kinds = {name: kind for name, kind in record.__annotations__.items() if name not in _NO_NUMBERS}
+        values |= {f"{part}{name}": (getattr(owner, name, None), kind) for name, kind in kinds.items()}
     problems = [
-        f"{name} is {value!r}; needs a positive number"
-        for name, value in values.items()
-        if not (isinstance(value, int | float) and value > 0)
+        f"{name} is {value!r}; needs a positive number{', a whole one' if kind is int and type(value) is float else ''}"
+        for name, (value, kind) in values.items()
+        if not (type(value) in {int, kind} and math.isfinite(value) and value > 0)
+    ]
+    problems += [
+        f"tie_word_embeddings is {tied!r}; needs true or false"
+        for tied in (getattr(owner, "tie_word_embeddings", None) for owner in (hf, hf.text_config))
+        if not isinstance(tied, bool | None)
     ]
     section = rope.get("mrope_section")
-    if not (isinstance(section, list | tuple) and len(section) == 3 and all(isinstance(part, int) for part in section)):
+    if not (isinstance(section, list | tuple) and len(section) == 3 and all(type(part) is int for part in section)):
         problems.append(
             f"mrope_section is {section!r} in rope_scaling or rope_parameters; needs three numbers such as [16, 24, 24]"
         )
@@ -233,6 +294,16 @@ def _impossible(config: QwenVLConfig) -> list[str]:
         )
     if sum(text.mrope_section) * 2 != text.head_dim:
         problems.append(f"mrope_section {text.mrope_section} must sum to half the head size, {text.head_dim // 2}")
+    problems += [
+        f"{name} {getattr(config, name)} is beyond vocab_size {text.vocab_size}"
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        if getattr(config, name) >= text.vocab_size
+    ]
+    if vision.window_size < vision.patch_size * vision.spatial_merge_size:
+        problems.append(
+            f"vision window_size {vision.window_size} is less than patch_size × spatial_merge_size, "
+            f"{vision.patch_size} × {vision.spatial_merge_size}"
+        )
     if vision.out_hidden_size != text.hidden_size:
         problems.append(f"vision out_hidden_size {vision.out_hidden_size} differs from hidden_size {text.hidden_size}")
     return problems
