@@ -6,22 +6,18 @@ commands, so that `eureka --help` answers at once.
 """
 
 import argparse
-import errno
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from eureka_megatron import __version__
-from eureka_megatron.errors import ConfigError, Stopped, UserError, nearest
+from eureka_megatron.errors import MACHINE_ERRORS, ConfigError, Stopped, UserError, nearest
 from eureka_megatron.session import session, stop_behind
-
-# What a machine or a path refuses is no defect of the package: full, read-only, forbidden, a file where a folder must be.
-MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        where = (
-            error.filename or "where the run writes (run.output, TMPDIR, caches)"
-        )  # a full disk shows when writing, and names no file
+        # A full disk shows when writing, and then names no file.
+        where = error.filename or "where the run writes (run.output, TMPDIR, caches)"
         return _complain(f"{where}: {error.strerror}", 1, debug)
 
 
@@ -83,8 +78,9 @@ def _quieten() -> None:
 def _complain(message: object, exit_code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    for line in str(message).splitlines() or ["failed without a message"]:
-        print(f"error: {line}", file=sys.stderr)
+    with suppress(OSError):  # of a terminal that is gone
+        for line in str(message).splitlines() or ["failed without a message"]:
+            print(f"error: {line}", file=sys.stderr)
     return exit_code
 
 

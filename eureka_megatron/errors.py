@@ -3,9 +3,27 @@
 Everything else that is raised is a defect of this package and keeps its traceback.
 """
 
+import errno
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from signal import Signals
+
+# What a machine or a path refuses is no defect of the package: full, read-only, forbidden, a file where a folder must be.
+MACHINE_ERRORS = {
+    *(
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOMEM,
+    ),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+}
 
 
 class UserError(ValueError):
@@ -34,3 +52,32 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"
+
+
+def from_remote(where: str, error: Exception) -> Exception:
+    """What the driver raises for an error of a remote process, as Ray hands it over: a user's error in one line, a defect as it is.
+
+    Args:
+        where: begins the line, e.g. "trainer rank 1".
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return cause
+    if isinstance(cause, OSError) and cause.errno in MACHINE_ERRORS:
+        return UserError(f"{where}: {cause.filename or 'where it writes'}: {cause.strerror}")
+    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+        return UserError(
+            f"{where}: {' '.join(str(cause).split())[:200] or 'out of memory'}; less is needed with a smaller "
+            "training.max_tokens_per_micro_batch, with model.recompute=full, or on more ranks (parallel)"
+        )
+    return error
+
+
+def last_message(error: Exception) -> str:
+    """The remote exception's own words, in one line, from a text that ends with its traceback."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    begins = [
+        number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)
+    ]
+    words = lines[begins[-1] if begins else -1 :]
+    return " ".join(" ".join(line for line in words if "For further information visit" not in line).split())[:400]

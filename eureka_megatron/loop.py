@@ -59,7 +59,10 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
         tracker.log(step, metrics | saves.figures())
         history.append(metrics)
         if _due(config.training.export_every, step):
-            run.export(config.run.output / f"hf_step_{step + 1:06d}")
+            try:
+                run.export(config.run.output / f"hf_step_{step + 1:06d}")
+            except UserError as error:  # a full disk
+                tracker.say(f"warning: no export of step {step + 1}: {error}")
         saves.after(step)
     saves.finish()
     return history

@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from eureka_megatron.config import RunConfig
-from eureka_megatron.errors import UserError
+from eureka_megatron.errors import UserError, from_remote, last_message
 from eureka_megatron.rollout.engine import Engine, EngineOptions, request_seeds
 from eureka_megatron.sync.check import Fingerprint
 from eureka_megatron.types import Group, Picture, Prompt, Rollout
@@ -184,7 +184,7 @@ class RolloutPool:
                 deaths += 1
                 if deaths > _MAX_DEATHS:
                     raise UserError(
-                        f"rollout engines died {deaths} times in one call, the last was engine {engine}: {_first_line(error)}; "
+                        f"rollout engines died {deaths} times in one call, the last was engine {engine}: {last_message(error)}; "
                         "look for an out-of-memory kill, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
                     ) from error
                 self._replace(engine)
@@ -217,7 +217,7 @@ class RolloutPool:
                 error_msg=f"no answer within rollout.timeout_seconds={self.timeout_seconds:g}"
             ) from None
         except RayTaskError as error:
-            raise _readable(error) from None
+            raise from_remote(f"rollout engine {engine}", error) from None
 
     def _replace(self, index: int) -> None:
         """A new engine at this place, with the current weights."""
@@ -239,7 +239,7 @@ class RolloutPool:
         try:
             return ray.get(self._actors[index].status.remote())
         except (RayActorError, RayTaskError) as error:
-            raise UserError(f"rollout engine {index} did not start: {_last_line(error)}") from error
+            raise UserError(f"rollout engine {index} did not start: {last_message(error)}") from error
 
     def _require_version(self, index: int, status: dict[str, Any], version: int) -> None:
         if status["failure"] is not None or status["weight_version"] != version:
@@ -275,16 +275,3 @@ def _without_features(prompt: Prompt) -> Prompt:
 
 def _picture_only(picture: Picture) -> Picture:
     return replace(picture, patches_PD=picture.patches_PD[:0].clone(), coordinates_P2=picture.coordinates_P2[:0].copy())
-
-
-def _readable(error: RayTaskError) -> Exception:
-    return error.cause if isinstance(error.cause, UserError) else error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _last_line(error: Exception) -> str:
-    """Ray ends its message with the remote exception's own last line."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ from eureka_megatron.checkpoint.saver import SLOWEST_DISK, Report
 from eureka_megatron.checkpoint.store import CHECKPOINTS
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
-from eureka_megatron.errors import UserError
+from eureka_megatron.errors import UserError, from_remote
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.train.parcel import Parcel, unwrap, wrap
 from eureka_megatron.types import Batch, Sample
@@ -249,8 +249,7 @@ class TrainerGroup:
             try:
                 ray.get(done[0])
             except RayTaskError as error:
-                cause = error.cause
-                raise cause if isinstance(cause, UserError) else error from None
+                raise from_remote(f"trainer rank {calls.index(done[0])}", error) from None
             except RayActorError as error:
                 rank = calls.index(done[0])
                 raise UserError(

@@ -1,5 +1,6 @@
 """The command line as a user meets it: one error line with the nearest valid name, exit codes, no waiting for help."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -202,3 +203,29 @@ def test_a_closed_pipe_ends_quietly():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stdout == "{\n"
     assert done.stderr == ""
+
+
+def test_errors_of_remote_processes_become_one_line_unless_they_are_defects() -> None:
+    from eureka_megatron.errors import UserError, from_remote, last_message
+
+    def remote(cause: Exception) -> Exception:
+        error = RuntimeError("the whole remote traceback")
+        error.cause = cause
+        return from_remote("trainer rank 1", error)
+
+    assert str(remote(UserError("a.jsonl:3: bad"))) == "a.jsonl:3: bad"
+    full = remote(OSError(errno.ENOSPC, "No space left on device"))
+    assert isinstance(full, UserError)
+    assert str(full) == "trainer rank 1: where it writes: No space left on device"
+    memory = type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "trainer rank 1: CUDA out of memory" in str(remote(memory))
+    assert "training.max_tokens_per_micro_batch" in str(remote(memory))
+    assert str(remote(KeyError("x"))) == "the whole remote traceback"
+
+    text = (
+        'The actor died\n  File "a.py", line 3, in f\n    M(x=1)\nlib.ValidationError: 1 validation error for M\n'
+        "  Value error, too long\nTo allow it [type=x]\n    For further information visit https://a.example\n"
+    )
+    assert last_message(RuntimeError(text)) == (
+        "lib.ValidationError: 1 validation error for M Value error, too long To allow it [type=x]"
+    )
