@@ -94,6 +94,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.print_help(sys.stderr)
         raise ConfigError("eureka: a command is required")
     parsed, rest = parser.parse_known_args(arguments)
+    _spell_homes_out(parsed)
     # argparse gives up on `key=value` once an option stood between them; they are as good behind it as before it.
     if hasattr(parsed, "overrides"):
         parsed.overrides = [*parsed.overrides, *(word for word in rest if "=" in word and not word.startswith("-"))]
@@ -107,6 +108,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         expected = "; overrides have the form section.key=value" if hasattr(parsed, "overrides") else ""
         raise ConfigError(f"{used.prog}: unexpected argument {rest[0]!r}{expected}")
     return parsed
+
+
+def _spell_homes_out(parsed: argparse.Namespace) -> None:
+    """No shell does it in `--input=~/x`: whatever begins with `~` is a path, and its home folder is meant."""
+    from eureka_megatron.places import from_home
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(one) for one in value]
+        return type(value)(from_home(str(value))) if isinstance(value, str | Path) and str(value)[:1] == "~" else value
+
+    vars(parsed).update({name: whole(value) for name, value in vars(parsed).items()})
 
 
 def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

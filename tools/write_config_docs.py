@@ -105,6 +105,8 @@ def _type(field: FieldInfo) -> str:
 def _name(annotation: Any) -> str:
     """`Literal["a", "b"] | None` → "`a`, `b` or null"; `tuple[Path, ...]` → "list of path"."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _name(inner[0])
     if origin is typing.Literal:
         return _either([f"`{value}`" for value in inner])
     if origin in (typing.Union, types.UnionType):
