@@ -328,9 +328,9 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _sft(args: argparse.Namespace) -> None:
-    from eureka_megatron.config import load_config
+    from eureka_megatron.config import SFT_DEFAULTS, load_config
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, SFT_DEFAULTS)
     _first_word()
     with _run_session(config):
         from eureka_megatron.sft import run_sft

@@ -236,7 +236,7 @@ class AlgorithmSection(_Section):
 
 class OptimizerSection(_Section):
     name: Literal["adam", "sgd"] = "adam"
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0)  # largest; of eureka sft 1.0e-5, where the key is not given
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     warmup_ratio: float = Field(0.03, ge=0, le=1)
@@ -256,7 +256,7 @@ class TrainingSection(_Section):
     prompts_per_step: int = Field(128, ge=1)
     responses_per_update: int = Field(128, ge=1)  # responses of one optimizer step
     passes: int = Field(1, ge=1)  # over the responses of one rollout step
-    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)  # prompt and response of the longest sample must fit
     evaluate_every: int = Field(0, ge=0)  # rollout steps; 0: never
     evaluate_before: bool = False  # also before the first step, as eval_before/*
     evaluate_temperature: float = Field(1.0, ge=0)  # 0: greedy
@@ -281,9 +281,20 @@ class CheckpointSection(_Section):
 
 
 class SFTSection(_Section):
-    steps: int = Field(600, ge=1)
+    """Of `eureka sft` and the demo's cold start. `eureka sft` also has another default of optimizer.lr: 1.0e-5."""
+
+    steps: int | None = Field(None, ge=1)  # optimizer steps; null: as many as sft.epochs make
+    epochs: float | None = Field(None, gt=0)  # over the rows of data.train, in place of sft.steps; neither: 3
     samples_per_step: int = Field(32, ge=1)
     responses: str = "response"  # the row's key that holds the text to imitate
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "SFTSection":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs:g} both say how long: give one, the other is null"
+            )
+        return self
 
 
 class SyncSection(_Section):
@@ -314,6 +325,12 @@ class RunConfig(_Section):
     sft: SFTSection = SFTSection()
     sync: SyncSection = SyncSection()
     tracking: TrackingSection = TrackingSection()
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest sample that a micro-batch takes; under context parallelism each is filled up to 2 · context."""
+        filling = 2 * self.parallel.context if self.parallel.context > 1 else 1
+        return self.training.max_tokens_per_micro_batch // filling * filling
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

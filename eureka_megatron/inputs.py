@@ -6,11 +6,15 @@ from typing import Any
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows, load_dataset, read_mixture
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.rows import AnswerCheck
 from eureka_megatron.rewards import RewardRules, parseable_gold
 
 
 def open_dataset(config: RunConfig, data: Path | str, processor: Processor, response_key: str | None = None) -> Rows:
-    """Data read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl."""
+    """Data read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl.
+
+    response_key: of the text to imitate, for supervised training, which needs no answer that can be judged.
+    """
     name = "+".join(path.stem for path, _ in read_mixture(data))
     return load_dataset(
         data,
@@ -18,10 +22,15 @@ def open_dataset(config: RunConfig, data: Path | str, processor: Processor, resp
         media=config.data.media,
         on_bad_row=config.data.on_bad_row,
         rejected=config.run.output / f"rejected_{name}.jsonl" if config.data.on_bad_row == "skip" else None,
-        # Only the rules need an answer they can read.
-        check_answer=None if config.rewards.function or config.rewards.urls else unjudgeable,
+        check_answer=None if response_key else answer_check(config),
         response_key=response_key,
+        max_tokens=config.longest_sample,
     )
+
+
+def answer_check(config: RunConfig) -> AnswerCheck | None:
+    """Why an answer can never be judged; None where not the rules judge, which alone must be able to read it."""
+    return None if config.rewards.function or config.rewards.urls else unjudgeable
 
 
 def reward_rules(config: RunConfig) -> RewardRules:

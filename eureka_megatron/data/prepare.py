@@ -16,9 +16,10 @@ from typing import Any
 from PIL import Image
 
 from eureka_megatron.data.chat import located
-from eureka_megatron.data.dataset import load_dataset, read_answer
+from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.pictures import FORMATS, load_picture
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.rows import read_answer
 from eureka_megatron.data.sources import Table, as_chat, open_parquet, open_source, rows_of
 from eureka_megatron.errors import UserError
 

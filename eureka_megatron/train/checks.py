@@ -34,8 +34,20 @@ def check_run(config: RunConfig) -> None:
         )
 
 
+def check_lengths(config: RunConfig) -> None:
+    """Refuse rollouts that training could not take. Raises ConfigError."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > config.longest_sample:
+        limit = config.training.max_tokens_per_micro_batch
+        filled = "" if limit == config.longest_sample else f" ({config.longest_sample}, filled up for parallel.context)"
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds training.max_tokens_per_micro_batch={limit}{filled}"
+        )
+
+
 def check_algorithm(config: RunConfig) -> None:
     """Refuse names and options that `rl` does not know. Raises ConfigError."""
+    check_lengths(config)
     algorithm = config.algorithm
     for key in _KL_KEYS:
         if key in algorithm.loss_options:

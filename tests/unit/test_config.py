@@ -120,8 +120,15 @@ def test_an_override_of_text_is_all_that_follows_the_sign(path):
 
 
 def test_numbers_are_those_of_yaml_1_2(path):
-    config = load_config(path, ["optimizer.lr=1e-6", "training.steps=1_000", "run.seed=010", "rollout.top_p=.5"])
-    assert (config.optimizer.lr, config.training.steps, config.run.seed, config.rollout.top_p) == (1e-6, 1000, 10, 0.5)
+    config = load_config(
+        path, ["optimizer.lr=1e-6", "training.steps=1_000", "run.seed=010", "rewards.format_weight=.5"]
+    )
+    assert (config.optimizer.lr, config.training.steps, config.run.seed, config.rewards.format_weight) == (
+        1e-6,
+        1000,
+        10,
+        0.5,
+    )
     assert load_config(path, ["training.steps=1e3"]).training.steps == 1000
     assert "training.steps: Input should be a valid integer" in message(path, "training.steps=12:30")
     options = load_config(path, ["algorithm.loss_options={a: 1e-2, b: yes, c: x, d: null}"]).algorithm.loss_options
