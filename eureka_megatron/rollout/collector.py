@@ -26,8 +26,9 @@ from eureka_megatron.types import Group, Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
-# Of prompts that an evaluation has in memory at once. Pictures at the published bound are 1.5 MiB each.
-EVALUATION_BYTES = 256 * 1024 * 1024
+# Of prompts that an evaluation has in memory at once, for each engine: 40 pictures at the published bound. On their way to an engine
+# they take about four times as much.
+EVALUATION_BYTES = 64 * 1024 * 1024
 
 # {"id", "prompt", "response", "answer", "length_tokens"} of each rollout → its rewards by name
 Judge = Callable[[list[dict[str, Any]]], list[dict[str, float]]]
@@ -183,13 +184,11 @@ class Collector:
 
     def _parts(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
         """The prompts without what only training needs, enough at a time to keep the engines busy."""
-        rollout, held = self._config.rollout, 0
-        part: list[Prompt] = []
+        rollout, part, held = self._config.rollout, list[Prompt](), 0
+        most, most_bytes = 4 * rollout.max_concurrent * rollout.engines, EVALUATION_BYTES * rollout.engines
         for prompt in prompts:
             slim = prompt.without_patches()
-            if part and (
-                held + slim.nbytes > EVALUATION_BYTES or len(part) == 4 * rollout.engines * rollout.max_concurrent
-            ):
+            if part and (held + slim.nbytes > most_bytes or len(part) == most):
                 yield part
                 part, held = [], 0
             part.append(slim)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from eureka_megatron import config as config_module
 from eureka_megatron.config import SFT_DEFAULTS, RunConfig, load_config, make_config
 from eureka_megatron.errors import ConfigError, nearest
+from eureka_megatron.train.checks import check_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
@@ -244,6 +245,19 @@ def test_a_wrong_key_or_value_is_named(path, override, expected):
 )
 def test_a_combination_that_cannot_work_is_named(path, overrides, expected):
     assert expected in message(path, *overrides)
+
+
+def test_rollouts_that_no_micro_batch_takes_are_refused_before_anything_starts(path):
+    for fits in ("training.max_tokens_per_micro_batch=7096", "parallel.context=4"):
+        check_lengths(load_config(path, [fits]))
+    limit = ["training.max_tokens_per_micro_batch=7097"]
+    check_lengths(load_config(path, limit))
+    with pytest.raises(
+        ConfigError, match=r"data\.max_prompt_tokens \+ rollout\.max_response_tokens = 7096 exceeds training.*=7095"
+    ):
+        check_lengths(load_config(path, ["training.max_tokens_per_micro_batch=7095"]))
+    with pytest.raises(ConfigError, match=r"=7097 \(7092, filled up for parallel\.context\)"):
+        check_lengths(load_config(path, [*limit, "parallel.context=6"]))
 
 
 @pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps:3"])
