@@ -76,7 +76,8 @@ def _parse(text: str, annotation: Any, key: str, origin: str) -> Any:
         node = loader.get_single_node()
         return None if node is None else _value(node, annotation, key, origin, loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+        hint = " (inside { } and [ ] a value with ${…} is quoted)" if "${" in text else ""
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}{hint}") from error
     except RecursionError as error:
         raise ConfigError(f"{origin} is not valid YAML: an alias refers to itself") from error
     finally:

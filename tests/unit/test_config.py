@@ -280,6 +280,7 @@ def test_several_problems_are_told_together(path):
         ("", "key 'model.path' is required"),
         ("model: {path: m}\n", "key 'data.train' is required"),
         ("model:\n  path: m\n  path: n\ndata: {train: t}\n", "found duplicate key model.path"),
+        ("run: {output: runs/${run.name}}\nmodel: {path: m}\ndata: {train: t}\n", "a value with ${…} is quoted"),
         ("model: &m {path: m, again: *m}\ndata: {train: t}\n", "an alias refers to itself"),
         ("model: {path: !!python/name:os.system }\n", "model.path: the tag 'python/name:os.system' is not understood"),
         ("run:\n  name:\nmodel: {path: m}\ndata: {train: t}\n", "run.name: needs a value, found nothing"),
