@@ -224,6 +224,10 @@ class Processor:
         Raises:
             UserError: the text is empty, or spells a control token elsewhere: to imitate that would end the turn or show a picture.
         """
+        return np.array([*self._encode(self.response_text(text)), self.end_token_id], dtype=np.int64)
+
+    def response_text(self, text: str) -> str:
+        """What `encode_response` makes tokens of. Raises as it does."""
         text = self._ends.sub("", text)
         if not text.strip():
             raise UserError("the response is empty")
@@ -231,7 +235,7 @@ class Processor:
             raise UserError(
                 f"the response contains the control token {found[0]}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"
             )
-        return np.array([*self._encode(text), self.end_token_id], dtype=np.int64)
+        return text
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Text without special tokens."""

@@ -7,6 +7,7 @@ can be imitated and, together with its prompt, fits a micro-batch.
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,10 +119,17 @@ def _check_row(row: dict[str, Any], processor: Processor, rules: RowRules) -> No
     if (response := rules.response(row)) is not None:
         if not (isinstance(response, str) and response.strip()):
             raise UserError(f"{rules.response_key!r} must be a non-empty string, found {response!r:.80}")
-        tokens = len(processor.encode_response(response))
-        # A longer prompt is a bad row of its own, so most lengths need no look at the prompt.
-        if rules.max_tokens is not None and processor.max_prompt_tokens + tokens > rules.max_tokens:
-            rules.check_length(processor.length(row["message"], folders=rules.folders), tokens)
+        _check_fit(row["message"], processor.response_text(response), processor, rules)
+
+
+def _check_fit(message: Any, response: str, processor: Processor, rules: RowRules) -> None:
+    """The cheapest look that settles it: a longer prompt is a bad row of its own, and a token is a byte (of NFC) at least."""
+    room = math.inf if rules.max_tokens is None else rules.max_tokens - processor.max_prompt_tokens
+    if len(unicodedata.normalize("NFC", response).encode()) < room:
+        return
+    tokens = len(processor.encode_response(response))
+    if tokens > room:
+        rules.check_length(processor.length(message, folders=rules.folders), tokens)
 
 
 def read_answer(answer: Any) -> str:

@@ -41,7 +41,8 @@ def check_lengths(config: RunConfig) -> None:
         limit = config.training.max_tokens_per_micro_batch
         filled = "" if limit == config.longest_sample else f" ({config.longest_sample}, filled up for parallel.context)"
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds training.max_tokens_per_micro_batch={limit}{filled}"
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds training.max_tokens_per_micro_batch={limit}{filled}: "
+            "raise that or lower one of the two"
         )
 
 
