@@ -90,6 +90,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.print_help(sys.stderr)
         raise ConfigError("eureka: a command is required")
     parsed, rest = parser.parse_known_args(arguments)
+    _spell_homes_out(parsed)
     # argparse gives up on `key=value` once an option stood between them; they are as good behind it as before it.
     if hasattr(parsed, "overrides"):
         parsed.overrides = [*parsed.overrides, *(word for word in rest if "=" in word and not word.startswith("-"))]
@@ -103,6 +104,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         expected = "; overrides have the form section.key=value" if hasattr(parsed, "overrides") else ""
         raise ConfigError(f"{used.prog}: unexpected argument {rest[0]!r}{expected}")
     return parsed
+
+
+def _spell_homes_out(parsed: argparse.Namespace) -> None:
+    """No shell does it in `--input=~/x`: whatever begins with `~` is a path, and its home folder is meant."""
+    from eureka_megatron.places import from_home
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(one) for one in value]
+        return type(value)(from_home(str(value))) if isinstance(value, str | Path) and str(value)[:1] == "~" else value
+
+    vars(parsed).update({name: whole(value) for name, value in vars(parsed).items()})
 
 
 def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -243,26 +256,26 @@ def _add_data(add: Callable[..., Any], children: Any) -> None:
     validate = add(
         kinds, "validate", _validate, "read every row as training would; list what is wrong, with line numbers"
     )
-    validate.add_argument("file", type=Path, metavar="FILE", help="JSONL or parquet file, or directory of `datasets`")
     validate.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="checkpoint (or hub id) whose processor reads it"
+        "overrides",
+        nargs="*",
+        metavar="FILE",
+        help="JSONL or parquet file, or directory of `datasets`; or a run's YAML file, for all it reads, and KEY=VALUE",
     )
-    validate.add_argument(
-        "--media", type=Path, nargs="*", default=[], metavar="DIR", help="further picture and video folders"
-    )
-    validate.add_argument(
-        "--max-prompt-tokens", type=_positive, default=3000, metavar="N", help="longest prompt (3000)"
-    )
-    validate.add_argument(
-        "--max-pixels", type=_positive, default=640 * 28 * 28, metavar="N", help="of a picture (501760)"
-    )
-    validate.add_argument("--min-pixels", type=_positive, default=4 * 28 * 28, metavar="N", help="of a picture (3136)")
-    validate.add_argument(
-        "--video-max-pixels", type=_positive, default=128 * 28 * 28, metavar="N", help="of a frame (100352)"
-    )
-    validate.add_argument("--video-fps", type=_rate, default=2.0, metavar="F", help="frames a second of files (2)")
-    validate.add_argument("--video-max-frames", type=_positive, default=768, metavar="N", help="of a video (768)")
-    validate.add_argument("--clean", type=Path, metavar="FILE", help="write the good rows here, beside the data file")
+    validate.add_argument("--config", type=Path, metavar="YAML", help="the run whose model, limits and folders hold")
+    for option, kind, name, text in (
+        ("--model", Path, "DIR", "checkpoint (or hub id) whose processor reads it; required without a run"),
+        ("--max-prompt-tokens", _positive, "N", "longest prompt (3000)"),
+        ("--max-pixels", _positive, "N", "of a picture (501760)"),
+        ("--min-pixels", _positive, "N", "of a picture (3136)"),
+        ("--video-max-pixels", _positive, "N", "of a frame (100352)"),
+        ("--video-fps", _rate, "F", "frames a second of files (2)"),
+        ("--video-max-frames", _positive, "N", "of a video (768)"),
+        ("--responses", str, "KEY", "of the text to imitate, which every row must have; without, those that have one"),
+        ("--clean", Path, "FILE", "write the good rows here, beside the data file"),
+    ):
+        validate.add_argument(option, type=kind, metavar=name, help=text)
+    validate.add_argument("--media", type=Path, nargs="*", metavar="DIR", help="further picture and video folders")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -311,9 +324,9 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _sft(args: argparse.Namespace) -> None:
-    from eureka_megatron.config import load_config
+    from eureka_megatron.config import SFT_DEFAULTS, load_config
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, SFT_DEFAULTS)
     _first_word()
     with _run_session(config):
         from eureka_megatron.sft import run_sft
@@ -390,20 +403,29 @@ def _mmk12(args: argparse.Namespace) -> None:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from eureka_megatron.data.prepare import show_validation
-    from eureka_megatron.data.processor import Processor
-    from eureka_megatron.places import model_directory
+    from eureka_megatron.config import DataSection, load_config, make_config
 
-    processor = Processor(
-        model_directory(args.model),
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        max_prompt_tokens=args.max_prompt_tokens,
-        video_max_pixels=args.video_max_pixels,
-        video_fps=args.video_fps,
-        video_max_frames=args.video_max_frames,
-    )
-    return show_validation(args.file, processor, media=args.media, clean=args.clean)
+    files = [Path(word) for word in args.overrides if "=" not in word or os.path.exists(word)]
+    overrides = [word for word in args.overrides if Path(word) not in files]
+    run = args.config or next((file for file in files if file.suffix in (".yaml", ".yml")), None)
+    files = [file for file in files if file != run]
+    if len(files) + bool(run) == 0 or len(files) > 1 or not (run or args.model):
+        raise ConfigError(f"{args.prog}: needs a data file and --model, or a run's YAML file; see `{args.prog} --help`")
+    if overrides and not run:
+        raise ConfigError(f"{args.prog}: {overrides[0]!r}: overrides are for a run's YAML file")
+    given = {"model": {"path": args.model}, "data": {"train": str(files[0])}} if not run else {}
+    config = load_config(run, overrides) if run else make_config(given, args.prog)
+    limits = {name: getattr(args, name) for name in DataSection.model_fields if getattr(args, name, None) is not None}
+    changes = {"data": config.data.model_copy(update=limits)}
+    if args.model:
+        changes["model"] = config.model.model_copy(update={"path": args.model})
+    if args.responses:
+        changes["sft"] = config.sft.model_copy(update={"responses": args.responses})
+    from eureka_megatron.inputs import validate_data
+    from eureka_megatron.places import settle
+
+    config = settle(config.model_copy(update=changes))
+    return validate_data(config, files, whole_run=bool(run), responses=bool(args.responses), clean=args.clean)
 
 
 def _counting(args: argparse.Namespace) -> None:

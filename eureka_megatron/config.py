@@ -5,22 +5,44 @@ asserts that every key declared here is read somewhere (`tests/unit/test_config.
 of MM-EUREKA where it has one (ALGORITHMS: hyper-parameters of the published runs).
 
 Reads no environment variables and evaluates no expressions: OmegaConf interpolation such as `${run.name}` works, resolvers do not.
+Names and paths stay as they are written (`yaml_values`), and `~` in a path is the home folder.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from eureka_megatron.errors import ConfigError, nearest
+from eureka_megatron.places import from_home
+from eureka_megatron.yaml_values import read_override, read_yaml
+
+Place = Annotated[
+    Path,  # also of a number, which a reference such as ${run.seed} may be
+    BeforeValidator(
+        lambda path: from_home(str(path)) if type(path) in (int, float) or isinstance(path, str | Path) else path
+    ),
+]
+# Text that begins with a path, or with several behind commas.
+Places = Annotated[str, AfterValidator(lambda text: ",".join(map(from_home, text.split(","))))]
+# Where `eureka sft` has another default: imitation bears, and needs, a higher rate than reinforcement learning.
+SFT_DEFAULTS = {"optimizer": {"lr": 1e-5}}
+SFT_EPOCHS = 3
+_RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # for `run.name: ${run.seed}`
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -35,14 +57,14 @@ class _Section(BaseModel):
 
 class RunSection(_Section):
     name: str = "eureka"
-    output: Path = Path("runs/eureka")  # everything the run writes lies below this folder
+    output: Place = Path("runs/eureka")  # everything the run writes lies below this folder
     seed: int = Field(0, ge=0)
 
 
 class ModelSection(_Section):
     # Hugging Face directory, one in Megatron's format (converted, or a training checkpoint), or a hub id such as
     # Qwen/Qwen2.5-VL-7B-Instruct (@REVISION may follow): weights, config, tokenizer, processor
-    path: Path
+    path: Place
     backend: Literal["local", "te"] = "local"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # parts (vision, merger, language) or patterns of tensor names ("visual.blocks.0.*") that do not learn
@@ -100,9 +122,9 @@ class ParallelSection(_Section):
 
 class DataSection(_Section):
     # a JSONL or parquet file, a directory of `datasets`, or a mixture such as a.jsonl:0.7,b.parquet:0.3
-    train: str
-    test: Path | None = None  # of any of these kinds, but no mixture; evaluated every `training.evaluate_every` steps
-    media: tuple[Path, ...] = ()  # folders pictures and videos may come from, besides the data file's own
+    train: Places
+    test: Place | None = None  # of any of these kinds, but no mixture; evaluated every `training.evaluate_every` steps
+    media: tuple[Place, ...] = ()  # folders pictures and videos may come from, besides the data file's own
     min_pixels: int = Field(4 * 28 * 28, ge=1)  # of a picture, or of a frame of a video
     max_pixels: int = Field(640 * 28 * 28, ge=1)  # of a picture
     video_max_pixels: int = Field(128 * 28 * 28, ge=28 * 28)  # of a frame; a row's own max_pixels goes before
@@ -168,7 +190,7 @@ class RewardsSection(_Section):
     repetition_penalty: float = Field(0.0, ge=0)  # largest, for repeated n-grams; 0: none
     repetition_ngram: int = Field(20, ge=1)  # words; characters of Chinese or Japanese, fours of them of Thai or Khmer
     overlong_buffer_tokens: int = Field(0, ge=0)  # DAPO: from 0 to -1 over the last so many response tokens; 0: none
-    function: str | None = None  # package.module:function or path.py:function that judges instead of the rules
+    function: Places | None = None  # package.module:function or path.py:function that judges instead of the rules
     urls: tuple[str, ...] = ()  # reward services that judge instead, with the original's request and answer
     remote_attempts: int = Field(5, ge=1)  # of each URL, with growing pauses
     remote_timeout_seconds: float = Field(180.0, gt=0)  # of one request, up to the last byte of its answer
@@ -201,7 +223,7 @@ class AlgorithmSection(_Section):
     kl_coefficient: float = Field(0.0, ge=0)  # β; 0 builds no reference at all
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # log-ratios are bounded to 20 nats before any exponential
     kl_in: Literal["loss", "reward"] = "loss"
-    reference: Path | None = None  # directory of the reference policy, of the kinds of model.path; none: that one
+    reference: Place | None = None  # directory of the reference policy, of the kinds of model.path; none: that one
     gamma: float = Field(1.0, gt=0, le=1)  # discount of later rewards, per response token
     compat: Literal["mm_eureka"] | None = None
     filter: FilterSection = FilterSection()
@@ -214,7 +236,7 @@ class AlgorithmSection(_Section):
 
 class OptimizerSection(_Section):
     name: Literal["adam", "sgd"] = "adam"
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0)  # largest; of eureka sft 1.0e-5, where the key is not given
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     warmup_ratio: float = Field(0.03, ge=0, le=1)
@@ -234,7 +256,7 @@ class TrainingSection(_Section):
     prompts_per_step: int = Field(128, ge=1)
     responses_per_update: int = Field(128, ge=1)  # responses of one optimizer step
     passes: int = Field(1, ge=1)  # over the responses of one rollout step
-    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)  # prompt and response of the longest sample must fit
     evaluate_every: int = Field(0, ge=0)  # rollout steps; 0: never
     evaluate_before: bool = False  # also before the first step, as eval_before/*
     evaluate_temperature: float = Field(1.0, ge=0)  # 0: greedy
@@ -259,9 +281,20 @@ class CheckpointSection(_Section):
 
 
 class SFTSection(_Section):
-    steps: int = Field(600, ge=1)
+    """Of `eureka sft` and the demo's cold start. `eureka sft` also has another default of optimizer.lr: 1.0e-5."""
+
+    steps: int | None = Field(None, ge=1)  # optimizer steps; null: as many as sft.epochs make
+    epochs: float | None = Field(None, gt=0)  # over the rows of data.train, in place of sft.steps; neither: 3
     samples_per_step: int = Field(32, ge=1)
     responses: str = "response"  # the row's key that holds the text to imitate
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "SFTSection":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs:g} both say how long: give one, the other is null"
+            )
+        return self
 
 
 class SyncSection(_Section):
@@ -293,6 +326,12 @@ class RunConfig(_Section):
     sync: SyncSection = SyncSection()
     tracking: TrackingSection = TrackingSection()
 
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest sample that a micro-batch takes; under context parallelism each is filled up to 2 · context."""
+        filling = 2 * self.parallel.context if self.parallel.context > 1 else 1
+        return self.training.max_tokens_per_micro_batch // filling * filling
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         responses = self.training.prompts_per_step * self.rollout.samples_per_prompt
@@ -312,8 +351,13 @@ class RunConfig(_Section):
         return self
 
 
-def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply `section.key=value` overrides, validate.
+def load_config(
+    path: Path | str, overrides: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides, resolve references, validate.
+
+    Args:
+        defaults: of a command, where they differ from those declared above.
 
     Raises:
         ConfigError: file, key, value or combination is wrong; names it and what would be right.
@@ -327,27 +371,54 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
         ) from error
-    merged = _parse(lambda: OmegaConf.create(text), str(path))
-    for override in overrides or []:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        added = _parse(lambda line=override: OmegaConf.from_dotlist([line]), f"override {override!r}")
-        merged = _parse(lambda base=merged, more=added: OmegaConf.merge(base, more), f"override {override!r}")
-    if "${oc." in text or any("${oc." in override for override in overrides or []):
-        raise ConfigError(f"{path}: resolvers such as ${{oc.env:…}} are not allowed; write the value")
-    values = _parse(lambda: OmegaConf.to_container(merged, resolve=True), str(path))
+    given = read_yaml(text, RunConfig, str(path))
+    if not isinstance(given, dict | None):
+        raise ConfigError(f"{path} must be a mapping of sections, found {type(given).__name__}")
+    layers = [(str(path), given or {})]
+    layers += [(f"override {line!r}", read_override(line, RunConfig)) for line in overrides or []]
+    merged = OmegaConf.merge(_declared_defaults(), dict(defaults or {}))
+    for origin, values in layers:
+        if any(_RESOLVER.search(text) for text in _texts(values)):
+            raise ConfigError(f"{origin}: resolvers such as ${{oc.env:…}} are not allowed; write the value")
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{origin}: {_reason(error)}") from error
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_reason(error)}") from error
     return make_config(values, origin=str(path))
 
 
-def _parse(read: Callable[[], Any], origin: str) -> Any:
-    """What OmegaConf makes of it, with its errors as ours."""
-    try:
-        return read()
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
-    except YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+def _declared_defaults() -> dict[str, Any]:
+    """Every key that has one, as plain values: keys may refer to them."""
+
+    def of(section: type[BaseModel]) -> dict[str, Any]:
+        fields = section.model_fields.items()
+        found = {name: of(f.annotation) for name, f in fields if _is_section(f.annotation)}
+        left = [name for name, field in fields if name not in found and not field.is_required()]
+        return found | section.model_construct().model_dump(mode="json", include=set(left))
+
+    return of(RunConfig)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        yield from _texts(value)
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    reason = f"{error.full_key}: {str(error).splitlines()[0]}" if error.full_key else str(error).splitlines()[0]
+    if isinstance(error, InterpolationKeyError):
+        reason += " (keys are written ${section.key}; environment variables are not read)"
+    return reason
 
 
 def make_config(values: Any, origin: str = "configuration") -> RunConfig:
@@ -373,5 +444,6 @@ def _describe(problem: Any, origin: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not key:
         return f"{origin}: {message}"
-    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    shown = isinstance(problem["input"], dict | BaseModel) or str(problem["input"]) in message
+    found = "" if shown else f", found {problem['input']!r}"
     return f"{origin}: {key}: {message}{found}"

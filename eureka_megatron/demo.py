@@ -32,7 +32,7 @@ from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.session import LOCK_FILE
-from eureka_megatron.sft import supervise
+from eureka_megatron.sft import in_steps, supervise
 from eureka_megatron.tracking.curves import draw_curves
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.types import Prompt
@@ -104,9 +104,9 @@ def _claim(out: Path) -> None:
 def _train(config: RunConfig, out: Path) -> dict[str, Any]:
     """Cold start, evaluation, reinforcement learning, evaluation, export: one set of ranks and one engine throughout."""
     with Run(config) as run:
-        cold_start = config.model_copy(update={"optimizer": SFT_OPTIMIZER})
+        dataset = open_dataset(config, config.data.train, run.processor, response_key=config.sft.responses)
+        cold_start = in_steps(config.model_copy(update={"optimizer": SFT_OPTIMIZER}), len(dataset))
         with Tracker(cold_start, out, stage="sft") as tracker:
-            dataset = open_dataset(config, config.data.train, run.processor, response_key=config.sft.responses)
             supervise(run.trainer, dataset, cold_start, tracker)
         with Tracker(config, out) as tracker:
             run.sync_weights(check=True)
@@ -125,7 +125,7 @@ def _train(config: RunConfig, out: Path) -> dict[str, Any]:
         "reward_after": after["total"],
         "reward_first": trained[0]["rollout/reward"],
         "reward_last": trained[-1]["rollout/reward"],
-        "sft_steps": config.sft.steps,
+        "sft_steps": cold_start.sft.steps,
         "steps": len(history),
         "trainer_layout": layout,
         "rollout_engine": "vllm",

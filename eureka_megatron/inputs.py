@@ -1,16 +1,23 @@
 """What a run reads, by its configuration: data sets and how responses are judged."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows, load_dataset, read_mixture
-from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.prepare import show_validation
+from eureka_megatron.data.processor import Processor, make_processor
+from eureka_megatron.data.rows import AnswerCheck
+from eureka_megatron.errors import UserError
 from eureka_megatron.rewards import RewardRules, parseable_gold
 
 
 def open_dataset(config: RunConfig, data: Path | str, processor: Processor, response_key: str | None = None) -> Rows:
-    """Data read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl."""
+    """Data read by the run's rules; rows left out go to `run.output`/rejected_<name>.jsonl.
+
+    response_key: of the text to imitate, for supervised training, which needs no answer that can be judged.
+    """
     name = "+".join(path.stem for path, _ in read_mixture(data))
     return load_dataset(
         data,
@@ -18,10 +25,51 @@ def open_dataset(config: RunConfig, data: Path | str, processor: Processor, resp
         media=config.data.media,
         on_bad_row=config.data.on_bad_row,
         rejected=config.run.output / f"rejected_{name}.jsonl" if config.data.on_bad_row == "skip" else None,
-        # Only the rules need an answer they can read.
-        check_answer=None if config.rewards.function or config.rewards.urls else unjudgeable,
+        check_answer=None if response_key else answer_check(config),
         response_key=response_key,
+        max_tokens=config.longest_sample,
     )
+
+
+def answer_check(config: RunConfig) -> AnswerCheck | None:
+    """Why an answer can never be judged; None where not the rules judge, which alone must be able to read it."""
+    return None if config.rewards.function or config.rewards.urls else unjudgeable
+
+
+def validate_data(
+    config: RunConfig, files: Sequence[Path], *, whole_run: bool, responses: bool, clean: Path | None = None
+) -> int:
+    """Read data files as this run would and print what is wrong with them. → exit code, 1 when anything is.
+
+    Args:
+        files: none: all that the run reads.
+        whole_run: whether the configuration is a run's, whose micro-batches must take the rows.
+        responses: whether every row must have the text to imitate; those that have one are looked at in any case.
+        clean: where the good rows of a single file go.
+
+    Raises:
+        UserError: a file is missing or holds no good row; `clean` and several files.
+    """
+    files = list(files) or [path for path, _ in read_mixture(config.data.train)] + list(
+        filter(None, [config.data.test])
+    )
+    if clean is not None and len(files) > 1:
+        raise UserError(f"--clean is for one file, but the run reads {', '.join(map(str, files))}; name one of them")
+    processor = make_processor(config)
+    found = [
+        show_validation(
+            file,
+            processor,
+            clean=clean,
+            media=config.data.media,
+            check_answer=answer_check(config),
+            response_key=config.sft.responses,
+            response_optional=not responses,
+            max_tokens=config.longest_sample if whole_run else None,
+        )
+        for file in files
+    ]
+    return max(found)
 
 
 def reward_rules(config: RunConfig) -> RewardRules:
@@ -51,4 +99,4 @@ def reward_rules(config: RunConfig) -> RewardRules:
 
 def unjudgeable(answer: Any) -> str | None:
     """Why no response could ever be right for this answer, or None."""
-    return None if parseable_gold(answer) else f"answer {answer!r} cannot be parsed"
+    return None if parseable_gold(answer) else "it cannot be parsed"

@@ -177,8 +177,8 @@ class Run:
         """Sample every test prompt once and judge it."""
         if self.test is None:
             raise UserError("data.test is not set: nothing to evaluate")
-        prompts = [self.test.get(index) for index in range(len(self.test))]
-        self.scores = self.collector.evaluate([prompt for prompt in prompts if prompt])
+        found = (self.test.get(index, keep=False) for index in range(len(self.test)))
+        self.scores = self.collector.evaluate(prompt for prompt in found if prompt)
         self.scored_version = self.weight_version
         return self.scores
 

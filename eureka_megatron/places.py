@@ -8,19 +8,45 @@ The directory found names repository and commit, so a run's configuration and it
             repository                                      commit
 """
 
+from __future__ import annotations
+
 import json
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eureka_megatron.config import RunConfig
-from eureka_megatron.errors import UserError
+from eureka_megatron.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from eureka_megatron.config import RunConfig
 
 HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # Weights, configuration, tokenizer, processor; neither pickles nor code.
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+_VARIABLE = re.compile(r"(^|/)\$\{?[A-Za-z_]")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def from_home(text: str) -> str:
+    """A path with its home folder, `~` or `~name`, spelled out: shells do that neither behind `=` nor in files.
+
+    Raises:
+        ConfigError: there is no such home folder, or a variable stands there that no shell has filled in.
+    """
+    path = text.strip() if text.lstrip().startswith("~") else text
+    own = path in ("~", "~/") or path.startswith("~/")
+    whole = path if own and os.environ.get("HOME") == "" else os.path.expanduser(path)
+    if os.path.lexists(whole):
+        return whole
+    if whole.startswith("~"):
+        raise ConfigError(f"{text!r}: there is no such home folder; write the whole path (./~ for a name with a tilde)")
+    if _VARIABLE.search(whole):
+        raise ConfigError(
+            f"{text!r} holds a variable that no shell has filled in; write the path, ~ for the home folder"
+        )
+    return whole
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -62,7 +88,7 @@ def hub_origin(directory: Path | str) -> tuple[str, str] | None:
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
+    return Path(from_home(str(path))).absolute()
 
 
 def _snapshot(repository: str, revision: str | None) -> Path:

@@ -5,14 +5,16 @@ Reinforcement learning climbs only from a policy that sometimes answers right an
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from eureka_megatron.cluster import start_ray
-from eureka_megatron.config import RunConfig
-from eureka_megatron.data.dataset import PromptStream, Rows, load_dataset
+from eureka_megatron.config import SFT_EPOCHS, RunConfig
+from eureka_megatron.data.dataset import PromptStream, Rows
 from eureka_megatron.data.processor import make_processor
+from eureka_megatron.inputs import open_dataset
 from eureka_megatron.places import settle
 from eureka_megatron.run_state import (
     Saves,
@@ -40,10 +42,16 @@ def supervise(
     """`sft.steps` optimizer steps over shuffled epochs of the rows' responses.
 
     Args:
+        config: with a number of steps, see `in_steps`.
         save: write training checkpoints, by the rules of `checkpoint`.
         checkpoint: go on after the step of this one, as if the run had never stopped.
     """
-    trainer.start_phase(config.optimizer, config.sft.steps)
+    sft, rows = config.sft, len(dataset)
+    trainer.start_phase(config.optimizer, sft.steps)
+    tracker.say(
+        f"{sft.steps:,} steps of {sft.samples_per_step:,} rows: {sft.steps * sft.samples_per_step / rows:,.3g} epochs of {rows:,} rows, "
+        f"largest learning rate {config.optimizer.lr:g}"
+    )
     stream = PromptStream(dataset, config.run.seed, workers=config.data.workers, prefetch=config.data.prefetch)
 
     def state() -> tuple[dict[str, str], dict[str, Any]]:
@@ -55,13 +63,23 @@ def supervise(
         stream.load_state_dict(found["data"])
         tell_of_resumption(checkpoint, found, config, tracker)
         first = found["step"]
-    saves = Saves(trainer, config, config.sft.steps, state, tracker)
-    for step in range(first, config.sft.steps):
-        metrics = trainer.sft(stream.next_samples(config.sft.samples_per_step))
+    saves = Saves(trainer, config, sft.steps, state, tracker)
+    for step in range(first, sft.steps):
+        metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
+        metrics["epoch"] = (step + 1) * sft.samples_per_step / rows
         tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()} | saves.figures())
         if save:
             saves.after(step)
     saves.finish()
+
+
+def in_steps(config: RunConfig, rows: int) -> RunConfig:
+    """The configuration with `sft.steps` in place of epochs over so many rows."""
+    sft = config.sft
+    if sft.steps is not None:
+        return config
+    steps = math.ceil((sft.epochs or SFT_EPOCHS) * rows / sft.samples_per_step)
+    return config.model_copy(update={"sft": sft.model_copy(update={"steps": steps, "epochs": None})})
 
 
 def run_sft(config: RunConfig, resume: str | None = None) -> None:
@@ -71,21 +89,15 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
     """
     config = settle(config)
     output = config.run.output / "hf"
+    dataset = None
+    if config.sft.steps is None:  # epochs are known once the rows are
+        dataset = _open(config)
+        config = in_steps(config, len(dataset))
     start = starting_point(config, resume, output, stage="sft", steps=config.sft.steps)
     if start is None:
         return
     checkpoint, first = start
-    check_run(config)
-    data = config.data
-    tell(f"reading {data.train} …")
-    dataset = load_dataset(  # not inputs.open_dataset: imitation needs no answer that can be judged
-        data.train,
-        make_processor(config),
-        media=data.media,
-        on_bad_row=data.on_bad_row,
-        rejected=config.run.output / "rejected.jsonl",
-        response_key=config.sft.responses,
-    )
+    dataset = dataset or _open(config)
     with told_when_stopped(config), ExitStack() as stack:
         ranks = counted(config.parallel.world_size, "trainer rank")
         tell(f"{counted(len(dataset), 'row')}; starting Ray and {ranks}, loading {config.model.path} …")
@@ -98,3 +110,9 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
         with replacing(output) as fresh:
             trainer.export(fresh, model_card(config, stage="sft"))
         tracker.say(f"done: weights in {output}")
+
+
+def _open(config: RunConfig) -> Rows:
+    check_run(config)
+    tell(f"reading {config.data.train} …")
+    return open_dataset(config, config.data.train, make_processor(config), response_key=config.sft.responses)

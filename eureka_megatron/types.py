@@ -10,7 +10,7 @@ made at row t**, that is to the token `labels_T[t]` which follows it; `packing` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +61,10 @@ class Picture:
         """Vision embeddings, hence placeholder tokens, of this picture or video."""
         return len(self.unit_order_U)
 
+    def without_patches(self) -> Picture:
+        """The same to look at, but nothing to train on."""
+        return replace(self, patches_PD=self.patches_PD[:0].clone(), coordinates_P2=self.coordinates_P2[:0].copy())
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -78,6 +82,20 @@ class Prompt:
     pictures: tuple[Picture, ...] = ()
     picture_offsets: tuple[int, ...] = ()  # index in tokens_S of each picture's first placeholder
     origin: str = ""  # "file:line", for messages
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes: pictures above all, and of these the patches."""
+        pixels = 0
+        for picture in self.pictures:
+            pixels += 3 * picture.image.width * picture.image.height if picture.image is not None else 0
+            pixels += picture.frames.nbytes if picture.frames is not None else 0
+        patches = sum(picture.patches_PD.nbytes for picture in self.pictures)
+        return patches + pixels + 4 * self.tokens_S.nbytes + 2 * len(self.text)
+
+    def without_patches(self) -> Prompt:
+        """As a rollout engine needs it: patches weigh eight times what the picture does, and the engine makes its own."""
+        return replace(self, pictures=tuple(picture.without_patches() for picture in self.pictures))
 
     @property
     def next_position(self) -> int:

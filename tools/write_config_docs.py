@@ -21,8 +21,15 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 A run is one YAML file plus overrides on the command line: `eureka train run.yaml optimizer.lr=3e-4 data.media=[pictures]`.
-Only `model.path` and `data.train` are required. An unknown key, a wrong type or a combination that cannot work is refused
-before anything starts. Keys may refer to each other: `output: runs/${run.name}`.
+Only `model.path` and `data.train` are required. An unknown key, a key that stands twice, a wrong type or a combination that cannot work is
+refused before anything starts.
+
+Text, that is names, paths and choices, stays what is written, also where YAML would make a number, a date or truth of it: `run.name=007`,
+`1e3`, `no`. `null` and nothing at all are no text; a name that is spelled so is quoted. In an override all that follows the sign belongs to the text.
+Numbers may be written `1e-6` and `1_000`; `010` is ten. `~` at the head of a path is the home folder; environment variables are the shell's
+business, and one that is left in a path is refused.
+
+Keys may refer to each other, and to what they are when they are not given: `output: runs/${run.name}`. Resolvers such as `${oc.env:…}` are refused.
 
 This page is written by `tools/write_config_docs.py` from the comments in `eureka_megatron/config.py`; edit those.
 """
@@ -105,6 +112,8 @@ def _type(field: FieldInfo) -> str:
 def _name(annotation: Any) -> str:
     """`Literal["a", "b"] | None` → "`a`, `b` or null"; `tuple[Path, ...]` → "list of path"."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _name(inner[0])
     if origin is typing.Literal:
         return _either([f"`{value}`" for value in inner])
     if origin in (typing.Union, types.UnionType):

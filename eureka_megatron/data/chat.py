@@ -25,6 +25,8 @@ KINDS = {
 }  # a part's type or key → what it shows
 VIDEO_KEYS = ("type", "video", "video_url", "fps", "sample_fps", "nframes", "min_pixels", "max_pixels")
 
+# In a message: what UTF-8 does not have, what ends a line for some, what moves a terminal's cursor.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _HALF_A_PAIR = re.compile(r"[\ud800-\udfff]")
 
 Address = str | bytes  # of a picture or video; bytes are the file itself, as tables hold it
@@ -223,7 +225,7 @@ def located(origin: str) -> Iterator[None]:
         message = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if not message.startswith(origin):
             message = f"{origin}: {message}"
-        message = message.encode("utf-8", "backslashreplace").decode()
+        message = _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], message)
         if known and message == str(error):
             raise
         raise (type(error) if known else UserError)(message) from error

@@ -1,8 +1,7 @@
 """Rows of a data file, checked when it is opened and read as they are needed; mixtures of several files; endless shuffled streams.
 
 A row is MM-EUREKA's `{"id", "message", "answer"}` or MMK12's `{"id", "question", "image", "answer"}` and, for supervised training, has a
-response. Loading checks every row (form, keys, chat, pictures and videos present and inside the allowed folders, answers that can be
-judged) but decodes nothing. Rows stay in their file; what stays in memory is where each one lies, a bounded cache of prompts, and a
+response. Loading checks every row (`rows`) but decodes nothing. Rows stay in their file; what stays in memory is where each one lies, a bounded cache of prompts, and a
 bounded number of prompts read ahead, so the host's memory does not grow with the data. What only decoding shows (corrupt pictures,
 prompts that are too long) comes up when the row is used, and `on_bad_row` then decides as it does at loading.
 """
@@ -10,11 +9,10 @@ prompts that are too long) comes up when the row is used, and `on_bad_row` then 
 import json
 import math
 import os
-import re
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,28 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eureka_megatron.data.chat import located, read_chat, sound_text
-from eureka_megatron.data.pictures import locate
+from eureka_megatron.data.chat import located
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.rows import SHOWN, AnswerCheck, Rejects, Row, RowRules, good_rows
 from eureka_megatron.data.sources import Lines, Table, as_chat, open_source
-from eureka_megatron.data.videos import check_video
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.types import Prompt, Sample
 
 CACHE_BYTES = 256 * 1024 * 1024
-# Valid in JSON, yet some readers end a line there; and halves of surrogate pairs, which UTF-8 does not have.
-_ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
-AnswerCheck = Callable[[str], str | None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Where a good row lies. Example: Row(id="train-00007", answer="3", number=8, place=2311)."""
-
-    id: str
-    answer: str
-    number: int  # from 1: line of a file, row of a table
-    place: int  # of the source: byte at which the line begins, row from 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class Dataset:
 
     Attributes:
         rows: where they lie.
-        rejected: rows left out so far (`on_bad_row="skip"`), at loading or when used.
+        rules: what was asked of them.
     """
 
     def __init__(
@@ -70,17 +54,15 @@ class Dataset:
         rows: Sequence[Row],
         processor: Processor,
         *,
-        folders: Sequence[Path] = (),
+        rules: RowRules,
+        rejects: Rejects,
         on_bad_row: Literal["error", "skip"] = "error",
-        rejected_path: Path | None = None,
-        response_key: str | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.path, self.rows, self.processor = source.path, tuple(rows), processor
-        self.folders, self.on_bad_row, self.response_key = tuple(folders), on_bad_row, response_key
-        self.rejected = 0
-        self._source = source
-        self._rejected_path, self._rejected_rows = rejected_path, dict[int, UserError]()
+        self.rules, self.on_bad_row = rules, on_bad_row
+        self._source, self._rejects = source, rejects
+        self._rejected_rows: dict[int, UserError] = {}
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._lock = threading.Lock()
@@ -99,30 +81,41 @@ class Dataset:
             if index in self._cache:
                 self._cache.move_to_end(index)
                 return self._cache[index]
+        prompt = self.read(index)
+        with self._lock:
+            self._remember(index, prompt)
+        return prompt
+
+    @property
+    def rejected(self) -> int:
+        """Rows left out so far (`on_bad_row="skip"`), at loading or when used."""
+        return self._rejects.count
+
+    def read(self, index: int) -> Prompt:
+        """`self[index]`, made anew and kept nowhere: for those who use a row once."""
         row, origin = self.rows[index], self.origin(index)
         with located(origin):
             values = self.raw(index)
             prompt = self.processor.prompt(
-                values["message"], id=row.id, answer=row.answer, folders=self.folders, origin=origin
+                values["message"], id=row.id, answer=row.answer, folders=self.rules.folders, origin=origin
             )
-            if self.response_key is not None:
-                self.processor.encode_response(
-                    values[self.response_key]
-                )  # what is wrong with it costs this row, not the run
-        with self._lock:
-            self._remember(index, prompt)
+            if (response := self.rules.response(values)) is not None:
+                # What is wrong with it costs this row, not the run.
+                self.rules.check_length(len(prompt.tokens_S), len(self.processor.encode_response(response)))
         return prompt
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
 
-    def load(self, index: int) -> Prompt | UserError:
-        """The prompt, or what is wrong with the row. `accept` decides what becomes of that."""
+    def load(self, index: int, *, keep: bool = True) -> Prompt | UserError:
+        """The prompt, or what is wrong with the row. `accept` decides what becomes of that. keep: in the cache."""
         if index in self._rejected_rows:
             return self._rejected_rows[index]
         try:
-            return self[index]
+            return self[index] if keep else self.read(index)
         except UserError as error:
+            if self.on_bad_row == "skip":  # it is kept for good, and its frames would keep the row's pictures
+                error.__traceback__ = error.__cause__ = error.__context__ = None
             return error
 
     def accept(self, index: int, found: Prompt | UserError) -> Prompt | None:
@@ -133,12 +126,13 @@ class Dataset:
             raise found
         if index not in self._rejected_rows:
             self._rejected_rows[index] = found
-            self.reject(self.origin(index), found, self._source.record(self._source.raw(self.rows[index].place)))
+            record = self._source.record(self._source.raw(self.rows[index].place))
+            self._rejects.add(self.origin(index), found, record)
         return None
 
-    def get(self, index: int) -> Prompt | None:
+    def get(self, index: int, *, keep: bool = True) -> Prompt | None:
         """The prompt; None for a bad row when those are skipped."""
-        return self.accept(index, self.load(index))
+        return self.accept(index, self.load(index, keep=keep))
 
     def sample(self, index: int, prompt: Prompt) -> Sample:
         """The row as a supervised sample, with the text to imitate under the key named at loading."""
@@ -146,9 +140,9 @@ class Dataset:
 
     def response(self, index: int) -> str:
         """The text to imitate, of the key named at loading."""
-        if self.response_key is None:
+        if self.rules.response_key is None:
             raise ValueError("load_dataset(response_key=…) names the key that holds the response")
-        return self.raw(index)[self.response_key]
+        return self.raw(index)[self.rules.response_key]
 
     def raw(self, index: int) -> dict[str, Any]:
         """The row as it stands in the file, all keys, and its `message`."""
@@ -168,21 +162,13 @@ class Dataset:
         content = json.dumps([[row.id, row.answer] for row in self.rows]).encode()
         return blake2b(content, digest_size=8).hexdigest()
 
-    def reject(self, origin: str, reason: Exception, record: dict[str, str]) -> None:
-        """Count a row that is left out and append it, as its source records it, to rejected.jsonl."""
-        self.rejected += 1
-        if self._rejected_path is not None:
-            line = json.dumps({"origin": origin, "reason": str(reason)} | record, ensure_ascii=False)
-            with self._rejected_path.open("a", encoding="utf-8") as file:
-                file.write(_ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
-
     def _remember(self, index: int, prompt: Prompt) -> None:
         if index in self._cache:  # another thread was faster
             return
         self._cache[index] = prompt
-        self._cached_bytes += _bytes(prompt)
+        self._cached_bytes += prompt.nbytes
         while self._cached_bytes > self._cache_bytes:
-            self._cached_bytes -= _bytes(self._cache.popitem(last=False)[1])
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
 class Mixture:
@@ -211,20 +197,20 @@ class Mixture:
     def rejected(self) -> int:
         return sum(part.rejected for part in self.parts)
 
-    def load(self, index: int) -> Prompt | UserError:
+    def load(self, index: int, *, keep: bool = True) -> Prompt | UserError:
         """See Dataset.load."""
         part, own = self._find(index)
-        return part.load(own)
+        return part.load(own, keep=keep)
 
     def accept(self, index: int, found: Prompt | UserError) -> Prompt | None:
         """See Dataset.accept."""
         part, own = self._find(index)
         return part.accept(own, found)
 
-    def get(self, index: int) -> Prompt | None:
+    def get(self, index: int, *, keep: bool = True) -> Prompt | None:
         """See Dataset.get."""
         part, own = self._find(index)
-        return part.get(own)
+        return part.get(own, keep=keep)
 
     def sample(self, index: int, prompt: Prompt) -> Sample:
         """See Dataset.sample."""
@@ -260,6 +246,8 @@ def load_dataset(
     rejected: Path | str | None = None,
     check_answer: AnswerCheck | None = None,
     response_key: str | None = None,
+    response_optional: bool = False,
+    max_tokens: int | None = None,
 ) -> Rows:
     """Open and check a JSONL file, a parquet file, a directory of `datasets`, or a mixture `a.jsonl:0.7,b.parquet:0.3`.
 
@@ -268,7 +256,8 @@ def load_dataset(
         on_bad_row: "error" raises, naming up to five bad rows; "skip" counts them and writes them to `rejected`.
         rejected: a JSONL file, begun anew, of `{"origin", "reason", "row"}` and, where a line is no UTF-8, `"row_base64"`; None writes none.
         check_answer: returns why an answer can never be judged, or None; without it answers need only be non-empty.
-        response_key: a further key that every row must have, with the text to imitate.
+        response_key: a further key that every row must have, unless `response_optional`, with the text to imitate.
+        max_tokens: of prompt and response together, in rows that have one.
 
     Raises:
         UserError: a file is missing or holds no good row; or bad rows, as `file:line: reason`.
@@ -282,27 +271,25 @@ def load_dataset(
     parts = []
     for path, _ in mixture:
         source = open_source(path)
-        folders = (source.folder, *map(Path, media))
-        rows, bad = _check_rows(source, folders, check_answer, response_key)
-        if bad and on_bad_row == "error":
-            more = f"\n… {len(bad)} bad rows in all" if len(bad) > 5 else ""
-            raise UserError(
-                "\n".join(str(error) for _, error, _ in bad[:5]) + f"{more}\n(data.on_bad_row=skip leaves bad rows out)"
-            )
+        rules = RowRules((source.folder, *map(Path, media)), check_answer, response_key, response_optional, max_tokens)
+        rejects = Rejects(rejected_path)
+        rows = good_rows(source, processor, rules, rejects)
+        if rejects.count and on_bad_row == "error":
+            more = f"\n… {rejects.count} bad rows in all" if rejects.count > SHOWN else ""
+            raise UserError("\n".join(rejects.first) + f"{more}\n(data.on_bad_row=skip leaves bad rows out)")
         if not rows:
-            raise UserError(f"{path} holds no usable row" + (f"; the first is bad: {bad[0][1]}" if bad else ""))
+            raise UserError(
+                f"{path} holds no usable row" + (f"; the first is bad: {rejects.first[0]}" if rejects.first else "")
+            )
         dataset = Dataset(
             source,
             rows,
             processor,
-            folders=folders,
+            rules=rules,
+            rejects=rejects,
             on_bad_row=on_bad_row,
-            rejected_path=rejected_path,
-            response_key=response_key,
             cache_bytes=CACHE_BYTES // len(mixture),
         )
-        for origin, error, record in bad:
-            dataset.reject(origin, error, record)
         parts.append(dataset)
     if len(parts) == 1:
         return parts[0]
@@ -336,67 +323,6 @@ def _as_number(text: str) -> float | None:
         return float(text)
     except ValueError:  # the colon belongs to a name
         return None
-
-
-def _check_rows(
-    source: Lines | Table, folders: Sequence[Path], check_answer: AnswerCheck | None, response_key: str | None
-) -> tuple[list[Row], list[tuple[str, UserError, dict[str, str]]]]:
-    """The good rows, and (origin, reason, record) of the bad ones."""
-    rows: list[Row] = []
-    bad: list[tuple[str, UserError, dict[str, str]]] = []
-    for number, place, raw in source.scan():
-        origin = f"{source.path}:{number}"
-        try:
-            with located(origin):
-                row = as_chat(source.parse(raw))
-                _check_row(row, folders, check_answer, response_key)
-                rows.append(Row(str(row.get("id", number)), str(row["answer"]), number, place))
-        except UserError as error:
-            bad.append((origin, error, source.record(raw)))
-    return rows, bad
-
-
-def _check_row(
-    row: dict[str, Any], folders: Sequence[Path], check_answer: AnswerCheck | None, response_key: str | None
-) -> None:
-    missing = [key for key in ("message", "answer", response_key) if key is not None and row.get(key) is None]
-    if missing:
-        raise UserError(f"key {missing[0]!r} is missing; found {', '.join(sorted(row)) or 'no keys'}")
-    for visual in read_chat(row["message"]).visuals:
-        if visual.kind == "image":
-            locate(visual.addresses[0], folders)
-        else:
-            check_video(visual, folders)
-    for key in ("id", "answer", response_key):
-        if isinstance(row.get(key), str):
-            sound_text(row[key], repr(key))
-    answer = read_answer(row["answer"])
-    if check_answer is not None and (reason := check_answer(answer)):
-        raise UserError(f"'answer' {answer[:80]!r} cannot be judged: {reason}")
-    if response_key is not None and not (isinstance(row[response_key], str) and row[response_key].strip()):
-        raise UserError(f"{response_key!r} must be a non-empty string, found {row[response_key]!r:.80}")
-
-
-def read_answer(answer: Any) -> str:
-    """The text of an answer.
-
-    Raises:
-        UserError: it is neither a string with something in it nor a number; NaN and the infinities, which JSON does not have but Python
-            reads, and which tables put where nothing is, are none.
-    """
-    number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
-    if not number and not (isinstance(answer, str) and answer.strip()):
-        raise UserError(f"'answer' must be a non-empty string or a number, found {answer!r:.80}")
-    return str(answer)
-
-
-def _bytes(prompt: Prompt) -> int:
-    pixels = 0
-    for picture in prompt.pictures:
-        pixels += 3 * picture.image.width * picture.image.height if picture.image is not None else 0
-        pixels += picture.frames.nbytes if picture.frames is not None else 0
-    patches = sum(picture.patches_PD.nbytes for picture in prompt.pictures)
-    return patches + pixels + 4 * prompt.tokens_S.nbytes + 2 * len(prompt.text)
 
 
 class PromptStream:

@@ -9,7 +9,8 @@ import base64
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -79,6 +80,21 @@ def load_picture(address: Address, folders: Sequence[Path]) -> Image.Image:
     Raises:
         UserError: as `locate`; or the data are corrupt, of another format, or too large. Names the picture.
     """
+    with _opened(address, folders) as picture:
+        picture.load()
+        turn = _turn(picture)
+        return _to_rgb(picture) if turn is None else _to_rgb(picture).transpose(turn)
+
+
+def picture_size(address: Address, folders: Sequence[Path]) -> tuple[int, int]:
+    """Width and height by the header, before any orientation mark. Raises as `load_picture`, but for what only decoding shows."""
+    with _opened(address, folders) as picture:
+        return picture.size
+
+
+@contextmanager
+def _opened(address: Address, folders: Sequence[Path]) -> Iterator[Image.Image]:
+    """A picture whose header has been read; what goes wrong inside the block is an error of the picture, too."""
     path = locate(address, folders)
     try:
         data = path.read_bytes() if path and path.stat().st_size <= MAX_PICTURE_BYTES else None
@@ -99,9 +115,7 @@ def load_picture(address: Address, folders: Sequence[Path]) -> Image.Image:
                         f"picture {short(address)} has {picture.width}×{picture.height} pixels; "
                         f"{MAX_PICTURE_PIXELS} are the most"
                     )
-                picture.load()
-                turn = _turn(picture)
-                return _to_rgb(picture) if turn is None else _to_rgb(picture).transpose(turn)
+                yield picture
     except UserError:
         raise
     except UnidentifiedImageError:

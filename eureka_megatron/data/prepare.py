@@ -16,9 +16,10 @@ from typing import Any
 from PIL import Image
 
 from eureka_megatron.data.chat import located
-from eureka_megatron.data.dataset import load_dataset, read_answer
+from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.pictures import FORMATS, load_picture
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.rows import read_answer
 from eureka_megatron.data.sources import Table, as_chat, open_parquet, open_source, rows_of
 from eureka_megatron.errors import UserError
 
@@ -121,20 +122,22 @@ class Validation:
     videos: int
     longest_tokens: int  # of a prompt, placeholders expanded
     problems: tuple[Problem, ...]  # in file order
+    responses: int = 0  # to imitate
 
 
 def validate(
     path: Path,
     processor: Processor,
     *,
-    media: Sequence[Path] = (),
-    check_answer: Callable[[str], str | None] | None = None,
     clean: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **rules: Any,
 ) -> Validation:
     """Read every row as training would, pictures and videos decoded and the prompt's tokens counted.
 
-    `clean`: a file to write the good lines to, unchanged; it must lie in the same folder, since pictures are found from there.
+    Args:
+        clean: a file to write the good lines to, unchanged; it must lie in the same folder, since pictures are found from there.
+        rules: further arguments of `load_dataset`.
 
     Raises:
         UserError: the file is missing or holds no good row; `clean` exists or lies elsewhere, or the file is a table.
@@ -149,39 +152,41 @@ def validate(
         raise UserError(f"{path} is a table; good rows can be copied from JSONL files only")
     with tempfile.TemporaryDirectory() as folder:
         rejected = Path(folder) / "rejected.jsonl"
-        dataset = load_dataset(
-            path, processor, media=media, on_bad_row="skip", rejected=rejected, check_answer=check_answer
-        )
+        dataset = load_dataset(path, processor, on_bad_row="skip", rejected=rejected, **rules)
         good: list[int] = []
         counts: Counter[str] = Counter()
         for index in range(len(dataset)):
-            prompt = dataset.get(index)
+            prompt = dataset.get(index, keep=False)
             if prompt is not None:
                 good.append(index)
                 counts["videos"] += sum(picture.is_video for picture in prompt.pictures)
                 counts["pictures"] += sum(not picture.is_video for picture in prompt.pictures)
+                counts["responses"] += dataset.rules.response(dataset.raw(index)) is not None
                 counts["tokens"] = max(counts["tokens"], len(prompt.tokens_S))
             if progress is not None:
                 progress(index + 1, len(dataset))
-        records = [json.loads(line) for line in rejected.read_bytes().splitlines()]
+        with rejected.open("rb") as file:  # line by line: a row may be as large as its pictures
+            problems = [_problem(json.loads(line)) for line in file]
     if clean is not None:
         partial = clean.with_name(clean.name + ".partial")
         with partial.open("wb") as file:
             file.writelines(dataset.line(index) for index in good)
         os.replace(partial, clean)
-    problems = [Problem(r["origin"], r["reason"].removeprefix(f"{r['origin']}: ")) for r in records]
     problems.sort(key=lambda problem: int(problem.origin.rpartition(":")[2]))
-    return Validation(len(good), counts["pictures"], counts["videos"], counts["tokens"], tuple(problems))
+    figures = {name: counts[name] for name in ("pictures", "videos", "responses")}
+    return Validation(len(good), **figures, longest_tokens=counts["tokens"], problems=tuple(problems))
 
 
-def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] = (), clean: Path | None = None) -> int:
-    """Validate with a progress bar, print a table of problems. → exit code 0 when there are none, else 1."""
+def _problem(record: dict[str, str]) -> Problem:
+    return Problem(record["origin"], record["reason"].removeprefix(f"{record['origin']}: "))
+
+
+def show_validation(path: Path, processor: Processor, *, clean: Path | None = None, **rules: Any) -> int:
+    """Validate with a progress bar, print a table of problems. → exit code 0 when there are none, else 1. Arguments: see `validate`."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table as Grid
     from rich.text import Text
-
-    from eureka_megatron.rewards import parseable_gold
 
     console = Console()
     with Progress(console=console, transient=True) as bar:
@@ -189,10 +194,9 @@ def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] =
         found = validate(
             path,
             processor,
-            media=media,
             clean=clean,
-            check_answer=lambda answer: None if parseable_gold(answer) else "it cannot be parsed",
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **rules,
         )
     problems = found.problems
     if problems:
@@ -204,8 +208,9 @@ def show_validation(path: Path, processor: Processor, *, media: Sequence[Path] =
         if len(problems) > SHOWN:
             console.print(f"… and {len(problems) - SHOWN} more; by kind: {kinds(problems)}", markup=False)
     console.print(
-        f"{found.rows} good rows, {len(problems)} bad; {found.pictures} pictures, {found.videos} videos, "
-        f"longest prompt {found.longest_tokens} tokens" + (f"; good rows in {clean}" if clean else ""),
+        f"{path}: {found.rows} good rows, {len(problems)} bad; {found.pictures} pictures, {found.videos} videos, "
+        f"{found.responses} responses, longest prompt {found.longest_tokens} tokens"
+        + (f"; good rows in {clean}" if clean else ""),
         markup=False,
         soft_wrap=True,
     )

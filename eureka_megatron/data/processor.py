@@ -6,6 +6,7 @@ the trainer. Both sides so see the same pixels, whatever their resampling code.
 """
 
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from transformers.video_utils import VideoMetadata
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.chat import Address, Chat, Visual, located, map_texts, read_chat
 from eureka_megatron.data.endings import check_files, read_template, response_ends
-from eureka_megatron.data.pictures import load_picture, short
+from eureka_megatron.data.pictures import load_picture, picture_size, short
 from eureka_megatron.data.positions import Span, mrope_positions
 from eureka_megatron.data.prompts import system_prompt as named_system_prompt
 from eureka_megatron.data.samples import training_sample
@@ -147,6 +148,18 @@ class Processor:
             origin=origin,
         )
 
+    def length(self, message: Any, *, folders: Sequence[Path] = ()) -> int:
+        """How many tokens `prompt` makes of it, by the sizes of its pictures; only videos are decoded. Raises as `prompt` does."""
+        chat = read_chat(message, system_prompt=self.system_prompt)
+        if any(visual.kind == "video" for visual in chat.visuals):
+            return len(self.prompt(message, folders=folders).tokens_S)
+        tokens = len(self._tokens(chat, self.render(chat))) - len(chat.visuals)
+        for visual in chat.visuals:
+            width, height = picture_size(name := visual.addresses[0], folders)
+            size = self._target_size(height, width, name, visual.min_pixels, visual.max_pixels)
+            tokens += math.prod(size) // (self._vision.patch_size * self._vision.spatial_merge_size) ** 2
+        return tokens
+
     def render(self, chat: Chat) -> str:
         """The chat template applied, open for the assistant; one placeholder a picture or video.
 
@@ -176,11 +189,7 @@ class Processor:
             UserError: the picture is more than 200 times as long as wide.
         """
         image = image.convert("RGB")
-        least, most = (
-            min(max(bound or own, self.min_pixels), self.max_pixels)
-            for bound, own in ((min_pixels, self.min_pixels), (max_pixels, self.max_pixels))
-        )
-        height, width = self._target_size(image.height, image.width, name, least, most)
+        height, width = self._target_size(image.height, image.width, name, min_pixels, max_pixels)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         values = self._hf.image_processor(images=[image], do_resize=False, return_tensors="pt")
@@ -221,6 +230,10 @@ class Processor:
             UserError: the text is empty, needs a token that the model does not have, or spells a control token elsewhere: to imitate
                 that would end the turn or show a picture.
         """
+        return np.array([*self._inside(self._encode(self.response_text(text))), self.end_token_id], dtype=np.int64)
+
+    def response_text(self, text: str) -> str:
+        """What `encode_response` makes tokens of. Raises as it does."""
         text = self._ends.sub("", text)
         if not text.strip():
             raise UserError("the response is empty")
@@ -228,7 +241,7 @@ class Processor:
             raise UserError(
                 f"the response contains the control token {found[0]}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"
             )
-        return np.array([*self._inside(self._encode(text)), self.end_token_id], dtype=np.int64)
+        return text
 
     def describe_ends(self) -> str:
         """Which tokens end a response, and why, as one line."""
@@ -386,8 +399,14 @@ class Processor:
             **values,
         )
 
-    def _target_size(self, height: int, width: int, name: Address, least: int, most: int) -> tuple[int, int]:
+    def _target_size(
+        self, height: int, width: int, name: Address, min_pixels: int | None, max_pixels: int | None
+    ) -> tuple[int, int]:
         """The size that smart_resize leaves alone; rarely it takes more than one step to get there."""
+        least, most = (
+            min(max(bound or own, self.min_pixels), self.max_pixels)
+            for bound, own in ((min_pixels, self.min_pixels), (max_pixels, self.max_pixels))
+        )
         factor = self._vision.patch_size * self._vision.spatial_merge_size
         for _ in range(8):
             try:

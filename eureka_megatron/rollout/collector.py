@@ -13,7 +13,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ from eureka_megatron.types import Group, Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
+# Of prompts that an evaluation has in memory at once, for each engine: 40 pictures at the published bound. On their way to an engine
+# they take about four times as much.
+EVALUATION_BYTES = 64 * 1024 * 1024
+
 # {"id", "prompt", "response", "answer", "length_tokens"} of each rollout → its rewards by name
 Judge = Callable[[list[dict[str, Any]]], list[dict[str, float]]]
 
@@ -36,7 +40,15 @@ class Generates(Protocol):
     version: int
 
     def generate(
-        self, prompts: Sequence[Prompt], *, n: int, temperature: float, top_p: float, max_tokens: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        seed: int,
+        seen: Counter[str] | None = None,
     ) -> list[Group]: ...
 
 
@@ -109,24 +121,26 @@ class Collector:
         self.metrics = self._figures(tally, reused=reused, dropped=dropped, ready=len(ready))
         return ready
 
-    def evaluate(self, prompts: Sequence[Prompt], n: int = 1) -> dict[str, float]:
+    def evaluate(self, prompts: Iterable[Prompt], n: int = 1) -> dict[str, float]:
         """Sample every prompt n times, as `training.evaluate_…` says, and judge: mean of each reward, "response_length", "truncated", "samples".
 
-        The seed is the run's, so that two evaluations of equal weights give equal figures.
+        Prompts are asked for, sampled and forgotten in parts, so memory does not grow with their number. The seed is the run's, and does
+        not depend on the parts: two evaluations of equal weights give equal figures.
         """
-        if not prompts:
-            return {"samples": 0.0}
-        tally = _Tally()
+        tally, rewards, seen = _Tally(), list[dict[str, float]](), Counter[str]()
         rule = self._config.training
-        sampling = {"n": n, "temperature": rule.evaluate_temperature, "top_p": rule.evaluate_top_p}
-        groups = self._sample(prompts, self._seed("evaluate"), tally, sampling)
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        names = sorted(set().union(*(rollout.rewards for rollout in rollouts)))
-        means = {name: float(np.mean([rollout.rewards[name] for rollout in rollouts])) for name in names}
-        return means | {
-            "response_length": tally.tokens / len(rollouts),
-            "truncated": tally.truncated / len(rollouts),
-            "samples": float(len(rollouts)),
+        sampling = {"n": n, "temperature": rule.evaluate_temperature, "top_p": rule.evaluate_top_p, "seen": seen}
+        for part in self._parts(prompts):
+            groups = self._sample(part, self._seed("evaluate"), tally, sampling)
+            rewards += [rollout.rewards for group in groups for rollout in group.rollouts]
+            del part, groups  # before the next ones are made
+        if not rewards:
+            return {"samples": 0.0}
+        names = sorted(set().union(*rewards))
+        return {name: float(np.mean([one[name] for one in rewards])) for name in names} | {
+            "response_length": tally.tokens / len(rewards),
+            "truncated": tally.truncated / len(rewards),
+            "samples": float(len(rewards)),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,6 +181,20 @@ class Collector:
             tally.reward += one.rewards.get("total", 0.0)
             tally.truncated += one.finish_reason == "length"
         return judged
+
+    def _parts(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
+        """The prompts without what only training needs, enough at a time to keep the engines busy."""
+        rollout, part, held = self._config.rollout, list[Prompt](), 0
+        most, most_bytes = 4 * rollout.max_concurrent * rollout.engines, EVALUATION_BYTES * rollout.engines
+        for prompt in prompts:
+            slim = prompt.without_patches()
+            if part and (held + slim.nbytes > most_bytes or len(part) == most):
+                yield part
+                part, held = [], 0
+            part.append(slim)
+            held += slim.nbytes
+        if part:
+            yield part
 
     def _filter(self, groups: list[Group], tally: _Tally, filtering: bool) -> list[Group]:
         rule = self._config.algorithm.filter

@@ -67,9 +67,12 @@ class EngineOptions:
     weight_version: int = 0  # of the weights in `model`
 
 
-def request_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """One seed a prompt, from `seed` and the prompt's id; the k-th occurrence of an id gets another. Leaves room for + n."""
-    seen: Counter[str] = Counter()
+def request_seeds(prompts: Sequence[Prompt], seed: int, seen: Counter[str] | None = None) -> list[int]:
+    """One seed a prompt, from `seed` and the prompt's id; the k-th occurrence of an id gets another. Leaves room for + n.
+
+    seen: how often ids have come up before; counted on, so that parts of a list get the seeds that the whole would.
+    """
+    seen = Counter() if seen is None else seen
     seeds = []
     for prompt in prompts:
         digest = hashlib.blake2b(f"{seed}/{prompt.id}/{seen[prompt.id]}".encode(), digest_size=8).digest()

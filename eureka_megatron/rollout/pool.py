@@ -13,8 +13,8 @@ import heapq
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.errors import UserError, from_remote, last_message
 from eureka_megatron.rollout.engine import Engine, EngineOptions, request_seeds
 from eureka_megatron.sync.check import Fingerprint
-from eureka_megatron.types import Group, Picture, Prompt, Rollout
+from eureka_megatron.types import Group, Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -94,19 +94,29 @@ class RolloutPool:
         return [self._ready(index) for index in range(len(self._actors))]
 
     def generate(
-        self, prompts: Sequence[Prompt], *, n: int, temperature: float, top_p: float, max_tokens: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        seed: int,
+        seen: Counter[str] | None = None,
     ) -> list[Group]:
         """n rollouts for every prompt, in order, spread over the engines; the result does not depend on how.
+
+        seen: how often ids have come up, when these prompts are a part of more; counted on here.
 
         Prompts of an engine that dies, or does not answer within `rollout.timeout_seconds`, are done again by its replacement.
         Raises UserError when engines keep dying.
         """
-        seeds = request_seeds(prompts, seed)
+        seeds = request_seeds(prompts, seed, seen)
         options = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         costs = [len(prompt.tokens_S) + n * max_tokens for prompt in prompts]
 
         def submit(engine: int, share: list[int]) -> Any:
-            part = [_without_features(prompts[i]) for i in share]
+            part = [prompts[i].without_patches() for i in share]
             return self._actors[engine].generate.remote(part, **options, seed=[seeds[i] for i in share])
 
         found: dict[int, tuple[Rollout, ...]] = {}
@@ -122,7 +132,7 @@ class RolloutPool:
         costs = [len(prompt.tokens_S) + len(tokens_R) for prompt, tokens_R in zip(prompts, responses, strict=True)]
 
         def submit(engine: int, share: list[int]) -> Any:
-            part = [_without_features(prompts[i]) for i in share]
+            part = [prompts[i].without_patches() for i in share]
             return self._actors[engine].score.remote(part, [responses[i] for i in share], temperature)
 
         found: dict[int, np.ndarray] = {}
@@ -266,12 +276,3 @@ def balance(costs: Sequence[float], engines: int) -> list[list[int]]:
         shares[engine].append(index)
         heapq.heappush(loads, (load + costs[index], engine))
     return [sorted(share) for share in shares]
-
-
-def _without_features(prompt: Prompt) -> Prompt:
-    """The prompt as an engine needs it: patches weigh ten times what the picture does, and the engine makes its own."""
-    return replace(prompt, pictures=tuple(_picture_only(picture) for picture in prompt.pictures))
-
-
-def _picture_only(picture: Picture) -> Picture:
-    return replace(picture, patches_PD=picture.patches_PD[:0].clone(), coordinates_P2=picture.coordinates_P2[:0].copy())

@@ -35,7 +35,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def check_rollout(config: RunConfig) -> None:
-    """Refuse rollouts longer than the checkpoint's positions. Raises ConfigError."""
+    """Refuse rollouts longer than the checkpoint's positions, or than training could take. Raises ConfigError."""
     asked, known = (
         config.rollout.max_model_tokens,
         read_hf_config(config.model.path).text_config.max_position_embeddings,
@@ -43,6 +43,19 @@ def check_rollout(config: RunConfig) -> None:
     if asked > known:
         raise ConfigError(
             f"rollout.max_model_tokens={asked} is more than max_position_embeddings={known} in {config.model.path / 'config.json'}"
+        )
+    check_lengths(config)
+
+
+def check_lengths(config: RunConfig) -> None:
+    """Refuse rollouts that training could not take. Raises ConfigError."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > config.longest_sample:
+        limit = config.training.max_tokens_per_micro_batch
+        filled = "" if limit == config.longest_sample else f" ({config.longest_sample}, filled up for parallel.context)"
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds training.max_tokens_per_micro_batch={limit}{filled}: "
+            "raise that or lower one of the two"
         )
 
 

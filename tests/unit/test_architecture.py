@@ -23,7 +23,7 @@ LAYERS = (
     ("train", "rollout", "data", "rl", "tracking", "evaluation", "planning"),
     ("models", "checkpoint", "sync", "rewards"),
     ("parallel",),
-    ("types", "config", "errors", "places", "session"),
+    ("types", "config", "errors", "places", "session", "yaml_values"),
 )
 NEVER = (("train", "rollout"), ("rollout", "train"))
 # Who may import what is heavy, as path prefixes below the package.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eureka_megatron import __version__
-from eureka_megatron.cli import main
+from eureka_megatron.cli import _parse, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,6 +131,21 @@ def test_debug_is_taken_anywhere_and_adds_the_traceback():
         assert "Traceback" in done.stderr
         assert done.stderr.endswith("error: configuration file missing.yaml does not exist\n")
     assert "Traceback" not in eureka("train", "missing.yaml").stderr
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["data", "counting", "--output=~/x y", "--train", "1", "--test", "1"]) == 0
+    assert (tmp_path / "x y" / "train.jsonl").exists()
+    parsed = _parse(["data", "mmk12", "--input", "~/a", "b~", "--output=~"])
+    assert (parsed.input, parsed.output) == ([tmp_path / "a", Path("b~")], tmp_path)
+    parsed = _parse(["sft", "~/run.yaml", "--resume=~/runs/1", "run.name=~"])
+    assert (parsed.config, parsed.resume, parsed.overrides) == (
+        tmp_path / "run.yaml",
+        f"{tmp_path}/runs/1",
+        ["run.name=~"],
+    )
+    assert "there is no such home folder" in refused(capsys, "train", "~nobody-here/run.yaml")
 
 
 def test_counting_writes_the_task(tmp_path, capsys):

@@ -1,16 +1,22 @@
 """The collector's rules on plain callables: filter, dynamic sampling, surplus, ages, counts. Real engines: tests/system."""
 
+import gc
 import logging
 import pickle
+import weakref
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from eureka_megatron.config import make_config
 from eureka_megatron.rollout.collector import Collector
-from eureka_megatron.types import Group, Prompt, Rollout
+from eureka_megatron.rollout.engine import request_seeds
+from eureka_megatron.types import Group, Picture, Prompt, Rollout
 
 SAMPLES = 4
 
@@ -184,7 +190,7 @@ def test_every_batch_of_every_step_has_its_own_seed_and_a_repeated_run_the_same(
 def test_sampling_options_come_from_the_configuration() -> None:
     collector, pool, _ = make([2])
     collector.collect(0)
-    call = {key: value for key, value in pool.calls[0].items() if key != "seed"}
+    call = {key: value for key, value in pool.calls[0].items() if key not in ("seed", "seen")}
     assert call == {"n": SAMPLES, "prompts": 4, "temperature": 0.7, "top_p": 1.0, "max_tokens": 99}
 
 
@@ -207,3 +213,38 @@ def test_evaluation_judges_without_touching_filter_buffer_or_stream() -> None:
     assert collector.evaluate(prompts, n=2) == figures
     assert pool.calls[-1]["seed"] == pool.calls[-2]["seed"]
     assert collector.evaluate([]) == {"samples": 0.0}
+
+
+def test_an_evaluation_forgets_its_prompts_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with the test set, and figures and seeds are those of all prompts at once."""
+    monkeypatch.setattr("eureka_megatron.rollout.collector.EVALUATION_BYTES", 5 * 3 * 56 * 56 + 4000)
+    collector, pool, _ = make([2])
+    alive: list[weakref.ref] = []
+    most, seeds = 0, []
+
+    def decoded(number: int) -> Prompt:
+        picture = Picture("k", Image.new("RGB", (56, 56)), (1, 4, 4), torch.zeros(16, 1176), *[np.arange(4)] * 4)
+        alive.append(weakref.ref(picture.image))
+        return Prompt(f"p{number % 7}", "", str(number % 3), np.arange(3), np.zeros((3, 3), int), (picture,), (0,))
+
+    sample = pool.generate
+
+    def generate(prompts: Any, *, seed: int, seen: Counter[str], **options: Any) -> list[Group]:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(one() is not None for one in alive))
+        assert not any(len(picture.patches_PD) for prompt in prompts for picture in prompt.pictures)
+        seeds.extend(request_seeds(prompts, seed, seen))
+        return sample(prompts, **options)
+
+    pool.generate = generate
+    figures = collector.evaluate(map(decoded, range(40)), n=2)
+    assert (len(alive), most) == (40, 6)  # a part, and the one that did not go into it
+    assert len(pool.calls) == 8
+    parts = list(seeds)
+    seeds.clear()
+    monkeypatch.setattr("eureka_megatron.rollout.collector.EVALUATION_BYTES", 2**40)
+    assert collector.evaluate(map(decoded, range(40)), n=2) == figures
+    assert len(pool.calls) == 9
+    assert seeds == parts
+    assert len(set(seeds)) == 40

@@ -7,8 +7,9 @@ import pytest
 from pydantic import BaseModel
 
 from eureka_megatron import config as config_module
-from eureka_megatron.config import RunConfig, load_config, make_config
+from eureka_megatron.config import SFT_DEFAULTS, RunConfig, load_config, make_config
 from eureka_megatron.errors import ConfigError, nearest
+from eureka_megatron.train.checks import check_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}
@@ -86,6 +87,110 @@ def test_world_size_is_the_product_of_the_axes():
     assert make_config(MINIMAL | {"parallel": parallel}).parallel.world_size == 24
 
 
+# YAML 1.1 and 1.2 make something else of each of these.
+NAMES = ["20251125", "1_2", "1e3", "no", "0x10", "2025-11-25", "12:30", "007", "1.0", "true", "1e-6", "=", "<<", ".5"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_paths_stay_as_they_are_written(tmp_path, name):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"run: {{name: {name}, output: {name}}}\ntracking: {{project: {name}}}\nmodel: {{path: {name}, freeze: [{name}]}}\n"
+        f"data: {{train: {name}, test: {name}, media: [{name}]}}\n"
+    )
+    config = load_config(path)
+    texts = [config.run.name, config.tracking.project, config.data.train, *config.model.freeze]
+    paths = [config.run.output, config.model.path, config.data.test, *config.data.media]
+    assert {*texts, *map(str, paths)} == {name}
+    path.write_text("model: {path: m}\ndata: {train: t}\n")
+    keys = ("run.name", "run.output", "tracking.project", "model.path", "data.train", "data.test", "rewards.function")
+    config = load_config(path, [f"{key}={name}" for key in keys] + [f"rewards.urls=[{name}]", f"run.name='{name}'"])
+    texts = [config.run.name, config.tracking.project, config.data.train, config.rewards.function, *config.rewards.urls]
+    assert {*texts, *map(str, (config.run.output, config.model.path, config.data.test))} == {name}
+
+
+def test_an_override_of_text_is_all_that_follows_the_sign(path):
+    for text in ("a: b #1", "- x", "[a", "{a}", "*a", "%a", "Straße 7/a, b", "a=b", " a"):
+        assert load_config(path, [f"run.name={text}"]).run.name == text
+    assert load_config(path, ["run.name='null'"]).run.name == "null"
+    for text in ("null", "", "~"):
+        assert "run.name: needs a value" in message(path, f"run.name={text}")
+        assert load_config(path, ["data.test=a", f"data.test={text}"]).data.test is None
+    assert 'quote it if that is meant: "null"' in message(path, "run.name=null")
+    assert "algorithm.compat: Input should be 'mm_eureka', found 'no'" in message(path, "algorithm.compat=no")
+
+
+def test_numbers_are_those_of_yaml_1_2(path):
+    config = load_config(
+        path, ["optimizer.lr=1e-6", "training.steps=1_000", "run.seed=010", "rewards.format_weight=.5"]
+    )
+    assert (config.optimizer.lr, config.training.steps, config.run.seed, config.rewards.format_weight) == (
+        1e-6,
+        1000,
+        10,
+        0.5,
+    )
+    assert load_config(path, ["training.steps=1e3"]).training.steps == 1000
+    assert "training.steps: Input should be a valid integer" in message(path, "training.steps=12:30")
+    options = load_config(path, ["algorithm.loss_options={a: 1e-2, b: yes, c: x, d: null}"]).algorithm.loss_options
+    assert options == {"a": 0.01, "b": True, "c": "x", "d": None}
+    path.write_text("run:\nmodel: {path: m}\ndata: &d {train: t}\noptimizer: {lr: 1e-6}\ntraining: {steps: 1_000}\n")
+    config = load_config(path)
+    assert (config.optimizer.lr, config.training.steps, config.run.name) == (1e-6, 1000, "eureka")
+
+
+def test_keys_may_refer_to_those_that_have_their_default(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "run: {output: 'runs/${run.name}/${tracking.project}-${training.steps}'}\nmodel: {path: '${run.output}/m'}\n"
+        "data: {train: t, media: ['${model.path}', '${run.name}']}\nsft: {steps: '${training.steps}'}\n"
+    )
+    config = load_config(path)
+    assert config.run.output == Path("runs/eureka/eureka_megatron-1000")
+    assert config.data.media == (Path("runs/eureka/eureka_megatron-1000/m"), Path("eureka"))
+    assert config.sft.steps == 1000
+    config = load_config(
+        path, ["run.name=${optimizer.lr}", "data.test=${data.media[1]}", "rewards.urls=${model.freeze}"]
+    )
+    assert config.run.output == Path("runs/1e-06/eureka_megatron-1000")
+    assert (config.run.name, config.data.test, config.rewards.urls) == ("1e-06", Path("1e-06"), ())
+    assert load_config(path, ["run.name=007", "run.output=${run.name}"]).run.output == Path("007")
+
+
+def test_a_command_may_have_defaults_of_its_own(path):
+    assert load_config(path, defaults=SFT_DEFAULTS).optimizer.lr == 1e-5
+    assert load_config(path, ["optimizer.lr=1e-6"], defaults=SFT_DEFAULTS).optimizer.lr == 1e-6
+    path.write_text("model: {path: m}\ndata: {train: t}\noptimizer: {lr: 2e-3}\n")
+    assert load_config(path, defaults=SFT_DEFAULTS).optimizer.lr == 2e-3
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/müller x")
+    keys = ("run.output", "model.path", "data.test", "algorithm.reference", "rewards.function")
+    path.write_text("model: {path: '~/m'}\ndata: {train: '~/a.jsonl:0.7, ~/b.jsonl:0.3', media: [~/a, b~, '~']}\n")
+    config = load_config(path, [f"{key}=~/x:y" for key in keys])
+    found = [
+        config.run.output,
+        config.model.path,
+        config.data.test,
+        config.algorithm.reference,
+        config.rewards.function,
+    ]
+    assert {*map(str, found)} == {"/home/müller x/x:y"}
+    assert config.data.train == "/home/müller x/a.jsonl:0.7,/home/müller x/b.jsonl:0.3"
+    assert config.data.media == (Path("/home/müller x/a"), Path("b~"), Path("/home/müller x"))
+    assert load_config(path, ["run.name=~/x"]).run.name == "~/x"
+
+
+def test_a_home_that_does_not_exist_and_a_variable_left_over_are_refused(path, monkeypatch):
+    assert "run.output: '~nobody-here/x': there is no such home folder" in message(path, "run.output=~nobody-here/x")
+    assert "model.path: '$HOME/m' holds a variable that no shell" in message(path, "model.path=$HOME/m")
+    assert "data.train: 'a,x/$DATA' holds a variable" in message(path, "data.train=a,x/$DATA").replace("'x/", "'a,x/")
+    assert "environment variables are not read" in message(path, "data.test=${HOME}/m")
+    monkeypatch.setenv("HOME", "")
+    assert "there is no such home folder" in message(path, "run.output=~/x")
+
+
 # -------------------------------------------------------------------------------------------------------------- refused
 
 
@@ -105,7 +210,7 @@ def test_world_size_is_the_product_of_the_axes():
         ("optimizer.lr.x=1", "optimizer.lr: Input should be a valid number"),
         ("model=3", "model: Input should be a valid dictionary"),
         ("model.backend=tee", "model.backend: Input should be 'local' or 'te', found 'tee'"),
-        ("model.freeze=[vision,3]", "model.freeze.1: Input should be a valid string, found 3"),
+        ("model.freeze=[vision,[a]]", "model.freeze.1: Input should be a valid string, found ['a']"),
         ("parallel.virtual_pipeline=2", "parallel: virtual_pipeline needs pipeline > 1"),
         ("tracking.tensorboard=maybe", "tracking.tensorboard: Input should be a valid boolean"),
         ("rollout.samples_per_prompt=1", "rollout.samples_per_prompt: Input should be greater than or equal to 2"),
@@ -125,6 +230,10 @@ def test_a_wrong_key_or_value_is_named(path, override, expected):
         (["optimizer.betas=[0.9,1.5]"], "betas must lie in [0, 1), got [0.9, 1.5]"),
         (["training.steps=true"], "steps: needs a number, found true"),
         (["run.name=${oc.env:HOME}"], "resolvers such as ${oc.env:…} are not allowed"),
+        (["data.media=['${now:%Y}']"], "resolvers such as ${oc.env:…} are not allowed"),
+        (["run.name=${run.nam}"], "run.name: Interpolation key 'run.nam' not found"),
+        (["run.name=${run.output}", "run.output=${run.name}"], "run.name: Recursive interpolation detected"),
+        (["run.name=${"], "override 'run.name=${'"),
         (["optimizer.lr=["], "override 'optimizer.lr=['"),
         (
             ["training.responses_per_update=100"],
@@ -136,6 +245,19 @@ def test_a_wrong_key_or_value_is_named(path, override, expected):
 )
 def test_a_combination_that_cannot_work_is_named(path, overrides, expected):
     assert expected in message(path, *overrides)
+
+
+def test_rollouts_that_no_micro_batch_takes_are_refused_before_anything_starts(path):
+    for fits in ("training.max_tokens_per_micro_batch=7096", "parallel.context=4"):
+        check_lengths(load_config(path, [fits]))
+    limit = ["training.max_tokens_per_micro_batch=7097"]
+    check_lengths(load_config(path, limit))
+    with pytest.raises(
+        ConfigError, match=r"data\.max_prompt_tokens \+ rollout\.max_response_tokens = 7096 exceeds training.*=7095"
+    ):
+        check_lengths(load_config(path, ["training.max_tokens_per_micro_batch=7095"]))
+    with pytest.raises(ConfigError, match=r"=7097 \(7092, filled up for parallel\.context\)"):
+        check_lengths(load_config(path, [*limit, "parallel.context=6"]))
 
 
 @pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps:3"])
@@ -155,8 +277,13 @@ def test_several_problems_are_told_together(path):
         ("model: {path: m\ndata: [", "is not valid YAML: "),
         ("model: {path: m}\nmodel: {path: n}\ndata: {train: t}\n", "found duplicate key model"),
         ("- a\n- b\n", "must be a mapping of sections, found list"),
-        ("", "key 'model' is required"),
-        ("model: {path: m}\n", "key 'data' is required"),
+        ("", "key 'model.path' is required"),
+        ("model: {path: m}\n", "key 'data.train' is required"),
+        ("model:\n  path: m\n  path: n\ndata: {train: t}\n", "found duplicate key model.path"),
+        ("run: {output: runs/${run.name}}\nmodel: {path: m}\ndata: {train: t}\n", "a value with ${…} is quoted"),
+        ("model: &m {path: m, again: *m}\ndata: {train: t}\n", "an alias refers to itself"),
+        ("model: {path: !!python/name:os.system }\n", "model.path: the tag 'python/name:os.system' is not understood"),
+        ("run:\n  name:\nmodel: {path: m}\ndata: {train: t}\n", "run.name: needs a value, found nothing"),
         ("model: {}\ndata: {train: t}\n", "key 'model.path' is required"),
         ("model: null\ndata: {train: t}\n", "model: Input should be a valid dictionary"),
         ("model: {path: '${model.pth}'}\ndata: {train: t}\n", "Interpolation key 'model.pth' not found"),

@@ -1,7 +1,9 @@
 """JSONL files: every bad row is named, good ones are read as needed, streams resume exactly."""
 
 import base64
+import gc
 import json
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -264,3 +266,67 @@ def test_the_cache_is_bounded_and_changes_nothing(folder, processor):
     assert dataset._cached_bytes <= dataset._cache_bytes
     assert dataset[0] is not kept
     np.testing.assert_array_equal(dataset[0].pictures[0].patches_PD, again[0].pictures[0].patches_PD)
+
+
+def test_a_supervised_row_that_cannot_fit_is_told_when_the_data_are_opened(folder, processor):
+    """Nothing that passes fails later: the limit is met to the token."""
+    rows = [row(n, response="1 " * 20 * n) for n in range(1, 6)]
+    dataset = load_dataset(write(folder, rows), processor, response_key="response")
+    lengths = [len(dataset.sample(index, dataset[index])) for index in range(5)]
+    assert lengths == sorted(lengths)
+    path = write(folder, rows, "tight.jsonl")
+    tight = {"response_key": "response", "max_tokens": lengths[2]}
+    with pytest.raises(UserError) as told:
+        load_dataset(path, processor, **tight)
+    first, second, advice = str(told.value).splitlines()
+    assert first.startswith(f"{path}:4: prompt (")
+    assert second.startswith(f"{path}:5: prompt (")
+    assert f"do not fit the {lengths[2]} tokens that training.max_tokens_per_micro_batch allows" in first
+    assert "on_bad_row=skip" in advice
+    rejected = folder / "rejected.jsonl"
+    dataset = load_dataset(path, processor, on_bad_row="skip", rejected=rejected, **tight)
+    samples = PromptStream(dataset).next_samples(6)
+    assert max(map(len, samples)) == lengths[2]
+    assert dataset.rejected == len(rejected.read_text().splitlines()) == 2
+    assert len(load_dataset(path, processor, response_key="response", max_tokens=lengths[4])) == 5
+    # An RL run's rows may have responses that nobody imitates.
+    assert len(load_dataset(path, processor, max_tokens=lengths[2])) == 5
+
+
+def test_an_optional_response_is_looked_at_where_there_is_one(folder, processor):
+    rows = [row(0), row(1, response=None), row(2, response=" "), row(3, response="<|im_start|>"), row(4, response=7)]
+    rejected = folder / "rejected.jsonl"
+    options = {"response_key": "response", "response_optional": True}
+    dataset = load_dataset(write(folder, rows), processor, on_bad_row="skip", rejected=rejected, **options)
+    assert [prompt.id for prompt in dataset] == ["r0", "r1"]
+    assert [json.loads(line)["origin"].rpartition(":")[2] for line in rejected.open()] == ["3", "4", "5"]
+
+
+def test_a_message_is_one_line_whatever_the_row_holds(folder, processor):
+    bad = raw_row(image="a\\nb\\u001b[2J\u2028c.png").replace(b'"answer"', '"an\u2028swer\x85"'.encode())
+    with pytest.raises(UserError) as told:
+        load_dataset(write(folder, [row(0), bad]), processor)
+    first, _ = str(told.value).splitlines()
+    assert first.endswith("found an\\u2028swer\\x85, message")
+
+
+def test_rows_that_are_left_out_keep_no_picture(folder, processor, monkeypatch):
+    """An error's frames would: every picture of every bad row, for the rest of the run."""
+    alive = []
+    made = processor.picture
+
+    def watched(*arguments, **options):
+        picture = made(*arguments, **options)
+        alive.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(processor, "picture", watched)
+    long = json.dumps([{"role": "user", "content": [{"type": "image", "image": "1.png"}, "why " * 99]}])
+    path = write(folder, [row(0), *[row(n, message=long) for n in range(8)]])
+    dataset = load_dataset(path, processor, on_bad_row="skip")
+    for number in range(len(dataset)):
+        dataset.get(number, keep=False)
+    gc.collect()
+    assert (len(alive), dataset.rejected) == (9, 8)
+    assert not [one for one in alive if one() is not None]
+    assert not dataset._cache

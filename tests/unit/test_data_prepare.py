@@ -177,3 +177,45 @@ def test_the_command_prints_a_table_and_answers_by_its_exit_code(
     assert "3 good rows, 0 bad" in printed
     assert "3 good rows, 1 bad" in printed
     assert "key 'message' is missing" in printed
+
+
+def test_a_runs_yaml_says_what_is_read_and_how(
+    tmp_path: Path, processor: Processor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = write_counting(tmp_path, train=4, test=2)
+    rows = [json.loads(line) for line in paths.train.read_text().splitlines()]
+    rows[1]["response"] = "a<|im_end|>b"
+    rows[2]["response"] = "1 " * 300
+    del rows[3]["response"]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"model: {{path: {processor.model_dir}}}\ndata: {{train: ~/train.jsonl, test: ~/test.jsonl, min_pixels: 784, max_prompt_tokens: 96}}\n"
+        "training: {max_tokens_per_micro_batch: 400}\nrollout: {max_response_tokens: 40}\n"
+    )
+    assert main(["data", "validate", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{paths.train}: 4 good rows, 0 bad; 4 pictures, 0 videos, 4 responses" in printed
+    assert f"{paths.test}: 2 good rows" in printed
+    assert main(["data", "validate", "--config", str(run), "data.train=~/other.jsonl,~/train.jsonl"]) == 1
+    printed = capsys.readouterr().out
+    assert "other.jsonl: 2 good rows, 2 bad; 2 pictures, 0 videos, 1 responses" in printed
+    assert "contains the control token <|im_end|>" in printed
+    assert "training.max_tokens_per_micro_batch" in printed
+    named = ["data", "validate", str(run), str(tmp_path / "other.jsonl")]
+    assert main([*named, "--responses", "response", "--clean=~/clean.jsonl"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 good rows, 3 bad" in printed
+    assert "key 'response' is missing" in printed
+    assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == 1
+    assert main([*named, "data.max_prompt_tokens=20", "data.on_bad_row=skip"]) == 1
+    assert "0 good rows, 4 bad" in capsys.readouterr().out
+    for words, told in (
+        ([str(run), "--clean=~/x.jsonl"], "--clean is for one file"),
+        ([str(paths.train)], "needs a data file and --model"),
+        ([str(paths.train), "a.b=c", f"--model={processor.model_dir}"], "'a.b=c': overrides are for a run's YAML file"),
+        ([str(run), "data.tran=x"], "unknown key 'data.tran'"),
+    ):
+        assert main(["data", "validate", *words]) > 0
+        assert told in capsys.readouterr().err

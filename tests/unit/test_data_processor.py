@@ -487,3 +487,21 @@ def test_a_class_name_that_transformers_gave_up_is_told_with_the_one_to_write(mo
         UserError, match=r"says image_processor_type 'Qwen2_5_VLImageProcessor', .* write 'Qwen2VLImageProcessor' there"
     ):
         Processor(directory)
+
+
+def test_lengths_are_known_without_decoding(processor, tmp_path):
+    """By sizes alone, for pictures of every shape, turned by their EXIF, narrowed by their row, and texts that spell control tokens."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(90, 500).save(tmp_path / "turned.jpg", exif=exif)
+    pictures = [noise(*size) for size in ((28, 28), (31, 450), (700, 300), (57, 58))]
+    narrowed = {"type": "image", "image": str(tmp_path / "turned.jpg"), "max_pixels": 20 * 28 * 28}
+    messages = [
+        chat("no picture, <|im_end|>"),
+        *[chat(picture, "one", folder=tmp_path) for picture in pictures],
+        chat(*pictures, "several", folder=tmp_path),
+        [{"role": "user", "content": [narrowed, {"type": "image", "image": str(tmp_path / "turned.jpg")}]}],
+    ]
+    for message in messages:
+        found = processor.length(message, folders=[tmp_path])
+        assert found == len(processor.prompt(message, folders=[tmp_path]).tokens_S)
