@@ -114,5 +114,7 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
 
 def _open(config: RunConfig) -> Rows:
     check_run(config)
+    processor = make_processor(config)
+    tell(processor.describe_ends())
     tell(f"reading {config.data.train} …")
-    return open_dataset(config, config.data.train, make_processor(config), response_key=config.sft.responses)
+    return open_dataset(config, config.data.train, processor, response_key=config.sft.responses)

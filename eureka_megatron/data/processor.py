@@ -5,7 +5,6 @@ picture and goes to the rollout engine; its patches, made by the checkpoint's ow
 the trainer. Both sides so see the same pixels, whatever their resampling code.
 """
 
-import json
 import math
 import re
 import threading
@@ -18,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor
 from transformers.image_utils import pil_torch_interpolation_mapping
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.chat import Address, Chat, Visual, located, map_texts, read_chat
-from eureka_megatron.data.endings import check_files, read_template, response_ends
+from eureka_megatron.data.endings import read_template, response_ends
+from eureka_megatron.data.hf_processor import check_patches, load_hf_processor, picture_bounds
 from eureka_megatron.data.pictures import load_picture, picture_size, short
 from eureka_megatron.data.positions import Span, mrope_positions
 from eureka_megatron.data.prompts import system_prompt as named_system_prompt
@@ -33,12 +32,11 @@ from eureka_megatron.data.samples import training_sample
 from eureka_megatron.data.videos import Clip, open_clip
 from eureka_megatron.data.vision_layout import vision_layout
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.config import VisionConfig, read_hf_config
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.types import Picture, Prompt, Sample
 
 # Where the n-th text of a chat stands, while the template is applied without them.
 _HIDDEN = re.compile("\ufdd0(\\d+)\ufdd0")
-_IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # early revisions of published files call it Qwen2_5_VLImageProcessor
 
 
 class Processor:
@@ -82,10 +80,10 @@ class Processor:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self.system_prompt = named_system_prompt(system_prompt)
         config = read_hf_config(self.model_dir)
-        self._hf = _load(self.model_dir)
+        self._hf = load_hf_processor(self.model_dir)
         self._template, _ = read_template(self.model_dir)
-        self._own_bounds = _picture_bounds(self._hf.image_processor, self.model_dir)
-        _check_patches(self._hf, config.vision_config, self.model_dir)
+        self._own_bounds = picture_bounds(self._hf.image_processor, self.model_dir)
+        check_patches(self._hf, config.vision_config, self.model_dir)
         self.min_pixels = self._own_bounds[0] if min_pixels is None else min_pixels
         self.max_pixels = self._own_bounds[1] if max_pixels is None else max_pixels
         self.tokenizer, self._one_at_a_time = self._hf.tokenizer, threading.Lock()
@@ -435,60 +433,6 @@ class Processor:
 
 def _too_long(name: Address, width: int, height: int) -> UserError:
     return UserError(f"picture {short(name)} is {width}×{height}: more than 200 times as long as wide")
-
-
-def _load(model_dir: Path) -> Any:
-    """The checkpoint's tokenizer, image and video processor, as transformers bundles them."""
-    try:
-        processor = AutoProcessor.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        check_files(model_dir)
-        reason = _unknown_image_processor(model_dir) or str(error).strip().splitlines()[0]
-        raise UserError(f"{model_dir}: tokenizer or processor cannot be loaded: {reason}") from error
-    if not hasattr(processor, "image_processor"):
-        raise UserError(
-            f"{model_dir}: preprocessor_config.json or processor_config.json is missing: there is no image processor"
-        )
-    processor.video_processor.cap_pixels_per_frame = False  # frames come resized; unset, transformers warns
-    return processor
-
-
-def _picture_bounds(image_processor: Any, model_dir: Path) -> tuple[int, int]:
-    """Least and most pixels of a picture: `size` has had two pairs of names."""
-    size = image_processor.size
-    bounds = size.shortest_edge or size.min_pixels, size.longest_edge or size.max_pixels
-    if None in bounds:
-        raise UserError(
-            f"{model_dir}: the image processor's size must have shortest_edge and longest_edge (or min_pixels and max_pixels)"
-        )
-    return bounds
-
-
-def _check_patches(processor: Any, vision: VisionConfig, model_dir: Path) -> None:
-    """Pictures must be cut into the patches that the tower takes."""
-    sizes = {
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.spatial_merge_size,
-    }
-    for kind in ("image_processor", "video_processor"):
-        for name, size in sizes.items():
-            if (found := getattr(getattr(processor, kind), name)) != size:
-                raise UserError(
-                    f"{model_dir}: the {kind} has {name} {found!r}; vision_config in config.json has {size}"
-                )
-
-
-def _unknown_image_processor(model_dir: Path) -> str | None:
-    """What to write where the file names a class by a name that transformers has given up; engines would stumble over it as well."""
-    path = model_dir / "preprocessor_config.json"
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["image_processor_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if str(name).removesuffix("Fast").removesuffix("Pil") == _IMAGE_PROCESSOR:
-        return None
-    return f"{path.name} says image_processor_type {name!r}, which this transformers does not know; write {_IMAGE_PROCESSOR!r} there"
 
 
 def make_processor(config: RunConfig) -> Processor:
