@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +34,7 @@ LONGEST_PLACE = 107 - len("/session_2026-11-26_15-55-17_505773_1234567/sockets/p
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BATCH = (signal.SIGUSR1, signal.SIGUSR2)  # what batch systems are told to send some time before the end
+_PLAIN = re.compile(r"[\w./+=@%,:-]+", re.ASCII)  # torch does not quote paths when it calls a compiler
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems know none
 
 _folder: Path | None = None  # of the session that is open
@@ -200,7 +201,9 @@ def temporary_folder() -> Iterator[Path]:
         yield _folder
         return
     usual = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="eureka-"))
+    if not _PLAIN.fullmatch(usual):
+        usual = _writable(SHORT_PLACES) or usual
+    folder = Path(tempfile.mkdtemp(prefix="eureka-", dir=usual))
     # Caches of compiled code outlive a run.
     cache = os.path.join(usual, "torchinductor_" + re.sub(r"[^\w-]", "_", _user()))
     changes = {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache)}
@@ -224,7 +227,7 @@ def socket_folder(folder: Path) -> Iterator[Path]:
     if len(os.fsencode(folder)) <= LONGEST_PLACE:
         yield folder
         return
-    place = next((place for place in SHORT_PLACES if os.access(place, os.W_OK | os.X_OK)), None)
+    place = _writable(SHORT_PLACES)
     if place is None:
         raise UserError(
             f"TMPDIR={folder.parent} is too long for Ray's sockets ({LONGEST_PLACE - len('/eureka-x3k9q2ab')} bytes at most), and none of "
@@ -235,6 +238,10 @@ def socket_folder(folder: Path) -> Iterator[Path]:
         yield short
     finally:
         _remove(short)
+
+
+def _writable(places: Sequence[str]) -> str | None:
+    return next((place for place in places if os.access(place, os.W_OK | os.X_OK)), None)
 
 
 def _remove(folder: Path, seconds: float = 5.0) -> None:

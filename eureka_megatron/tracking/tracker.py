@@ -203,10 +203,20 @@ class Tracker:
             action()
         except Exception as error:
             setattr(self, f"_{which}", None)
+            if which == "wandb":
+                _forget_wandb()
             self._warn(f"{which} failed ({_first_line(error)}); the run goes on without it")
 
     def _warn(self, text: str) -> None:
         self.console.say(f"warning: {text}")
+
+
+def _forget_wandb() -> None:
+    """Its service may be gone (a signal to every process of a job); at exit it would be asked once more, with a traceback."""
+    with contextlib.suppress(Exception):
+        import wandb
+
+        wandb.teardown(exit_code=1)
 
 
 def format_line(step: int, stage: str, values: Mapping[str, float]) -> str:

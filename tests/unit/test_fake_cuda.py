@@ -227,7 +227,7 @@ def backward_waits(_: int) -> list[Any]:
         labels = torch.zeros(40, dtype=torch.int64, device="cuda")
         context = SimpleNamespace(needs_input_grad=(True, True), set_materialize_grads=lambda _: None)
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
-        results = _TokenLogprobs.forward(context, hidden, weight, labels, parallel.tensor.group, 40 * 30)
+        results = _TokenLogprobs.forward(context, hidden, weight, labels, parallel.tensor.group, 0.7, 40 * 30)
         gradients = _TokenLogprobs.backward(context, *map(torch.ones_like, results))[:2]
         return [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in (*results, *gradients)], dict(gpu.waits)
 

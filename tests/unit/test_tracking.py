@@ -1,8 +1,10 @@
 """Metrics survive what runs meet: NaN, a kill in the middle of a line, a resume, no network, no terminal."""
 
+import errno
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -435,3 +437,49 @@ def test_smoothing_is_a_mean_that_shortens_at_the_ends():
 
 def test_every_panel_has_axis_labels():
     assert all(section.ylabel and section.xlabel and section.title for section in SECTIONS)
+
+
+# ---------------------------------------------------------------------------------------------------------- a full disk
+
+
+def test_lines_wait_for_room_on_a_full_disk_and_none_is_torn(tmp_path, monkeypatch, capsys):
+    full, write = [False], os.write
+
+    def limited(descriptor, data):
+        if full[0] and len(data) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[: len(data) - 15] if full[0] else data)  # all but the end, then nothing
+
+    with Tracker(run_config(), tmp_path) as tracker:
+        monkeypatch.setattr("eureka_megatron.tracking.tracker.os.write", limited)
+        tracker.log(0, {"a": 1.0})
+        full[0] = True
+        tracker.log(1, {"a": 2.0})
+        tracker.log(2, {"a": 3.0})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0]
+        full[0] = False
+        tracker.log(3, {"a": 4.0})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    said = capsys.readouterr().out
+    assert said.count("No space left on device; its lines wait") == 1
+
+
+def test_a_run_that_ends_on_a_full_disk_says_what_is_lacking(tmp_path, monkeypatch, capsys):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Tracker(run_config(), tmp_path) as tracker:
+        tracker.log(0, {"a": 1.0})
+        monkeypatch.setattr("eureka_megatron.tracking.tracker.os.write", full)
+        tracker.log(1, {"a": 2.0})
+    assert "lacks the last 1 lines" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where the folder must be")
+    with Tracker(run_config(tensorboard=True), tmp_path) as tracker:
+        tracker.log(0, {"a": 1.0})
+    assert "warning: tensorboard failed (" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
