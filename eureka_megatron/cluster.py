@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,9 +12,8 @@ import ray
 from ray._private import services
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.session import kept_handlers, shielded, socket_folder, temporary_folder
+from eureka_megatron.session import kept_handlers, shielded, silence_of, socket_folder, temporary_folder
 
-CONNECT_SECONDS = 10.0
 END_SECONDS = 10.0  # that ended processes are waited for
 
 
@@ -56,21 +54,13 @@ def start_ray(stack: ExitStack) -> None:
 
 
 def require_cluster(address: str) -> None:
-    """Ray itself waits for minutes, in silence, for a cluster that is gone. Raises UserError."""
-    if address in ("auto", "local"):
-        if address == "auto" and not services.find_gcs_addresses():
-            raise UserError(
-                "RAY_ADDRESS=auto: no Ray cluster runs on this machine; unset RAY_ADDRESS for a private one"
-            )
-        return
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason}); start it, or unset RAY_ADDRESS for a private one"
-        ) from None
+    """Raises UserError when no cluster can be behind RAY_ADDRESS."""
+    if address == "auto":
+        reason = "" if services.find_gcs_addresses() else "no cluster runs on this machine"
+    else:
+        reason = "" if address == "local" else silence_of(address)
+    if reason:
+        raise UserError(f"RAY_ADDRESS={address}: {reason}; start one there, or unset RAY_ADDRESS for a private one")
 
 
 @contextmanager

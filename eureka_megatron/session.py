@@ -25,12 +25,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from eureka_megatron.errors import Stopped, UserError
 
 LOCK_FILE = "lock"
 # A socket's path has 107 bytes at most. Below our folder Ray makes session_2026-11-26_15-55-17_505773_1234567/sockets/plasma_store.
 LONGEST_PLACE = 107 - len("/session_2026-11-26_15-55-17_505773_1234567/sockets/plasma_store")
+CONNECT_SECONDS = 5.0
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BATCH = (signal.SIGUSR1, signal.SIGUSR2)  # what batch systems are told to send some time before the end
@@ -290,3 +292,18 @@ def _home() -> Iterator[None]:
         print(f"HOME={home} cannot be written: caches of libraries last for this run only", file=sys.stderr, flush=True)
     with environment(changes):
         yield
+
+
+# --- RAY_ADDRESS ---
+
+
+def silence_of(address: str) -> str:
+    """Why no Ray cluster can be behind HOST:PORT or ray://HOST:PORT, or "": asked by a plain connection, for Ray waits for minutes."""
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        with socket.create_connection((place.hostname or "", place.port or 0), timeout=CONNECT_SECONDS):
+            return ""
+    except ValueError:
+        return "need HOST:PORT, ray://HOST:PORT, auto or local"
+    except OSError as error:
+        return f"nobody answers at {address} ({error.strerror or error})"

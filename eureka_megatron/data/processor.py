@@ -151,7 +151,7 @@ class Processor:
         chat = read_chat(message, system_prompt=self.system_prompt)
         if any(visual.kind == "video" for visual in chat.visuals):
             return len(self.prompt(message, folders=folders).tokens_S)
-        tokens = len(self._tokens(chat, self.render(chat))) - len(chat.visuals)
+        tokens = len(self._inside(self._tokens(chat, self.render(chat)))) - len(chat.visuals)
         for visual in chat.visuals:
             width, height = picture_size(name := visual.addresses[0], folders)
             size = self._target_size(height, width, name, visual.min_pixels, visual.max_pixels)
@@ -283,6 +283,11 @@ class Processor:
             else:
                 tokens += self._encode(_HIDDEN.sub(lambda found: texts[int(found[1])], piece), plain=True)
         return tokens
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether the tokenizer knows more tokens than the embedding has rows."""
+        return len(self.tokenizer) > self._rows
 
     def _inside(self, tokens: list[int]) -> list[int]:
         """The tokens, when the embedding has a row for each: tokenizers may have got tokens that the model was not resized for."""

@@ -120,12 +120,14 @@ def _check_row(row: dict[str, Any], processor: Processor, rules: RowRules) -> No
         if not (isinstance(response, str) and response.strip()):
             raise UserError(f"{rules.response_key!r} must be a non-empty string, found {response!r:.80}")
         _check_fit(row["message"], processor.response_text(response), processor, rules)
+    if processor.outgrown:  # rare, and only the tokens themselves tell
+        processor.length(row["message"], folders=rules.folders)
 
 
 def _check_fit(message: Any, response: str, processor: Processor, rules: RowRules) -> None:
     """The cheapest look that settles it: a longer prompt is a bad row of its own, and a token is a byte (of NFC) at least."""
     room = math.inf if rules.max_tokens is None else rules.max_tokens - processor.max_prompt_tokens
-    if len(unicodedata.normalize("NFC", response).encode()) < room:
+    if not processor.outgrown and len(unicodedata.normalize("NFC", response).encode()) < room:
         return
     tokens = len(processor.encode_response(response))
     if tokens > room:

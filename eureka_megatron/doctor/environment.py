@@ -2,18 +2,14 @@
 
 import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from eureka_megatron.doctor.finding import Finding
+from eureka_megatron.session import LONGEST_PLACE, silence_of
 
 GIB = 2**30
 LEAST_FREE = 2 * GIB  # Ray's log files, spilled objects, compiled kernels
-# Linux allows a socket's path 107 bytes; below TMPDIR Ray's are /eureka-XXXXXXXX/session_<date and time>_<process>/sockets/plasma_store.
-SOCKET_ROOM = 107 - 80
-CONNECT_SECONDS = 3.0
 
 
 def environment_findings() -> list[Finding]:
@@ -31,7 +27,7 @@ def _tmpdir() -> Finding:
             problem = f"needs {LEAST_FREE // GIB} GiB"
         elif os.statvfs(folder).f_flag & os.ST_NOEXEC:
             problem = "mounted noexec: what Triton and torch compile there does not load"
-        elif len(os.fsencode(folder.absolute())) > SOCKET_ROOM:
+        elif len(os.fsencode(folder.absolute() / "eureka-x3k9q2ab")) > LONGEST_PLACE:
             note += ", too long a path for Ray's sockets: they go to a shorter one"
     return Finding(
         "TMPDIR",
@@ -88,11 +84,4 @@ def _silence(address: str) -> str:
             address = (Path(temporary) / "ray" / "ray_current_cluster").read_text().strip()
         except OSError:
             return "no cluster runs on this machine"
-    try:
-        place = urlsplit(address if "://" in address else f"//{address}")
-        with socket.create_connection((place.hostname or "", place.port or 0), timeout=CONNECT_SECONDS):
-            return ""
-    except ValueError:
-        return "need HOST:PORT, ray://HOST:PORT, auto or local"
-    except OSError as error:
-        return f"nobody answers at {address} ({error.strerror or error})"
+    return silence_of(address)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.prompts import SYSTEM_PROMPTS
 from eureka_megatron.data.samples import training_sample
@@ -477,6 +478,15 @@ def test_a_token_that_the_embedding_has_no_row_for_is_refused(model_dir, tmp_pat
     for use in (lambda: processor.encode_response(message[0]["content"]), lambda: processor.prompt(message)):
         with pytest.raises(UserError, match=rf"token <\|loc_{last + 1}\|> is number {rows}, .* has {rows} rows"):
             use()
+
+    rows_file = tmp_path / "rows.jsonl"
+    good = {"message": [{"role": "user", "content": "one"}], "answer": "1", "response": "two"}
+    bad = [good | {"response": f"<|loc_{last + 1}|>"}, good | {"message": message}]
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in (good, *bad)))
+    with pytest.raises(UserError, match=rf"rows.jsonl:2: token <\|loc_{last + 1}\|> .*\n.*rows.jsonl:3: token"):
+        load_dataset(
+            rows_file, processor, response_key="response"
+        )  # when the data are opened, not when a row's turn comes
 
 
 def test_a_class_name_that_transformers_gave_up_is_told_with_the_one_to_write(model_dir, tmp_path):

@@ -1,6 +1,7 @@
 """What a command takes of the machine and gives back: locks, temporary places, a home, signals. In processes of their own where it matters."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,11 +214,11 @@ def test_what_is_ignored_stays_ignored() -> None:
 def test_a_cluster_that_is_gone_is_told_at_once(address: str) -> None:
     with pytest.raises(UserError) as raised:
         require_cluster(address)
-    assert str(raised.value).startswith(f"RAY_ADDRESS={address}: no Ray cluster answers there (")
+    assert re.match(rf"RAY_ADDRESS={re.escape(address)}: (nobody answers at|need HOST:PORT)", str(raised.value))
     assert "\n" not in str(raised.value)
 
 
 def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
-    with pytest.raises(UserError, match="RAY_ADDRESS=auto: no Ray cluster runs on this machine"):
+    with pytest.raises(UserError, match="RAY_ADDRESS=auto: no cluster runs on this machine"):
         require_cluster("auto")
