@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private import services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from eureka_megatron.errors import UserError
 from eureka_megatron.session import kept_handlers, shielded, silence_of, socket_folder, temporary_folder
@@ -31,6 +32,8 @@ def start_ray(stack: ExitStack) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         require_cluster(address)
+        # `ray start` makes a token; ray.init does not send it to the address of an environment variable unless told.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         options: dict[str, Any] = {}
     else:
         # Ray lowers its workers' priority by 15 to keep a shared node's daemons responsive; here the workers are the job.

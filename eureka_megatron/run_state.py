@@ -214,7 +214,7 @@ def told_when_stopped(config: RunConfig) -> Iterator[None]:
         if found := store.list_checkpoints(config.run.output / store.CHECKPOINTS):
             stop.note = f"{found[-1][1]} holds the first {found[-1][0]} steps: go on from there with --resume auto"
         else:
-            stop.note = f"nothing is saved (checkpoint.every={config.checkpoint.every}, checkpoint.on_signal={config.checkpoint.on_signal})"
+            stop.note = f"nothing is saved (checkpoint.every={config.checkpoint.every}, checkpoint.on_signal={str(config.checkpoint.on_signal).lower()})"
         raise stop from (None if stop is error else error)
 
 
