@@ -264,7 +264,7 @@ class Saves:
         if report is None:
             return
         if report.error:
-            self.tracker.say(f"warning: no checkpoint of step {report.step}: {report.error}; the last good one stays")
+            self.tracker.say(f"warning: no checkpoint of step {report.step}: {report.error}; those before it stay")
         figures = {"seconds": report.seconds, "gib": report.nbytes / 2**30, "failed": float(bool(report.error))}
         self._figures = {f"checkpoint/{name}": value for name, value in figures.items()}
 

@@ -19,6 +19,7 @@ import os
 import platform
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,6 +137,7 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = self.run_dir / "tensorboard" / self.stage
+        threading.excepthook = _unless_tensorboard
         self._tensorboard = SummaryWriter(str(folder), purge_step=self.start_step)
 
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -209,6 +211,12 @@ class Tracker:
 
     def _warn(self, text: str) -> None:
         self.console.say(f"warning: {text}")
+
+
+def _unless_tensorboard(failure: threading.ExceptHookArgs) -> None:
+    """Its writing thread ends with an error that the next call raises again: there it is told, in one line."""
+    if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        threading.__excepthook__(failure)
 
 
 def _forget_wandb() -> None:

@@ -131,8 +131,11 @@ def test_a_home_that_cannot_be_written_is_replaced(
 
 # --- signals ---
 
+# Test runs in the background, or below nohup, ignore some signals, and what they start inherits that.
 WAITS = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     from eureka_megatron.cli import _complain
     from eureka_megatron.errors import Stopped
     from eureka_megatron.session import session, stop_requested
