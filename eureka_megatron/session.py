@@ -147,12 +147,15 @@ def occupied(folder: Path) -> Iterator[None]:
     """Holds the folder (made when missing) for this process; afterwards it is as empty as the run has left it.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or nothing can be written there.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    lock = _locked(path)
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+    except OSError as error:
+        raise UserError(f"run.output={folder} cannot be a run's folder: {error.filename}: {error.strerror}") from error
     try:
         yield
     finally:

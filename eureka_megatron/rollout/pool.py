@@ -211,7 +211,13 @@ class RolloutPool:
                 results.append(self._result(call, index, self.timeout_seconds))
             except RayActorError:
                 self._replace(index)
-                results.append(self._result(getattr(self._actors[index], method).remote(), index, self.timeout_seconds))
+                again = getattr(self._actors[index], method).remote()
+                try:
+                    results.append(self._result(again, index, self.timeout_seconds))
+                except RayActorError as error:
+                    raise UserError(
+                        f"rollout engine {index} died twice in one call ({method}): {last_message(error)}"
+                    ) from error
         return results
 
     def _result(self, call: Any, engine: int, seconds: float | None) -> Any:
@@ -249,7 +255,10 @@ class RolloutPool:
         try:
             return ray.get(self._actors[index].status.remote())
         except (RayActorError, RayTaskError) as error:
-            raise UserError(f"rollout engine {index} did not start: {last_message(error)}") from error
+            reason = last_message(error)
+            if "cache" in reason or "memory" in reason:
+                reason += " (rollout.gpu_memory_utilization; on a CPU rollout.kv_cache_gib)"
+            raise UserError(f"rollout engine {index} did not start: {reason}") from error
 
     def _require_version(self, index: int, status: dict[str, Any], version: int) -> None:
         if status["failure"] is not None or status["weight_version"] != version:

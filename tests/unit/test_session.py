@@ -69,6 +69,13 @@ def test_the_lock_of_a_killed_run_does_not_stay(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_one_is_told_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/x")):
+        with pytest.raises(UserError, match=f"run.output={folder} cannot be a run's folder: "), occupied(folder):
+            pass
+
+
 # --- temporary files ---
 
 
