@@ -9,11 +9,11 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import services
+from ray._private import services, utils
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.session import kept_handlers, shielded, silence_of, socket_folder, temporary_folder
+from eureka_megatron.session import rearm, shielded, silence_of, socket_folder, temporary_folder
 
 END_SECONDS = 10.0  # that ended processes are waited for
 
@@ -43,17 +43,16 @@ def start_ray(stack: ExitStack) -> None:
         options = {"_temp_dir": str(sockets), "include_dashboard": False, "log_to_driver": False}
         if sockets != folder:
             options["object_spilling_directory"] = str(folder)  # what is large goes where the user has said
-    before = set(psutil.Process().children())
+    started: list[psutil.Process] = []
+    stack.callback(_end, started)
     try:
-        with kept_handlers(), _apart():
+        with _apart(started):
             ray.init(logging_level="ERROR", **options)
     except Exception as error:
-        ray.shutdown()
         where = (
             f"RAY_ADDRESS={address}: the cluster cannot be joined" if address else "Ray cannot start on this machine"
         )
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
-    stack.callback(_end, [one for one in psutil.Process().children() if one not in before])
 
 
 def require_cluster(address: str) -> None:
@@ -67,8 +66,8 @@ def require_cluster(address: str) -> None:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """Ray's processes leave signals to the driver, which ends them in order.
+def _apart(started: list[psutil.Process]) -> Iterator[None]:
+    """Ray's processes, which are added to the list, leave signals to the driver, which ends them in order; and Ray leaves the driver's handlers.
 
     Without it scancel, a time limit or Ctrl-C would end all of them at once, and the driver, when its raylet is gone, without a word.
     """
@@ -77,12 +76,15 @@ def _apart() -> Iterator[None]:
         def __init__(self, *args: Any, **options: Any) -> None:
             with shielded():
                 super().__init__(*args, process_group=0, **options)
+            started.append(psutil.Process(self.pid))
 
-    usual, services.ConsolePopen = services.ConsolePopen, Apart
+    usual = services.ConsolePopen, utils.set_sigterm_handler
+    services.ConsolePopen, utils.set_sigterm_handler = Apart, lambda _: rearm()
     try:
         yield
     finally:
-        services.ConsolePopen = usual
+        services.ConsolePopen, utils.set_sigterm_handler = usual
+        rearm()
 
 
 def _end(started: list[psutil.Process]) -> None:

@@ -117,16 +117,11 @@ def _signals(save: bool) -> Iterator[None]:
             signal.signal(one, handler)
 
 
-@contextmanager
-def kept_handlers() -> Iterator[None]:
-    """Within, a library may install its own signal handlers; afterwards the present ones are back."""
-    before = {one: signal.getsignal(one) for one in ENDING}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            with suppress(ValueError):  # not in the main thread: nothing was installed either
-                signal.signal(one, handler)
+def rearm() -> None:
+    """Python's handlers once more, for libraries put their own below them: Ray's core has one that dumps its stack at SIGTERM."""
+    for one in ENDING:
+        with suppress(ValueError, TypeError):  # not in the main thread; a handler that Python does not know
+            signal.signal(one, signal.getsignal(one))
 
 
 @contextmanager
