@@ -34,8 +34,8 @@ LOCK_FILE = "lock"
 LONGEST_PLACE = 107 - len("/session_2026-11-26_15-55-17_505773_1234567/sockets/plasma_store")
 CONNECT_SECONDS = 5.0
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-BATCH = (signal.SIGUSR1, signal.SIGUSR2)  # what batch systems are told to send some time before the end
+# What ends a run; the last two are what batch systems are told to send some time before its end.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PLAIN = re.compile(r"[\w./+=@%,:-]+", re.ASCII)  # torch does not quote paths when it calls a compiler
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems know none
 
@@ -101,8 +101,7 @@ def _signals(save: bool) -> Iterator[None]:
         raise Stopped(came)
 
     # What is ignored stays so (nohup, a shell's background jobs).
-    wanted = (*ENDING, *BATCH) if save else ENDING
-    before = {one: signal.getsignal(one) for one in wanted if signal.getsignal(one) != signal.SIG_IGN}
+    before = {one: signal.getsignal(one) for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN}
     for one in before:
         signal.signal(one, receive)
     try:
@@ -119,7 +118,7 @@ def _signals(save: bool) -> Iterator[None]:
 
 def rearm() -> None:
     """Python's handlers once more, for libraries put their own below them: Ray's core has one that dumps its stack at SIGTERM."""
-    for one in ENDING:
+    for one in SIGNALS:
         with suppress(ValueError, TypeError):  # not in the main thread; a handler that Python does not know
             signal.signal(one, signal.getsignal(one))
 
@@ -127,7 +126,7 @@ def rearm() -> None:
 @contextmanager
 def shielded() -> Iterator[None]:
     """Processes started within hold back what a batch system sends to every process of a job: the driver ends them in order, by SIGKILL."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, *BATCH})  # whatever is forked now inherits the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # whatever is forked now inherits the mask
     try:
         yield
     finally:
@@ -146,7 +145,7 @@ def occupied(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK_FILE
     try:
-        made = not folder.exists()
+        made = [one for one in (folder, *folder.parents) if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     except OSError as error:
@@ -157,9 +156,9 @@ def occupied(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()
         lock.close()
-        if made:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
+        with suppress(OSError):  # not empty
+            for one in made:
+                one.rmdir()
 
 
 def _locked(path: Path) -> IO[str]:

@@ -42,7 +42,7 @@ def test_a_folder_is_held_once_and_is_as_it_was_afterwards(tmp_path: Path) -> No
         ):
             pass
         assert (folder / LOCK_FILE).exists()
-    assert not folder.exists()
+    assert not folder.parent.exists()
     with occupied(folder):
         (folder / "metrics.jsonl").touch()
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
@@ -170,7 +170,7 @@ def told(process: subprocess.Popen[str], *numbers: int) -> str:
         return process.communicate(timeout=60)[0]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_in_order(name: str, tmp_path: Path) -> None:
     number = getattr(signal, name)
     words = told(python(WAITS.format(save=False, after="pass"), TMPDIR=str(tmp_path)), number)
