@@ -110,14 +110,7 @@ class Engine:
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
-            # Some files name none, and vLLM would take a model without an output layer.
-            # `score` must generate one token beyond, even where max_model_tokens is all the positions that the checkpoint names: they bound
-            # the table of rotary angles, whose rows do not depend on how many there are.
-            hf_overrides={
-                "architectures": [ARCHITECTURE],
-                "text_config": {"max_position_embeddings": max(positions, options.max_model_tokens + 1)},
-                **({"head_dtype": "float32"} if on_gpu else {}),
-            },
+            hf_overrides=hf_overrides(options, positions, on_gpu=on_gpu),
             dtype=options.dtype,
             max_model_len=options.max_model_tokens + 1,
             max_num_seqs=options.max_concurrent,
@@ -439,6 +432,18 @@ def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarra
         raise UserError(
             f"prompt {prompt.id}: vLLM has token {found[first]} at {first}, tokens_S has {expected_S[first]}"
         )
+
+
+def hf_overrides(options: EngineOptions, positions: int, *, on_gpu: bool) -> dict[str, Any]:
+    """What vLLM is to read in config.json in place of what stands there. positions: those that the checkpoint names."""
+    return {
+        # Some files name none, and vLLM would take a model without an output layer.
+        "architectures": [ARCHITECTURE],
+        # `score` must generate one token beyond, even where max_model_tokens is all the positions that the checkpoint names: they bound
+        # the table of rotary angles, whose rows do not depend on how many there are.
+        "text_config": {"max_position_embeddings": max(positions, options.max_model_tokens + 1)},
+        **({"head_dtype": "float32"} if on_gpu else {}),
+    }
 
 
 def _gpu_settings(options: EngineOptions) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """vLLM runs another model runner on GPUs (V2) than where the system tests run (V1). What an engine relies on, asked of V2's own classes."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+from eureka_megatron.rollout.engine import EngineOptions, hf_overrides
 
 runner = pytest.importorskip("vllm.v1.worker.gpu.model_runner", reason="vLLM is not installed")
 
@@ -45,6 +48,18 @@ def test_the_ban_and_the_temperature_do_not_touch_the_logits_that_are_reported()
     assert processed.tolist() == [[0.5, -torch.inf, 2.0]]
     assert raw.tolist() == [[1.0, 2.0, 4.0]]
     assert ModelConfig.logprobs_mode == "raw_logprobs"
+
+
+def test_the_output_layer_on_gpus_is_fp32_and_takes_a_scale(tiny_dir: Path) -> None:
+    """A scale is how an engine samples at a temperature; of bf16 logits it would round a second time."""
+    from vllm.config import ModelConfig
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    options = EngineOptions(tiny_dir, max_model_tokens=100)
+    config = ModelConfig(str(tiny_dir), dtype="bfloat16", hf_overrides=hf_overrides(options, 128, on_gpu=True))
+    assert (config.dtype, config.head_dtype) == (torch.bfloat16, torch.float32)
+    layer = SimpleNamespace(logits_as_input=True, soft_cap=None, scale=1 / 0.5)
+    assert LogitsProcessor.forward(layer, None, torch.tensor([1.0, -3.0])).tolist() == [2.0, -6.0]
 
 
 def test_bans_and_end_tokens_find_room() -> None:
