@@ -347,7 +347,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _run_session(config: Any) -> AbstractContextManager[None]:
-    return session(config.run.output.expanduser(), save_on_signal=config.checkpoint.on_signal)
+    return session(config.run.output, save_on_signal=config.checkpoint.on_signal)
 
 
 def _verify(args: argparse.Namespace) -> int:

