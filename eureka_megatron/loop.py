@@ -6,28 +6,15 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from eureka_megatron.cluster import start_ray
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, mean_return, rewards_differ, rollout_metrics, updates_per_step
-from eureka_megatron.data.dataset import PromptStream
-from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.inputs import open_dataset, reward_rules
-from eureka_megatron.places import settle
-from eureka_megatron.rewards import Rewarder
-from eureka_megatron.rollout.collector import Collector
-from eureka_megatron.rollout.pool import RolloutPool
-from eureka_megatron.run_state import Saves, driver_state, replacing, restore, starting_point, told_when_stopped
-from eureka_megatron.sync.check import compare
-from eureka_megatron.tracking.console import counted, tell
+from eureka_megatron.run.inputs import settle
+from eureka_megatron.run.resume import Saves, driver_state, restore, starting_point, told_when_stopped
+from eureka_megatron.run.run import Run
 from eureka_megatron.tracking.tracker import Tracker
-from eureka_megatron.train.actor import TrainerGroup, model_card
-from eureka_megatron.train.checks import check_algorithm, check_rollout, check_run
 
 
 def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> list[dict[str, float]]:
@@ -90,99 +77,3 @@ def train(config: RunConfig, resume: str | None = None) -> None:
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and (step + 1) % every == 0
-
-
-class Run:
-    """Everything a run needs, started together and stopped together. A context manager."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.weight_version = 0  # what the engines load from model.path
-        self.global_step = 0  # optimizer steps of reinforcement learning
-        self.scores: dict[str, float] = {}  # of the last evaluation, which was of the weights with `scored_version`
-        self.scored_version = -1
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Run:
-        config = self.config
-        # What can be refused is refused before any process starts.
-        check_run(config)
-        check_rollout(config)
-        check_algorithm(config)
-        self.processor = make_processor(config)
-        tell(self.processor.describe_ends())
-        tell(f"reading {config.data.train} …")
-        self.train_data = open_dataset(config, config.data.train, self.processor)
-        self.test = open_dataset(config, config.data.test, self.processor) if config.data.test else None
-        try:
-            self._start()
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def _start(self) -> None:
-        config = self.config
-        rows = counted(len(self.train_data), "training row") + (
-            f", {counted(len(self.test), 'test row')}" if self.test else ""
-        )
-        ranks = counted(config.parallel.world_size, "trainer rank")
-        tell(f"{rows}; starting Ray, {ranks} and {counted(config.rollout.engines, 'rollout engine')} …")
-        start_ray(self._stack)
-        self.trainer = TrainerGroup(config)
-        self._stack.callback(self.trainer.close)
-        self.pool = RolloutPool(config)  # engines load while the trainer ranks do
-        self._stack.callback(self.pool.shutdown)
-        self.layout = self.trainer.start()
-        tell("the trainer has its weights; vLLM loads and warms up …")
-        self.pool.start()
-        self.pool.resend = lambda engines: self.trainer.send_weights(engines, self.weight_version)
-        self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
-        self.collector = Collector(
-            self.pool,
-            self.rewarder.judge,
-            PromptStream(self.train_data, config.run.seed, workers=config.data.workers, prefetch=config.data.prefetch),
-            config,
-            max_age=config.algorithm.filter.max_age,
-        )
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def learn(self, batch: Any) -> dict[str, float]:
-        """All optimizer steps on this batch. → means of their metrics; maxima, or the last value, where the name says so."""
-        results = self.trainer.train(batch)
-
-        def over_steps(name: str) -> float:
-            values = [result[name] for result in results]
-            if name == "actor_lr":
-                return values[-1]
-            return max(values) if name.endswith("_max") else sum(values) / len(values)
-
-        self.global_step += len(results)
-        return {f"train/{name}": over_steps(name) for name in results[0]} | {"train/global_step": self.global_step}
-
-    def sync_weights(self, check: bool = False) -> dict[str, float]:
-        """Hand the trainer's weights to every engine; with `check`, compare a checksum of every tensor on both sides."""
-        self.weight_version += 1
-        start = time.perf_counter()
-        report = self.trainer.send_weights(self.pool.actors, self.weight_version, with_fingerprints=check)
-        self.pool.weights_sent(report)  # engines lost on the way are replaced here
-        if check:
-            for index, checksums in enumerate(self.pool.fingerprints()):
-                compare(report.fingerprints, checksums, where=f"rollout engine {index}")
-        return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
-
-    def evaluate(self) -> dict[str, float]:
-        """Sample every test prompt once and judge it."""
-        if self.test is None:
-            raise UserError("data.test is not set: nothing to evaluate")
-        found = (self.test.get(index, keep=False) for index in range(len(self.test)))
-        self.scores = self.collector.evaluate(prompt for prompt in found if prompt)
-        self.scored_version = self.weight_version
-        return self.scores
-
-    def export(self, output: Path, scores: dict[str, float] | None = None) -> None:
-        """Write the trainer's present weights as a Hugging Face directory with a model card. What lies there moves aside."""
-        with replacing(output) as fresh:
-            self.trainer.export(fresh, model_card(self.config, scores))

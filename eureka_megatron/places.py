@@ -15,12 +15,8 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from eureka_megatron.errors import ConfigError, UserError
-
-if TYPE_CHECKING:
-    from eureka_megatron.config import RunConfig
 
 HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # Weights, configuration, tokenizer, processor; neither pickles nor code.
@@ -49,29 +45,13 @@ def from_home(text: str) -> str:
     return whole
 
 
-def settle(config: RunConfig) -> RunConfig:
-    """The configuration with absolute paths, and with directories where it names models of the hub.
-
-    Raises:
-        UserError: such a model is not in the cache and cannot be downloaded.
-    """
-    reference = config.algorithm.reference
-    changes: dict[str, dict[str, Any]] = {
-        "model": {"path": model_directory(config.model.path)},
-        "run": {"output": _absolute(config.run.output)},
-        "algorithm": {"reference": reference and model_directory(reference)},
-    }
-    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    return config.model_copy(update=sections)
-
-
 def model_directory(name: Path | str) -> Path:
     """The absolute directory of a model: one that exists, or that of a hub id. What is neither stays as it is, for its reader to refuse.
 
     Raises:
         UserError: the name has the form of a hub id, but the model is not in the cache and cannot be downloaded.
     """
-    directory = _absolute(Path(name))
+    directory = absolute(Path(name))
     known = HUB_ID.fullmatch(str(name))
     if directory.exists() or known is None:
         return directory
@@ -87,7 +67,7 @@ def hub_origin(directory: Path | str) -> tuple[str, str] | None:
     return "/".join(names), path.name
 
 
-def _absolute(path: Path) -> Path:
+def absolute(path: Path) -> Path:
     return Path(from_home(str(path))).absolute()
 
 

@@ -33,7 +33,7 @@ def _place(item: pytest.Item) -> int:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2.5-VL checkpoint, untied, with random biases and norms (zeros and ones hide mistakes). Do not write to it."""
-    from eureka_megatron.models.qwen2_5_vl.forms import build_published
+    from eureka_megatron.demo.forms import build_published
 
     return build_published(tmp_path_factory.mktemp("tiny") / "hf", randomize_all=True)
 
@@ -41,6 +41,6 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tied_tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the output layer tied to the embedding, as in the 3B model."""
-    from eureka_megatron.models.qwen2_5_vl.forms import build_published
+    from eureka_megatron.demo.forms import build_published
 
     return build_published(tmp_path_factory.mktemp("tiny-tied") / "hf", tied=True, randomize_all=True)

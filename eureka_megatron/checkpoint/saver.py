@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.dist_io import append
-from eureka_megatron.checkpoint.dist_metadata import Chunk, StoredTensor, write_metadata
-from eureka_megatron.checkpoint.hf_io import sync_file
-from eureka_megatron.checkpoint.layouts import Shape
-from eureka_megatron.checkpoint.release import copy_companions
 from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.weights.companions import copy_companions
+from eureka_megatron.weights.hf_files import sync_file
+from eureka_megatron.weights.layouts import Shape
+from eureka_megatron.weights.torch_dist import append
+from eureka_megatron.weights.torch_dist_metadata import Chunk, StoredTensor, write_metadata
 
 SLOWEST_DISK = timedelta(hours=6)  # that a rank waits for the others to have written
 

@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from eureka_megatron.checkpoint.hf_io import sync_file
 from eureka_megatron.errors import UserError
+from eureka_megatron.weights.hf_files import sync_file
 
 CHECKPOINTS = "checkpoints"  # the folder, within that of the run
 CHECKSUMS_FILE = "checksums.b2"

@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, read_hf_config
@@ -49,6 +48,7 @@ from eureka_megatron.sync.check import (
 )
 from eureka_megatron.sync.source import SyncError, TensorMeta
 from eureka_megatron.types import Picture, Prompt, Rollout
+from eureka_megatron.weights.table import hub_name
 
 
 @dataclass(frozen=True)

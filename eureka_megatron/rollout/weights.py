@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from eureka_megatron.checkpoint.convert import check_hf, open_checkpoint
-from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
-from eureka_megatron.checkpoint.qwen2_5_vl import expand, rows
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.weights.online import check_hf, open_checkpoint
+from eureka_megatron.weights.table import expand, rows
+from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
 
 TORCH_DIST = "torch_dist"  # in vLLM's registry
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.sync.source import SyncError, TensorMeta
+from eureka_megatron.weights.table import hub_name
 
 _CHUNK = 1 << 20  # elements hashed at a time: 8 MiB of int64
 _BITS = (1 << 64) - 1

@@ -29,9 +29,9 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.sync.check import Fingerprint, fingerprint
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
+from eureka_megatron.weights.table import hub_name
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.errors import UserError
+from eureka_megatron.weights.table import hub_name
 
 
 class SyncError(UserError):

@@ -17,13 +17,13 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from eureka_megatron.checkpoint.release import run_card
 from eureka_megatron.checkpoint.saver import SLOWEST_DISK, Report
 from eureka_megatron.checkpoint.store import CHECKPOINTS
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
 from eureka_megatron.parallel.runtime import init_parallel, patient
+from eureka_megatron.release.card import run_card
 from eureka_megatron.train.parcel import Parcel, unwrap, wrap
 from eureka_megatron.types import Batch, Sample
 

@@ -24,19 +24,19 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.convert import (
+from eureka_megatron.checkpoint.saver import Block, Contents, Report, Saver
+from eureka_megatron.errors import UserError
+from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.weights.online import (
     load_hf,
     own_parameters,
     patterns_of,
     raise_together,
     table_of,
 )
-from eureka_megatron.checkpoint.dist_io import DistReader, rectangles, stored_rows, stored_shape
-from eureka_megatron.checkpoint.dist_metadata import STATE_PREFIX
-from eureka_megatron.checkpoint.qwen2_5_vl import Row
-from eureka_megatron.checkpoint.saver import Block, Contents, Report, Saver
-from eureka_megatron.errors import UserError
-from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.weights.table import Row
+from eureka_megatron.weights.torch_dist import DistReader, rectangles, stored_rows, stored_shape
+from eureka_megatron.weights.torch_dist_metadata import STATE_PREFIX
 
 if TYPE_CHECKING:
     from eureka_megatron.train.trainer import PolicyTrainer

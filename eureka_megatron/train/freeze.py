@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint.convert import own_parameters, table_of, unwrap
-from eureka_megatron.checkpoint.qwen2_5_vl import frozen_rows
 from eureka_megatron.parallel.collectives import gather_units
-from eureka_megatron.parallel.packing import Features, distinct_pictures, share_pictures, vision_batch
 from eureka_megatron.parallel.runtime import Axis, Parallel
+from eureka_megatron.train.packing import Features, distinct_pictures, share_pictures, vision_batch
 from eureka_megatron.train.step import to_device
 from eureka_megatron.types import Picture, Sample
+from eureka_megatron.weights.online import own_parameters, table_of, unwrap
+from eureka_megatron.weights.table import frozen_rows
 
 
 def freeze(chunks: Sequence[torch.nn.Module], names: Sequence[str]) -> frozenset[str]:

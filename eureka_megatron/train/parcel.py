@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from eureka_megatron.parallel.packing import distinct_pictures
+from eureka_megatron.train.packing import distinct_pictures
 from eureka_megatron.types import Picture, Sample
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from eureka_megatron.checkpoint import load_hf
 from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.weights import load_hf
 
 
 class ReferenceWeights:

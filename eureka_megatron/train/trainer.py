@@ -13,27 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint import export_hf, iter_hf_weights, load_hf
-from eureka_megatron.checkpoint.convert import table_of
-from eureka_megatron.checkpoint.qwen2_5_vl import tensors_of, unsent
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.models.qwen2_5_vl.transformer_config import fp8_rows
-from eureka_megatron.parallel import packing
 from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.release.live import export_hf
 from eureka_megatron.rl.losses import Metrics, policy_loss, reduce_metrics
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.sync.check import Fingerprint, fingerprint
 from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
-from eureka_megatron.train import prepare, step
+from eureka_megatron.train import packing, prepare, step
 from eureka_megatron.train.freeze import freeze as freeze_parameters
 from eureka_megatron.train.freeze import frozen_tower
 from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
 from eureka_megatron.train.reference import ReferenceWeights
 from eureka_megatron.types import Batch, MicroBatch, Sample
+from eureka_megatron.weights import iter_hf_weights, load_hf
+from eureka_megatron.weights.online import table_of
+from eureka_megatron.weights.table import tensors_of, unsent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

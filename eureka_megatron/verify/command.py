@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
-from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.tracking.console import counted, tell
@@ -24,6 +22,8 @@ from eureka_megatron.verify.measure import measure
 from eureka_megatron.verify.reference import write_reference
 from eureka_megatron.verify.rounding import PICTURES, measure_rounding, write_rounded_references
 from eureka_megatron.verify.samples import made_up_samples
+from eureka_megatron.weights.hf_files import Reader
+from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
 
 # Arguments of `check_layout` besides tensor and pipeline.
 LAYOUT_CHECKED = ("virtual_pipeline", "layers_first_stage", "layers_last_stage", "vision_parallel")

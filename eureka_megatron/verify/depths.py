@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eureka_megatron.checkpoint.convert import unwrap
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
-from eureka_megatron.parallel import packing
 from eureka_megatron.parallel.collectives import gather_rows, gather_units
 from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.train import packing
 from eureka_megatron.types import MicroBatch, Sample
+from eureka_megatron.weights.online import unwrap
 
 
 def depth_names(config: QwenVLConfig, *, attention: bool = False) -> list[str]:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, first_above, relative
 from eureka_megatron.verify.layout import Job
 from eureka_megatron.verify.reference import Reference
+from eureka_megatron.weights.table import hub_name
 
 BARS = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "grad_norm": 1e-5, "sgd_step": 1e-5, "round_trip": 0.0}
 

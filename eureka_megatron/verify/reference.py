@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
+from eureka_megatron.data.model_inputs import model_inputs
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.types import Sample
 from eureka_megatron.verify.depths import reference_depths, watch_reference
-from eureka_megatron.verify.samples import reading_order
+from eureka_megatron.weights.table import hub_name
 
 
 class Reference(Mapping[str, torch.Tensor]):
@@ -90,23 +89,3 @@ def write_reference(
             for name, weight in model.named_parameters()
         }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
-
-
-def model_inputs(sample: Sample, image_token: int) -> dict[str, Any]:
-    """What transformers' model takes of a sample, as a batch of one.
-
-    It works out the positions itself unless there is a video: there its rule is another than vLLM's, and it is given those of the sample.
-    """
-    tokens = torch.from_numpy(sample.tokens_S)[None]
-    inputs: dict[str, Any] = {"input_ids": tokens, "mm_token_type_ids": (tokens == image_token).int()}
-    for video, patches, grids in (
-        (False, "pixel_values", "image_grid_thw"),
-        (True, "pixel_values_videos", "video_grid_thw"),
-    ):
-        shown = [picture for picture in sample.pictures if picture.is_video == video]
-        if shown:
-            inputs[patches] = torch.cat([reading_order(picture) for picture in shown])
-            inputs[grids] = torch.tensor([picture.grid_thw for picture in shown])
-        if shown and video:
-            inputs["position_ids"] = torch.from_numpy(sample.positions_3S)[:, None]
-    return inputs

@@ -5,12 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.types import Picture, Sample
+from eureka_megatron.types import Sample
 
 
 def made_up_samples(
@@ -35,11 +34,3 @@ def made_up_samples(
             prompt = processor.prompt(message, id=f"made-up-{number}", folders=(Path(folder),))
             samples.append(processor.sft_sample(prompt, f"<answer>{int(random.integers(1 << 30))}</answer>"))
     return samples
-
-
-def reading_order(picture: Picture) -> torch.Tensor:
-    """The patches as the image processor gave them: window order undone, merge unit by merge unit."""
-    units = picture.patches_PD.unflatten(0, (picture.units, -1))
-    restored = torch.empty_like(units)
-    restored[torch.from_numpy(np.asarray(picture.unit_order_U))] = units
-    return restored.flatten(0, 1)

@@ -103,7 +103,7 @@ STORE = """
 import sys
 from contextlib import ExitStack
 import ray
-from eureka_megatron.cluster import start_ray
+from eureka_megatron.run.cluster import start_ray
 with ExitStack() as stack:
     start_ray(stack)
     print("store", int(ray.cluster_resources()["object_store_memory"]))

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from eureka_megatron import cli
-from eureka_megatron.checkpoint.dist_io import DistReader
-from eureka_megatron.checkpoint.dist_metadata import STATE_PREFIX
-from eureka_megatron.checkpoint.inspect import describe, differences
+from eureka_megatron.weights.torch_dist import DistReader
+from eureka_megatron.weights.torch_dist_metadata import STATE_PREFIX
+from eureka_megatron.weights.listing import describe, differences
 from eureka_megatron.checkpoint.store import checksum, checksum_lines, list_checkpoints, newest_whole, problems_of
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.forms import build_published
 from tests.helpers.course import Course, course_samples, make_trainer, one_step, run_course, weights_digest
 from tests.helpers.ranks import run_ranks
 
@@ -177,7 +177,7 @@ def load_by_megatron(rank: int, course: Course, source: str) -> bool:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from eureka_megatron.checkpoint.convert import sharded_state, unwrap
+    from eureka_megatron.weights.online import sharded_state, unwrap
 
     trainer = make_trainer(rank, course)
     state, _, absent = dist_checkpointing.load(  # the second lists what is there besides: the optimizer's

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from eureka_megatron.checkpoint import hf_metadata
+from eureka_megatron.weights import hf_metadata
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl import read_hf_config

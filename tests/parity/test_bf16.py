@@ -9,10 +9,11 @@ from megatron.core.utils import unwrap_model
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from eureka_megatron.config import OptimizerSection
-from eureka_megatron.parallel.packing import pack
+from eureka_megatron.data.model_inputs import reading_order
 from eureka_megatron.parallel.runtime import init_parallel
+from eureka_megatron.train.packing import pack
 from eureka_megatron.types import Sample
-from eureka_megatron.verify.samples import made_up_samples, reading_order
+from eureka_megatron.verify.samples import made_up_samples
 from tests.helpers.ranks import run_ranks
 
 STEPS = 4

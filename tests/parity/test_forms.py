@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.utils import logging as quiet
 
-from eureka_megatron.models.qwen2_5_vl.forms import FORMS, build_published
+from eureka_megatron.demo.forms import FORMS, build_published
 from eureka_megatron.verify import Job, made_up_samples, measure, write_reference
 from tests.helpers.ranks import run_ranks
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from eureka_megatron.config import OptimizerSection
-from eureka_megatron.parallel import packing
 from eureka_megatron.parallel.runtime import init_parallel
+from eureka_megatron.train import packing
 from eureka_megatron.types import Sample
 from eureka_megatron.verify import Layout, made_up_samples
 from tests.helpers.ranks import run_ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eureka_megatron.config import OptimizerSection
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.types import Batch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eureka_megatron.cli import main
+from eureka_megatron.cli.commands import main
 from eureka_megatron.verify import Job, Layout, command, made_up_samples
 from eureka_megatron.verify.rounding import FACTORS, PICTURES, measure_rounding, write_rounded_references
 from tests.helpers.ranks import run_ranks

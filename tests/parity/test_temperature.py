@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eureka_megatron.config import OptimizerSection
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Batch
 from tests.helpers.ranks import run_ranks

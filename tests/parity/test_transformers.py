@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.types import Sample
 from eureka_megatron.verify import Job, Layout, made_up_samples, measure, write_reference
 from tests.helpers.ranks import run_ranks

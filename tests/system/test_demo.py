@@ -53,8 +53,8 @@ def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
         config = tmp_path / "run.yaml"
         model, data = tmp_path / "model", tmp_path / "data"
         if not model.exists():
-            from eureka_megatron.data.counting import write_counting
-            from eureka_megatron.models.qwen2_5_vl.forms import build_published
+            from eureka_megatron.demo.counting import write_counting
+            from eureka_megatron.demo.forms import build_published
 
             build_published(model)
             write_counting(data, train=4, test=2)
@@ -74,8 +74,8 @@ def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_named_with_file_and_line(tmp_path: Path) -> None:
-    from eureka_megatron.data.counting import write_counting
-    from eureka_megatron.models.qwen2_5_vl.forms import build_published
+    from eureka_megatron.demo.counting import write_counting
+    from eureka_megatron.demo.forms import build_published
 
     build_published(tmp_path / "model")
     paths = write_counting(tmp_path / "data", train=4, test=2)

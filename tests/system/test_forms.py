@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eureka_megatron.checkpoint.inspect import describe, differences
-from eureka_megatron.checkpoint.offline import hf_to_megatron, megatron_to_hf
 from eureka_megatron.config import RunConfig, make_config
-from eureka_megatron.data.counting import write_counting
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import FORMS, build_published
 from eureka_megatron.loop import train
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.models.qwen2_5_vl.forms import FORMS, build_published
-from eureka_megatron.sft import run_sft
+from eureka_megatron.run.sft import run_sft
+from eureka_megatron.weights.listing import describe, differences
+from eureka_megatron.weights.offline import hf_to_megatron, megatron_to_hf
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from eureka_megatron.data.counting import write_counting
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.tracking.tracker import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]

@@ -10,9 +10,9 @@ from PIL import Image
 
 from eureka_megatron.config import make_config
 from eureka_megatron.data.processor import make_processor
-from eureka_megatron.demo import PeakMemory
+from eureka_megatron.demo.forms import build_published
+from eureka_megatron.demo.story import PeakMemory
 from eureka_megatron.loop import train
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 

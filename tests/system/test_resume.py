@@ -19,10 +19,10 @@ import pytest
 
 from eureka_megatron.checkpoint.store import list_checkpoints, newest_whole, problems_of
 from eureka_megatron.config import load_config
-from eureka_megatron.data.counting import write_counting
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
-from eureka_megatron.run_state import choose_checkpoint
+from eureka_megatron.run.resume import choose_checkpoint
 from eureka_megatron.tracking.tracker import read_metrics
 from tests.helpers.course import Course, course_samples, run_course
 from tests.helpers.ranks import RankError, run_ranks

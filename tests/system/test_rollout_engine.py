@@ -48,9 +48,9 @@ def reference(tiny_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def data(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from eureka_megatron.data.counting import write_counting
     from eureka_megatron.data.dataset import load_dataset
     from eureka_megatron.data.processor import Processor
+    from eureka_megatron.demo.counting import write_counting
 
     folder = tmp_path_factory.mktemp("counting")
     processor = Processor(

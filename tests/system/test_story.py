@@ -12,13 +12,13 @@ import pytest
 
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import make_batch
-from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.samples import training_sample
-from eureka_megatron.demo import demo_config
-from eureka_megatron.loop import Run
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import build_published
+from eureka_megatron.demo.story import demo_config
 from eureka_megatron.rollout.engine import Engine
 from eureka_megatron.rollout.pool import RolloutPool
+from eureka_megatron.run.run import Run
 
 pytestmark = pytest.mark.system
 PROMPTS = 12
@@ -147,7 +147,7 @@ def test_the_export_holds_the_trainers_weights(run: Run, tmp_path: Path) -> None
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from eureka_megatron.verify.samples import reading_order
+    from eureka_megatron.data.model_inputs import reading_order
 
     run.export(tmp_path / "hf")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=torch.float32)

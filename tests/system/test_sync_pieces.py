@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
 from eureka_megatron.rollout.engine import collapse_placeholders, request_seeds
 from eureka_megatron.rollout.pool import balance
 from eureka_megatron.sync.check import check_announced, compare, fingerprint, fingerprints
 from eureka_megatron.sync.ray_transfer import pack, send_weights, unpack
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
 from eureka_megatron.types import Prompt
+from eureka_megatron.weights.table import hub_name
 from tests.helpers.engines import noise_picture
 
 WEIGHTS = [

@@ -251,7 +251,7 @@ def test_the_time_of_a_sync(pool: Any, trainer: Any) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_dir: Path, layout: str) -> None:
-    from eureka_megatron.models.qwen2_5_vl.forms import build_published
+    from eureka_megatron.demo.forms import build_published
     from eureka_megatron.train.actor import TrainerGroup
 
     other = build_published(
@@ -271,10 +271,10 @@ def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_d
 
 
 def test_what_is_frozen_does_not_travel_and_is_compared_all_the_same(pool: Any, tiny_dir: Path) -> None:
-    from eureka_megatron.checkpoint.qwen2_5_vl import hf_metadata
     from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
     from eureka_megatron.train.actor import TrainerGroup
     from eureka_megatron.verify import made_up_samples
+    from eureka_megatron.weights.table import hf_metadata
 
     _send(pool, module_source(load_reference(tiny_dir)), 80)  # as if the engines had just loaded the checkpoint
     names = ("vision", "merger", "model.embed_tokens.*")

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eureka_megatron.checkpoint.offline import hf_to_megatron
-from eureka_megatron.cli import main
+from eureka_megatron.cli.commands import main
 from eureka_megatron.verify import made_up_samples
 from eureka_megatron.verify.engine import differences, first_scored
+from eureka_megatron.weights.offline import hf_to_megatron
 
 PICTURES = (((3, 3),), (), ((1, 1), (5, 2)))
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eureka_megatron import cli
-from eureka_megatron.checkpoint.dist_io import append
-from eureka_megatron.checkpoint.dist_metadata import StoredTensor, read_metadata, write_metadata
-from eureka_megatron.checkpoint.offline import hf_to_megatron
+from eureka_megatron.cli import main as cli
 from eureka_megatron.config import make_config
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import ConfigError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
-from eureka_megatron.train.checks import check_rollout
+from eureka_megatron.run.checks import check_rollout
+from eureka_megatron.weights.offline import hf_to_megatron
+from eureka_megatron.weights.torch_dist import append
+from eureka_megatron.weights.torch_dist_metadata import StoredTensor, read_metadata, write_metadata
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
@@ -257,7 +257,7 @@ def test_a_full_or_forbidden_disk_is_told_and_nothing_is_left(
         target.chmod(0o555)
         limit = limit.replace("os.seteuid(65534)", "")
     program = (
-        "import sys, eureka_megatron.export, eureka_megatron.checkpoint.commands, torch.distributed.checkpoint.filesystem\n"
+        "import sys, eureka_megatron.release.export, eureka_megatron.cli.conversions, torch.distributed.checkpoint.filesystem\n"
         f"from eureka_megatron import cli\n{limit}\nsys.exit(cli.main(sys.argv[1:]))\n"
     )
     done = subprocess.run(

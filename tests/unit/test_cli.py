@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from eureka_megatron import __version__
-from eureka_megatron.cli import _parse, main
+from eureka_megatron.cli.commands import _parse, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +40,7 @@ def config_file(tmp_path: Path) -> Path:
 
 def test_help_answers_at_once_and_imports_nothing_heavy():
     code = (
-        "import sys; from eureka_megatron.cli import main; main(['--help']);"
+        "import sys; from eureka_megatron.cli.commands import main; main(['--help']);"
         "heavy = {'torch', 'numpy', 'ray', 'vllm', 'megatron', 'pydantic', 'rich', 'transformers'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
@@ -104,7 +104,7 @@ def test_the_first_word_comes_before_what_is_slow_to_import(config_file):
     for command, stream in ((["train", config_file], "stdout"), (["verify", "--hf", "x", "--json"], "stderr")):
         # An import of torch that never ends; what has been said is there all the same.
         code = (
-            "import sys, time; from eureka_megatron.cli import main\n"
+            "import sys, time; from eureka_megatron.cli.commands import main\n"
             "class Slow:\n def find_spec(self, name, *_):\n  if name == 'torch': time.sleep(60)\n"
             f"sys.meta_path.insert(0, Slow()); main({[str(word) for word in command]})"
         )
@@ -177,7 +177,7 @@ def test_a_file_where_a_folder_must_be_is_an_error_line(tmp_path, capsys):
 def test_a_missing_package_is_told_with_the_way_out(tmp_path):
     # None in sys.modules is how the import system itself marks a package that is not there.
     arguments = ["data", "counting", "--output", str(tmp_path)]
-    code = f"import sys; sys.modules['PIL'] = None; from eureka_megatron.cli import main; sys.exit(main({arguments}))"
+    code = f"import sys; sys.modules['PIL'] = None; from eureka_megatron.cli.commands import main; sys.exit(main({arguments}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr == "error: the package 'PIL' is not installed; `eureka doctor` says how to get it\n"

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from eureka_megatron import config as config_module
 from eureka_megatron.config import SFT_DEFAULTS, RunConfig, load_config, make_config
 from eureka_megatron.errors import ConfigError, nearest
-from eureka_megatron.train.checks import check_lengths
+from eureka_megatron.run.checks import check_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": {"path": "model"}, "data": {"train": "train.jsonl"}}

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eureka_megatron.data.counting import (
+from eureka_megatron.data.dataset import load_dataset
+from eureka_megatron.data.processor import Processor
+from eureka_megatron.demo.counting import (
     COLOURS,
     LARGEST,
     LETTERS,
@@ -19,9 +21,7 @@ from eureka_megatron.data.counting import (
     tallied_map,
     write_counting,
 )
-from eureka_megatron.data.dataset import load_dataset
-from eureka_megatron.data.processor import Processor
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.forms import build_published
 
 
 def rows(path):

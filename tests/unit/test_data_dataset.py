@@ -13,8 +13,8 @@ from PIL import Image
 from eureka_megatron.data.dataset import PromptStream, load_dataset
 from eureka_megatron.data.prepare import show_validation, validate
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from eureka_megatron.cli import main
-from eureka_megatron.data.counting import write_counting
+from eureka_megatron.cli.commands import main
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.prepare import Validation, convert_mmk12, validate
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
 
 
 def picture(kind: str = "PNG") -> bytes:

@@ -14,9 +14,9 @@ from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.prompts import SYSTEM_PROMPTS
 from eureka_megatron.data.samples import training_sample
+from eureka_megatron.demo.forms import FORMS, build_published
+from eureka_megatron.demo.tiny import SPECIAL_TOKENS
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.forms import FORMS, build_published
-from eureka_megatron.models.qwen2_5_vl.tiny import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")

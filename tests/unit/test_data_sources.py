@@ -19,8 +19,8 @@ from PIL import Image
 from eureka_megatron.data.dataset import Mixture, PromptStream, load_dataset, read_mixture
 from eureka_megatron.data.prepare import convert_mmk12
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.types import Prompt
 
 

@@ -11,11 +11,11 @@ from transformers import AutoProcessor
 
 from eureka_megatron.data import videos
 from eureka_megatron.data.dataset import load_dataset
+from eureka_megatron.data.model_inputs import reading_order
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
 from eureka_megatron.types import Picture
-from eureka_megatron.verify.samples import reading_order
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eureka_megatron.checkpoint.dist_io import rectangles, stored_rows, stored_shape
-from eureka_megatron.checkpoint.qwen2_5_vl import rows
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.weights.table import rows
+from eureka_megatron.weights.torch_dist import rectangles, stored_rows, stored_shape
 
 
 @pytest.mark.parametrize("vision_parallel", ["replicated", "tensor"])

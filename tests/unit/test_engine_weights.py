@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from eureka_megatron.checkpoint.dist_metadata import read_metadata, write_metadata
-from eureka_megatron.checkpoint.hf_io import Reader
-from eureka_megatron.checkpoint.offline import hf_to_megatron
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
-from eureka_megatron.cli import main
+from eureka_megatron.cli.commands import main
 from eureka_megatron.errors import UserError
 from eureka_megatron.rollout.weights import hf_tensors, load_format
+from eureka_megatron.weights.hf_files import Reader
+from eureka_megatron.weights.offline import hf_to_megatron
+from eureka_megatron.weights.table import hub_name
+from eureka_megatron.weights.torch_dist_metadata import read_metadata, write_metadata
 
 
 @pytest.fixture(scope="module", params=["tiny_dir", "tied_tiny_dir"])

@@ -18,14 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eureka_megatron import cli
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.hf_io import Reader
-from eureka_megatron.checkpoint.inspect import describe, differences
-from eureka_megatron.checkpoint.offline import hf_to_megatron
-from eureka_megatron.checkpoint.quantize import FP8, dequantized
+from eureka_megatron.cli import main as cli
 from eureka_megatron.config import make_config
-from eureka_megatron.data.counting import write_counting
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.release.quantize import FP8, dequantized
+from eureka_megatron.weights.hf_files import Reader
+from eureka_megatron.weights.listing import describe, differences
+from eureka_megatron.weights.offline import hf_to_megatron
 
 
 @pytest.fixture(scope="module")

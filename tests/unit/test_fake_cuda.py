@@ -52,7 +52,7 @@ METRICS, FEATURES, SHAPED = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration and tokenizer of a model with two layers of each kind: every operation costs milliseconds here."""
-    from eureka_megatron.models.qwen2_5_vl.forms import build_published
+    from eureka_megatron.demo.forms import build_published
 
     sizes = {"text_layers": 2, "vision_depth": 2, "full_attention_blocks": (1,)}
     return build_published(tmp_path_factory.mktemp("shallow") / "hf", weights=False, **sizes)

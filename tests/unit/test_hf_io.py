@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eureka_megatron.checkpoint.hf_io import (
+from eureka_megatron.errors import UserError
+from eureka_megatron.weights.hf_files import (
     INDEX_FILE,
     SINGLE_FILE,
     Reader,
@@ -19,7 +20,6 @@ from eureka_megatron.checkpoint.hf_io import (
     plan_shards,
     read_header,
 )
-from eureka_megatron.errors import UserError
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_reading_a_slice_of_a_large_file_takes_no_anonymous_memory(tmp_path):
     write(tmp_path, {"big": torch.zeros(2**26, dtype=torch.uint8)})
     code = (
         "import sys, psutil\n"
-        "from eureka_megatron.checkpoint.hf_io import Reader\n"
+        "from eureka_megatron.weights.hf_files import Reader\n"
         "process = psutil.Process(); before = process.memory_info()\n"
         "big = Reader(sys.argv[1])['big']\n"
         "total = int(big[::4096].sum())\n"
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_nothing_half_made(tmp_path):
     """The kernel refuses to grow a file beyond the limit; as on a full disk, write() fails half-way."""
     code = (
         "import resource, signal, sys, torch\n"
-        "from eureka_megatron.checkpoint.hf_io import Writer, atomic_directory\n"
+        "from eureka_megatron.weights.hf_files import Writer, atomic_directory\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
         "with atomic_directory(sys.argv[1]) as out, Writer(out, [('a', (4000,), torch.float32)]) as writer:\n"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eureka_megatron.checkpoint.layouts import (
+from eureka_megatron.errors import UserError
+from eureka_megatron.weights.layouts import (
     Columns,
     FusedQKV,
     GatedUp,
@@ -13,7 +14,6 @@ from eureka_megatron.checkpoint.layouts import (
     Rows,
     VisionQKV,
 )
-from eureka_megatron.errors import UserError
 
 PARALLEL = (1, 2, 4, 8)
 CASES = [

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from eureka_megatron.demo.forms import FORMS, build_published
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config, token_ids
-from eureka_megatron.models.qwen2_5_vl.forms import FORMS, build_published
 
 # What the hub's files say (facts): the 7B's of January 2025, the 32B's of March, whose tower leaves class defaults out.
 TOP = {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.parallel.packing import Features, RowLayout, pack, plan, split, unshift
+from eureka_megatron.train.packing import Features, RowLayout, pack, plan, split, unshift
 from eureka_megatron.types import Picture, Sample
 
 

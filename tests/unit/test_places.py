@@ -13,11 +13,12 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from eureka_megatron.checkpoint.release import model_card, run_card
 from eureka_megatron.config import load_config
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
-from eureka_megatron.places import hub_origin, missing_files, model_directory, settle
+from eureka_megatron.places import hub_origin, missing_files, model_directory
+from eureka_megatron.release.card import model_card, run_card
+from eureka_megatron.run.inputs import settle
 
 COMMIT = "cc594898137f460bfe9f0759e9844b3ce807cfb5"
 REPOSITORY = "Qwen/Qwen2.5-VL-7B-Instruct"

@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
-from eureka_megatron.checkpoint.release import COPIED_FILES, copy_companions, model_card
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.demo.forms import build_published
+from eureka_megatron.release.card import model_card
+from eureka_megatron.weights.companions import COPIED_FILES, copy_companions
 
 
 def test_the_card_holds_what_it_was_given_and_its_head_is_yaml():

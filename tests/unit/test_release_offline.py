@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eureka_megatron.checkpoint import offline
-from eureka_megatron.checkpoint.commands import main
-from eureka_megatron.checkpoint.convert import open_checkpoint
-from eureka_megatron.checkpoint.dist_io import DistReader
-from eureka_megatron.checkpoint.hf_io import INDEX_FILE, Reader
-from eureka_megatron.checkpoint.inspect import describe, differences
-from eureka_megatron.checkpoint.offline import hf_to_megatron, megatron_to_hf
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
+from eureka_megatron.cli.conversions import main
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.weights import offline
+from eureka_megatron.weights.hf_files import INDEX_FILE, Reader
+from eureka_megatron.weights.listing import describe, differences
+from eureka_megatron.weights.offline import hf_to_megatron, megatron_to_hf
+from eureka_megatron.weights.online import open_checkpoint
+from eureka_megatron.weights.table import hub_name
+from eureka_megatron.weights.torch_dist import DistReader
 from tests.helpers.naming import newer_name
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "checkpoint_convert"
@@ -98,7 +98,7 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path):
     source = build_published(tmp_path / "hf", randomize_all=True)
     code = (
         "import sys, time\n"
-        "from eureka_megatron.checkpoint import offline\n"
+        "from eureka_megatron.weights import offline\n"
         "offline.CHUNK_BYTES, offline.UNIT_BYTES = 20_000, 300_000\n"
         "offline.hf_to_megatron(sys.argv[1], sys.argv[2], progress=lambda done, total: time.sleep(0.2))\n"
     )
@@ -216,7 +216,7 @@ def convert_with_a_file_limit(source: Path, output: Path) -> subprocess.Complete
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-        "from eureka_megatron.checkpoint.commands import main\n"
+        "from eureka_megatron.cli.conversions import main\n"
         "sys.exit(main('hf-to-megatron', ['--input', sys.argv[1], '--output', sys.argv[2], '--quiet']))\n"
     )
     return subprocess.run([sys.executable, "-c", code, source, output], capture_output=True, text=True)

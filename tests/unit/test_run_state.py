@@ -10,19 +10,12 @@ import pytest
 
 from eureka_megatron.checkpoint import store
 from eureka_megatron.config import RunConfig, make_config
-from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import Dataset, load_dataset
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.demo.counting import write_counting
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.run_state import (
-    choose_checkpoint,
-    differences,
-    pack,
-    replacing,
-    starting_point,
-    tell_of_resumption,
-    unpack,
-)
+from eureka_megatron.run.output import replacing
+from eureka_megatron.run.resume import choose_checkpoint, differences, pack, starting_point, tell_of_resumption, unpack
 from eureka_megatron.tracking.tracker import versions
 from eureka_megatron.types import Group, Rollout
 from tests.unit.test_store import make

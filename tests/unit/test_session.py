@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from eureka_megatron import session as module
-from eureka_megatron.cluster import require_cluster
 from eureka_megatron.errors import Stopped, UserError
+from eureka_megatron.run.cluster import require_cluster
 from eureka_megatron.session import LOCK_FILE, LONGEST_PLACE, occupied, session, socket_folder, temporary_folder
 
 
@@ -143,7 +143,7 @@ WAITS = """
     import signal, sys, time
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    from eureka_megatron.cli import _complain
+    from eureka_megatron.cli.commands import _complain
     from eureka_megatron.errors import Stopped
     from eureka_megatron.session import session, stop_requested
     try:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from eureka_megatron.config import RunConfig, make_config
-from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import ConfigError
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
-from eureka_megatron.sft import in_steps, supervise
+from eureka_megatron.run.sft import in_steps, supervise
 
 
 def config(**sft: Any) -> RunConfig:

@@ -12,8 +12,8 @@ from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
 from eureka_megatron.models.qwen2_5_vl.specs import check_backend
 from eureka_megatron.models.qwen2_5_vl.transformer_config import Execution, fp8_rows, text_transformer_config
-from eureka_megatron.parallel.packing import row_layout
 from eureka_megatron.parallel.runtime import Axis, Parallel
+from eureka_megatron.train.packing import row_layout
 
 TE = Execution(torch.bfloat16, "te")
 

@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from eureka_megatron.checkpoint.layouts import Replicated
-from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, frozen_rows, hf_metadata, hub_name, rows, unsent
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.weights.layouts import Replicated
+from eureka_megatron.weights.table import Row, expand, frozen_rows, hf_metadata, hub_name, rows, unsent
 
 HUB_3B = Qwen2_5_VLConfig(  # the numbers of the published 3B model
     hidden_size=2048,

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from eureka_megatron.models.qwen2_5_vl.tiny import SPECIAL_TOKENS, TAG_TOKENS, build_tiny, mrope_section
+from eureka_megatron.demo.tiny import SPECIAL_TOKENS, TAG_TOKENS, build_tiny, mrope_section
 
 
 @pytest.fixture(scope="module")

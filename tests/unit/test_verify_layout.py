@@ -2,7 +2,7 @@
 
 import inspect
 
-from eureka_megatron.cli import _parse
+from eureka_megatron.cli.commands import _parse
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.train.trainer import PolicyTrainer
 from eureka_megatron.verify import Layout

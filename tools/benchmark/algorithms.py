@@ -31,8 +31,8 @@ def cold_start(out: Path) -> Path:
     """The checkpoint all runs start from: the demo's model after imitation of a careless teacher."""
     checkpoint = out / "sft" / "hf"
     if not (checkpoint / "config.json").is_file():
-        from eureka_megatron.demo import INITIALIZER_RANGE
-        from eureka_megatron.models.qwen2_5_vl.forms import build_published
+        from eureka_megatron.demo.forms import build_published
+        from eureka_megatron.demo.story import INITIALIZER_RANGE
 
         if not (out / "data" / "train.jsonl").is_file():
             eureka("data", "counting", "--output", str(out / "data"), "--noise", str(NOISE))

@@ -23,9 +23,9 @@ from transformers import Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from eureka_megatron.checkpoint.hf_io import Writer
-from eureka_megatron.checkpoint.qwen2_5_vl import hf_metadata
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.weights.hf_files import Writer
+from eureka_megatron.weights.table import hf_metadata
 
 SHAPES = {
     "tiny": (

@@ -10,7 +10,24 @@ from eureka_megatron.data.prepare import show_validation
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.data.rows import AnswerCheck
 from eureka_megatron.errors import UserError
+from eureka_megatron.places import absolute, model_directory
 from eureka_megatron.rewards import RewardRules, parseable_gold
+
+
+def settle(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths, and with directories where it names models of the hub.
+
+    Raises:
+        UserError: such a model is not in the cache and cannot be downloaded.
+    """
+    reference = config.algorithm.reference
+    changes: dict[str, dict[str, Any]] = {
+        "model": {"path": model_directory(config.model.path)},
+        "run": {"output": absolute(config.run.output)},
+        "algorithm": {"reference": reference and model_directory(reference)},
+    }
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
 
 
 def open_dataset(config: RunConfig, data: Path | str, processor: Processor, response_key: str | None = None) -> Rows:

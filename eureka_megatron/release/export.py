@@ -18,18 +18,18 @@ import numpy as np
 import torch
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
-from eureka_megatron.checkpoint.hf_io import refuse_to_overwrite
-from eureka_megatron.checkpoint.offline import Progress, megatron_to_hf
-from eureka_megatron.checkpoint.release import REPOSITORY, model_card, public, run_card
 from eureka_megatron.config import RunConfig, make_config
 from eureka_megatron.data.dataset import load_dataset
+from eureka_megatron.data.model_inputs import model_inputs
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.places import hub_origin
+from eureka_megatron.release.card import REPOSITORY, model_card, public, run_card
 from eureka_megatron.types import Prompt
-from eureka_megatron.verify.reference import model_inputs
+from eureka_megatron.weights.hf_files import refuse_to_overwrite
+from eureka_megatron.weights.offline import Progress, megatron_to_hf
+from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
 
 CHECKED_PROMPTS = 16  # whose logits are compared, besides those that are calibrated on
 
@@ -135,7 +135,7 @@ def _quantize(
     card: dict[str, Any],
     progress: Progress | None,
 ) -> list[str]:
-    from eureka_megatron.checkpoint.quantize import Quality, quantize_fp8
+    from eureka_megatron.release.quantize import Quality, quantize_fp8
 
     prompts = _prompts(checkpoint, options, state)
     image_token = read_hf_config(checkpoint).image_token_id

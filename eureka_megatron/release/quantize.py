@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eureka_megatron.checkpoint.hf_io import MAX_SHARD_BYTES, Reader, Writer, atomic_directory
-from eureka_megatron.checkpoint.qwen2_5_vl import hub_name
-from eureka_megatron.checkpoint.release import copy_companions
 from eureka_megatron.errors import UserError
+from eureka_megatron.weights.companions import copy_companions
+from eureka_megatron.weights.hf_files import MAX_SHARD_BYTES, Reader, Writer, atomic_directory
+from eureka_megatron.weights.table import hub_name
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max

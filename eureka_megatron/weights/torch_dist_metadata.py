@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.errors import UserError
+from eureka_megatron.weights.layouts import Shape
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"

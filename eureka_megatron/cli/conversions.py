@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from eureka_megatron.checkpoint import inspect, offline
-from eureka_megatron.checkpoint.offline import Progress
 from eureka_megatron.errors import UserError
 from eureka_megatron.places import model_directory
+from eureka_megatron.weights import listing as inspect
+from eureka_megatron.weights import offline
+from eureka_megatron.weights.offline import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVERSIONS = {"hf-to-megatron": offline.hf_to_megatron, "megatron-to-hf": offline.megatron_to_hf}

@@ -10,24 +10,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from eureka_megatron.cluster import start_ray
 from eureka_megatron.config import SFT_EPOCHS, RunConfig
 from eureka_megatron.data.dataset import PromptStream, Rows
 from eureka_megatron.data.processor import make_processor
-from eureka_megatron.inputs import open_dataset
-from eureka_megatron.places import settle
-from eureka_megatron.run_state import (
-    Saves,
-    common_state,
-    replacing,
-    starting_point,
-    tell_of_resumption,
-    told_when_stopped,
-)
+from eureka_megatron.run.checks import check_run
+from eureka_megatron.run.cluster import start_ray
+from eureka_megatron.run.inputs import open_dataset, settle
+from eureka_megatron.run.output import replacing
+from eureka_megatron.run.resume import Saves, common_state, starting_point, tell_of_resumption, told_when_stopped
 from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card
-from eureka_megatron.train.checks import check_run
 
 
 def supervise(

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from eureka_megatron.checkpoint.convert import open_checkpoint
-from eureka_megatron.checkpoint.dist_io import DistReader
-from eureka_megatron.checkpoint.dist_metadata import state_prefixes
-from eureka_megatron.checkpoint.hf_io import Reader
 from eureka_megatron.checkpoint.store import STATE_FILE, read_state
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.weights.hf_files import Reader
+from eureka_megatron.weights.online import open_checkpoint
+from eureka_megatron.weights.torch_dist import DistReader
+from eureka_megatron.weights.torch_dist_metadata import state_prefixes
 
 COMPARED_BYTES = 64 * 2**20
 

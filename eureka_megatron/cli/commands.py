@@ -178,7 +178,7 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
 
     convert = add(children, "convert", None, "checkpoints between Hugging Face and Megatron, and what is inside them")
     if with_conversions:
-        from eureka_megatron.checkpoint.commands import add_conversion_arguments, add_inspection_arguments
+        from eureka_megatron.cli.conversions import add_conversion_arguments, add_inspection_arguments
 
         kinds = convert.add_subparsers(metavar="KIND", required=True, dest="kind")
         for kind, text in (
@@ -318,7 +318,7 @@ def _first_word(stream: IO[str] | None = None) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     with session(args.out):
-        from eureka_megatron.demo import run_demo
+        from eureka_megatron.demo.story import run_demo
 
         run_demo(args.out, args.overrides)
 
@@ -329,7 +329,7 @@ def _sft(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides, SFT_DEFAULTS)
     _first_word()
     with _run_session(config):
-        from eureka_megatron.sft import run_sft
+        from eureka_megatron.run.sft import run_sft
 
         run_sft(config, args.resume)
 
@@ -365,21 +365,21 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from eureka_megatron.checkpoint.commands import run_conversion
+    from eureka_megatron.cli.conversions import run_conversion
 
     return run_conversion(args.kind, args)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from eureka_megatron.checkpoint.commands import run_inspection
+    from eureka_megatron.cli.conversions import run_inspection
 
     return run_inspection(args)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from eureka_megatron.checkpoint.commands import DTYPES, progress_bar
-    from eureka_megatron.export import ExportOptions, export
+    from eureka_megatron.cli.conversions import DTYPES, progress_bar
     from eureka_megatron.places import model_directory
+    from eureka_megatron.release.export import ExportOptions, export
 
     options = ExportOptions(
         dtype=DTYPES[args.dtype] if args.dtype else None,
@@ -421,15 +421,14 @@ def _validate(args: argparse.Namespace) -> int:
         changes["model"] = config.model.model_copy(update={"path": args.model})
     if args.responses:
         changes["sft"] = config.sft.model_copy(update={"responses": args.responses})
-    from eureka_megatron.inputs import validate_data
-    from eureka_megatron.places import settle
+    from eureka_megatron.run.inputs import settle, validate_data
 
     config = settle(config.model_copy(update=changes))
     return validate_data(config, files, whole_run=bool(run), responses=bool(args.responses), clean=args.clean)
 
 
 def _counting(args: argparse.Namespace) -> None:
-    from eureka_megatron.data.counting import write_counting
+    from eureka_megatron.demo.counting import write_counting
 
     paths = write_counting(args.output, train=args.train, test=args.test, seed=args.seed, noise=args.noise)
     print(f"{args.train} training rows in {paths.train}, {args.test} test rows in {paths.test}")

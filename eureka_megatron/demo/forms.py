@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eureka_megatron.models.qwen2_5_vl.tiny import CHAT_TEMPLATE, build_tiny
+from eureka_megatron.demo.tiny import CHAT_TEMPLATE, build_tiny
 
 Values = dict[str, Any]
 

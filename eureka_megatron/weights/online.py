@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eureka_megatron.checkpoint.dist_io import DistReader
-from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE
-from eureka_megatron.checkpoint.hf_io import Reader
-from eureka_megatron.checkpoint.layouts import Rows, Shape
-from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, hub_name, rows
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.weights.hf_files import Reader
+from eureka_megatron.weights.layouts import Rows, Shape
+from eureka_megatron.weights.table import Row, expand, hub_name, rows
+from eureka_megatron.weights.torch_dist import DistReader
+from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
 
 Select = Callable[[nn.Parameter], Tensor]
 

@@ -5,29 +5,26 @@ What the trainer ranks hold is `train.checkpointing`; the folder is `checkpoint.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from signal import SIGINT
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.release import git_commit
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows
 from eureka_megatron.errors import ConfigError, Stopped, UserError
+from eureka_megatron.release.card import git_commit
+from eureka_megatron.run.output import taken
+from eureka_megatron.run.run import Run
 from eureka_megatron.session import stop_behind, stop_requested
 from eureka_megatron.tracking.console import tell
 from eureka_megatron.tracking.tracker import Tracker, versions
 from eureka_megatron.train.actor import TrainerGroup
 from eureka_megatron.types import Group, Rollout
-
-if TYPE_CHECKING:
-    from eureka_megatron.loop import Run
 
 COLLECTOR_FILE = "collector.json"
 # Versions of these decide about the last bit.
@@ -49,7 +46,7 @@ def starting_point(
         tell("checking every byte of the checkpoint to go on from …")
     checkpoint = choose_checkpoint(config, resume, stage)
     if checkpoint is None:
-        if _taken(output):
+        if taken(output):
             raise UserError(
                 f"{output} holds the weights of an earlier run: begin from them with model.path={output} and another run.output, "
                 "or move them away"
@@ -57,39 +54,16 @@ def starting_point(
         return None, 0
     done = store.read_state(checkpoint)["step"]
     if (
-        done >= steps and _taken(output) and not _older(output, checkpoint)
+        done >= steps and taken(output) and not _older(output, checkpoint)
     ):  # a job that was put into the queue once more
         tell(f"all {steps} steps are done, weights in {output}")
         return None
     return checkpoint, done
 
 
-@contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """Where to write a release that is to lie at `output`. What lies there already moves aside once the new one is whole."""
-    if not _taken(output):
-        yield output
-        return
-    fresh, earlier = _unused(f"{output}.new"), _unused(f"{output}_earlier")
-    yield fresh
-    output.rename(earlier)
-    fresh.rename(output)
-    tell(f"the earlier weights of {output} lie in {earlier}")
-
-
-def _taken(output: Path) -> bool:
-    """Whether something lies there; an empty folder is nothing."""
-    return os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
-
-
 def _older(output: Path, checkpoint: Path) -> bool:
     """Whether an export is of weights before this checkpoint: that of a run follows its last save."""
     return output.stat().st_mtime < (checkpoint / store.STATE_FILE).stat().st_mtime
-
-
-def _unused(name: str) -> Path:
-    """The name, or with the first number behind it that nothing bears."""
-    return next(path for n in count(1) if not os.path.lexists(path := Path(name if n == 1 else f"{name}_{n}")))
 
 
 def choose_checkpoint(config: RunConfig, resume: str | None, stage: str = "train") -> Path | None:

@@ -2,13 +2,13 @@
 
 import torch
 
-from eureka_megatron.checkpoint.qwen2_5_vl import expand, frozen_rows, rows
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.rl import advantages
 from eureka_megatron.rl.losses import resolve_options
+from eureka_megatron.weights.table import expand, frozen_rows, rows
 
 # Set by keys of their own, because the reference policy depends on them, too.
 _KL_KEYS = ("kl_coefficient", "kl_estimator")

@@ -16,7 +16,8 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from eureka_megatron.checkpoint.layouts import (
+from eureka_megatron.errors import ConfigError
+from eureka_megatron.weights.layouts import (
     Columns,
     FusedQKV,
     GatedUp,
@@ -27,7 +28,6 @@ from eureka_megatron.checkpoint.layouts import (
     Shape,
     VisionQKV,
 )
-from eureka_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, TextConfig, VisionConfig

@@ -19,20 +19,21 @@ from typing import Any
 import psutil
 import torch
 
-from eureka_megatron.cluster import start_ray
 from eureka_megatron.config import OptimizerSection, RunConfig, load_config
-from eureka_megatron.data.counting import write_counting
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
-from eureka_megatron.inputs import open_dataset, reward_rules
-from eureka_megatron.loop import Run, reinforce
-from eureka_megatron.models.qwen2_5_vl.forms import build_published
+from eureka_megatron.loop import reinforce
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
+from eureka_megatron.run.cluster import start_ray
+from eureka_megatron.run.inputs import open_dataset, reward_rules
+from eureka_megatron.run.run import Run
+from eureka_megatron.run.sft import in_steps, supervise
 from eureka_megatron.session import LOCK_FILE
-from eureka_megatron.sft import in_steps, supervise
 from eureka_megatron.tracking.curves import draw_curves
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.types import Prompt

@@ -25,8 +25,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint.layouts import Shape
 from eureka_megatron.errors import UserError
+from eureka_megatron.weights.layouts import Shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

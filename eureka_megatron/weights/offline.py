@@ -26,10 +26,12 @@ from pathlib import Path
 
 import torch
 
-from eureka_megatron.checkpoint.convert import check_hf, check_spare_head, open_checkpoint
-from eureka_megatron.checkpoint.dist_io import DistReader, Place, append_room, stored_rows, stored_shape
-from eureka_megatron.checkpoint.dist_metadata import Chunk, StoredTensor, write_metadata
-from eureka_megatron.checkpoint.hf_io import (
+from eureka_megatron.checkpoint.store import CHECKSUMS_FILE, problems_of
+from eureka_megatron.errors import UserError
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.weights.companions import copy_companions
+from eureka_megatron.weights.hf_files import (
     MAX_SHARD_BYTES,
     Extent,
     Reader,
@@ -43,13 +45,11 @@ from eureka_megatron.checkpoint.hf_io import (
     sync_files,
     write_index,
 )
-from eureka_megatron.checkpoint.layouts import Shape
-from eureka_megatron.checkpoint.qwen2_5_vl import Row, expand, hf_metadata, rows
-from eureka_megatron.checkpoint.release import copy_companions
-from eureka_megatron.checkpoint.store import CHECKSUMS_FILE, problems_of
-from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.weights.layouts import Shape
+from eureka_megatron.weights.online import check_hf, check_spare_head, open_checkpoint
+from eureka_megatron.weights.table import Row, expand, hf_metadata, rows
+from eureka_megatron.weights.torch_dist import DistReader, Place, append_room, stored_rows, stored_shape
+from eureka_megatron.weights.torch_dist_metadata import Chunk, StoredTensor, write_metadata
 
 CHUNK_BYTES = 16 * 2**20  # of one archive
 WRITTEN_BYTES = 2**20  # of values made here, at a time: more does not fit the processor's cache, which doubles the time

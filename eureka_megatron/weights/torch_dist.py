@@ -22,11 +22,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from eureka_megatron.checkpoint.dist_metadata import METADATA_FILE, Chunk, read_metadata
-from eureka_megatron.checkpoint.hf_io import Extent, TensorInfo
-from eureka_megatron.checkpoint.layouts import Shape
-from eureka_megatron.checkpoint.qwen2_5_vl import Row, rows
 from eureka_megatron.errors import UserError
+from eureka_megatron.weights.hf_files import Extent, TensorInfo
+from eureka_megatron.weights.layouts import Shape
+from eureka_megatron.weights.table import Row, rows
+from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE, Chunk, read_metadata
 
 ALIGNMENT = 64  # bytes; torch aligns values within an archive, so archives are aligned too
 
