@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eureka_megatron.cli import main as cli
+from eureka_megatron import cli
 from eureka_megatron.config import make_config
 from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import ConfigError

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from eureka_megatron import cli
 from eureka_megatron.checkpoint import store
-from eureka_megatron.cli import main as cli
 from eureka_megatron.config import make_config
 from eureka_megatron.demo.counting import write_counting
 from eureka_megatron.release.quantize import FP8, dequantized
