@@ -172,7 +172,7 @@ class NativeDepths:
     def _rows(self, value: Tensor, batch: MicroBatch) -> Tensor:
         """[T, H] of the whole packed row."""
         value = value[:, 0]
-        if self.parallel.sequence_parallel:
+        if self.parallel.layout.sequence_parallel:
             parts = [torch.empty_like(value) for _ in range(self.parallel.tensor.size)]
             dist.all_gather(parts, value.contiguous(), group=self.parallel.tensor.group)
             value = torch.cat(parts)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.layout import Layout
 
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
 # Where text sizes stand in a file without `text_config`. Class defaults are the 72B model's: silence about all of them is a mistake.
@@ -309,27 +310,17 @@ def _impossible(config: QwenVLConfig) -> list[str]:
     return problems
 
 
-def check_layout(
-    config: QwenVLConfig,
-    tensor: int,
-    pipeline: int,
-    *,
-    virtual_pipeline: int = 1,
-    layers_first_stage: int | None = None,
-    layers_last_stage: int | None = None,
-    vision_parallel: str = "replicated",
-) -> None:
+def check_layout(config: QwenVLConfig, layout: Layout) -> None:
     """Refuse a layout the model cannot have, before anything starts.
 
     Raises:
         ConfigError: names the number that does not divide and the sizes that would.
     """
-    _check_tensor(config.text_config, tensor)
-    if vision_parallel == "tensor":
-        _check_vision_tensor(config.vision_config, tensor)
-    layers = config.text_config.num_hidden_layers
-    uneven = {"layers_first_stage": layers_first_stage, "layers_last_stage": layers_last_stage}
-    given = {name: number for name, number in uneven.items() if number is not None}
+    _check_tensor(config.text_config, layout.tensor)
+    if layout.vision_parallel == "tensor":
+        _check_vision_tensor(config.vision_config, layout.tensor)
+    layers, pipeline = config.text_config.num_hidden_layers, layout.pipeline
+    given = layout.model_dump(include={"layers_first_stage", "layers_last_stage"}, exclude_none=True)
     if given and pipeline == 1:
         raise ConfigError(f"parallel.{next(iter(given))} needs parallel.pipeline > 1")
     left, stages = layers - sum(given.values()), pipeline - len(given)
@@ -346,9 +337,9 @@ def check_layout(
             "or set parallel.layers_first_stage or parallel.layers_last_stage"
         )
     for number in {*given.values(), *([left // stages] if stages else [])}:
-        if number == 0 or number % virtual_pipeline:
+        if number == 0 or number % layout.virtual_pipeline:
             raise ConfigError(
-                f"parallel.virtual_pipeline={virtual_pipeline} does not divide the {number} text layers of a pipeline stage"
+                f"parallel.virtual_pipeline={layout.virtual_pipeline} does not divide the {number} text layers of a pipeline stage"
             )
 
 
