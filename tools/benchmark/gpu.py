@@ -137,9 +137,10 @@ def attention(tower: Tower, lengths: list[int], device: torch.device, *, causal:
 
     def call() -> torch.Tensor:
         if device.type == "cuda":
-            from eureka_megatron.models.qwen2_5_vl.varlen import varlen_attention
+            from eureka_megatron.models.qwen2_5_vl.varlen import Spans, varlen_attention
 
-            return varlen_attention(query, key, value, cu, cu, longest, longest, causal=causal)
+            spans = Spans(cu, longest)
+            return varlen_attention(query, key, value, spans, spans, causal=causal)
         parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         scaled = torch.nn.functional.scaled_dot_product_attention
         return torch.cat([scaled(*part, is_causal=causal, enable_gqa=True) for part in parts], dim=1).transpose(0, 1)

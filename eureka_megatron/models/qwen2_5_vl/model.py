@@ -165,8 +165,8 @@ class QwenVLModel(LanguageModule):
         hidden = self.embedding(input_ids=tokens[None], position_ids=None)
         if batch.vision is not None:
             units = self._pictures(batch.vision).to(hidden.dtype)
-            whole = batch.vision.source_E, batch.vision.placement_E
-            source, placement = whole if share is None else batch.vision.shown_2L
+            shown = batch.vision.shown_2L
+            source, placement = (batch.vision.source_E, batch.vision.placement_E) if shown is None else shown.unbind()
             hidden = hidden[:, 0].index_copy(0, placement, units.index_select(0, source))[:, None]
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
