@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from eureka_megatron.errors import ConfigError, nearest
+from eureka_megatron.layout import Execution, Layout, ParallelSection, Section, VisionParallel
 from eureka_megatron.places import from_home
 from eureka_megatron.yaml_values import read_override, read_yaml
 
@@ -35,108 +36,50 @@ SFT_EPOCHS = 3
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        coerce_numbers_to_str=True,  # for `run.name: ${run.seed}`
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, values: Any) -> Any:
-        """`true` is no number, although Python thinks so; YAML writes it for `on` and `yes`, too."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation in (int, float):
-                raise ValueError(f"{name}: needs a number, found {str(value).lower()}")
-        return values
-
-
-class RunSection(_Section):
+class RunSection(Section):
     name: str = "eureka"
-    output: Place = Path("runs/eureka")  # everything the run writes lies below this folder
+    # everything the run writes lies below this folder
+    output: Place = Path("runs/eureka")
     seed: int = Field(0, ge=0)
 
 
-class ModelSection(_Section):
+class ModelSection(Execution):
     # Hugging Face directory, one in Megatron's format (converted, or a training checkpoint), or a hub id such as
     # Qwen/Qwen2.5-VL-7B-Instruct (@REVISION may follow): weights, config, tokenizer, processor
     path: Place
-    backend: Literal["local", "te"] = "local"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # parts (vision, merger, language) or patterns of tensor names ("visual.blocks.0.*") that do not learn
     freeze: tuple[str, ...] = ()
     # replicated: every tensor-parallel rank encodes all pictures; data: the ranks share them; tensor: its weights are split
-    vision_parallel: Literal["replicated", "data", "tensor"] = "replicated"
-    # what training computes again instead of keeping it: nothing, attention within segments, or whole layers (least memory)
-    recompute: Literal["none", "selective", "full"] = "none"
-    # matrix products of the text decoder in 8 bits (backend te): hybrid has E4M3 forward and E5M2 for gradients
-    fp8: Literal["none", "hybrid", "e4m3"] = "none"
-    # FP8 scales: from earlier steps, of each tensor as it comes, or of blocks of 128 values (Hopper, CUDA 12.9)
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
-
-    @model_validator(mode="after")
-    def _backend_fits(self) -> "ModelSection":
-        if self.fp8 != "none" and self.backend != "te":
-            raise ValueError(f"fp8={self.fp8!r} needs backend 'te' (Transformer Engine), found {self.backend!r}")
-        if self.backend == "te" and self.dtype != "bfloat16":
-            raise ValueError(
-                f"backend 'te' computes in bfloat16, found dtype {self.dtype!r}; use backend 'local' for it"
-            )
-        return self
+    vision_parallel: VisionParallel = "replicated"
 
 
-class ParallelSection(_Section):
-    tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
-    virtual_pipeline: int = Field(1, ge=1)  # model chunks a stage (interleaved schedule); 1: off
-    context: int = Field(1, ge=1)  # ranks that share the tokens of a packed row
-    data: int = Field(1, ge=1)
-    sequence_parallel: bool = False
-    layers_first_stage: int | None = Field(
-        None, ge=1
-    )  # text layers beside the vision tower; None: as many as elsewhere
-    layers_last_stage: int | None = Field(None, ge=1)  # text layers beside the output layer
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
-
-    def of_a_rank(self) -> dict[str, Any]:
-        """Arguments of `init_parallel`; data parallelism takes the ranks that remain."""
-        return self.model_dump(exclude={"data"})
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ParallelSection":
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ValueError("virtual_pipeline needs pipeline > 1 (it interleaves the chunks of pipeline stages)")
-        if self.sequence_parallel and self.tensor == 1:
-            raise ValueError(
-                "sequence_parallel needs tensor > 1 (it splits the sequence over the tensor-parallel ranks)"
-            )
-        return self
-
-
-class DataSection(_Section):
+class DataSection(Section):
     # a JSONL or parquet file, a directory of `datasets`, or a mixture such as a.jsonl:0.7,b.parquet:0.3
     train: Places
-    test: Place | None = None  # of any of these kinds, but no mixture; evaluated every `training.evaluate_every` steps
-    media: tuple[Place, ...] = ()  # folders pictures and videos may come from, besides the data file's own
-    min_pixels: int = Field(4 * 28 * 28, ge=1)  # of a picture, or of a frame of a video
-    max_pixels: int = Field(640 * 28 * 28, ge=1)  # of a picture
-    video_max_pixels: int = Field(128 * 28 * 28, ge=28 * 28)  # of a frame; a row's own max_pixels goes before
-    video_fps: float = Field(2.0, gt=0)  # frames a second taken from a file; a row's own fps or nframes goes before
-    video_max_frames: int = Field(768, ge=2)  # taken from a file at most; a longer list of frames is a bad row
-    max_prompt_tokens: int = Field(3000, ge=1)  # with expanded placeholders; longer prompts are bad rows
-    system_prompt: str = "none"  # a named template of data/prompts.py, or "none"
+    # of any of these kinds, but no mixture; evaluated every `training.evaluate_every` steps
+    test: Place | None = None
+    # folders pictures and videos may come from, besides the data file's own
+    media: tuple[Place, ...] = ()
+    # of a picture, or of a frame of a video
+    min_pixels: int = Field(4 * 28 * 28, ge=1)
+    # of a picture
+    max_pixels: int = Field(640 * 28 * 28, ge=1)
+    # of a frame; a row's own max_pixels goes before
+    video_max_pixels: int = Field(128 * 28 * 28, ge=28 * 28)
+    # frames a second taken from a file; a row's own fps or nframes goes before
+    video_fps: float = Field(2.0, gt=0)
+    # taken from a file at most; a longer list of frames is a bad row
+    video_max_frames: int = Field(768, ge=2)
+    # with expanded placeholders; longer prompts are bad rows
+    max_prompt_tokens: int = Field(3000, ge=1)
+    # a named template of data/prompts.py, or "none"
+    system_prompt: str = "none"
     on_bad_row: Literal["error", "skip"] = "error"
-    workers: int = Field(2, ge=0)  # threads that decode pictures and videos ahead of their use; 0: none
-    prefetch: int = Field(
-        32, ge=0
-    )  # prompts decoded ahead, at most (some 10 MiB each for the largest pictures); 0: none
+    # threads that decode pictures and videos ahead of their use; 0: none
+    workers: int = Field(2, ge=0)
+    # prompts decoded ahead, at most (some 10 MiB each for the largest pictures); 0: none
+    prefetch: int = Field(32, ge=0)
 
 
 # What samplers elsewhere take besides the temperature → values that change nothing
@@ -150,17 +93,21 @@ _OTHER_SAMPLING: dict[str, tuple[Any, ...]] = {
 }
 
 
-class RolloutSection(_Section):
+class RolloutSection(Section):
     engines: int = Field(1, ge=1)
     samples_per_prompt: int = Field(8, ge=2)
     # T: the policy that is sampled and trained is softmax(logits / T), in log-probabilities, ratios, KL, entropy and gradients
     temperature: float = Field(1.0, gt=0)
     max_response_tokens: int = Field(4096, ge=1)
-    max_model_tokens: int = Field(8192, ge=2)  # prompt and response together
+    # prompt and response together
+    max_model_tokens: int = Field(8192, ge=2)
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    kv_cache_gib: float = Field(1.0, gt=0)  # on a CPU
-    max_concurrent: int = Field(256, ge=1)  # sequences an engine runs at once
-    timeout_seconds: float = Field(3600.0, gt=0)  # an engine that has not answered a call by then is ended and replaced
+    # on a CPU
+    kv_cache_gib: float = Field(1.0, gt=0)
+    # sequences an engine runs at once
+    max_concurrent: int = Field(256, ge=1)
+    # an engine that has not answered a call by then is ended and replaced
+    timeout_seconds: float = Field(3600.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -178,34 +125,46 @@ class RolloutSection(_Section):
         return {name: value for name, value in values.items() if name not in _OTHER_SAMPLING}
 
 
-class RewardsSection(_Section):
+class RewardsSection(Section):
     accuracy_weight: float = 1.0
     format_weight: float = 0.5
     think: Literal["required", "optional"] = "required"
     strict_ends: bool = False
-    decimals: Literal["exact", "rounded"] = (
-        "exact"  # rounded: 1.4142 is the root of 2, 0.3333 is 1/3 (four places or more)
-    )
-    units: Literal["same", "converted"] = "same"  # converted: 1 m is 100 cm; a missing unit is forgiven in both
-    repetition_penalty: float = Field(0.0, ge=0)  # largest, for repeated n-grams; 0: none
-    repetition_ngram: int = Field(20, ge=1)  # words; characters of Chinese or Japanese, fours of them of Thai or Khmer
-    overlong_buffer_tokens: int = Field(0, ge=0)  # DAPO: from 0 to -1 over the last so many response tokens; 0: none
-    function: Places | None = None  # package.module:function or path.py:function that judges instead of the rules
-    urls: tuple[str, ...] = ()  # reward services that judge instead, with the original's request and answer
-    remote_attempts: int = Field(5, ge=1)  # of each URL, with growing pauses
-    remote_timeout_seconds: float = Field(180.0, gt=0)  # of one request, up to the last byte of its answer
-    workers: int = Field(2, ge=1)  # judge processes
-    time_limit_seconds: float = Field(10.0, gt=0)  # of one answer
+    # rounded: 1.4142 is the root of 2, 0.3333 is 1/3 (four places or more)
+    decimals: Literal["exact", "rounded"] = "exact"
+    # converted: 1 m is 100 cm; a missing unit is forgiven in both
+    units: Literal["same", "converted"] = "same"
+    # largest, for repeated n-grams; 0: none
+    repetition_penalty: float = Field(0.0, ge=0)
+    # words; characters of Chinese or Japanese, fours of them of Thai or Khmer
+    repetition_ngram: int = Field(20, ge=1)
+    # DAPO: from 0 to -1 over the last so many response tokens; 0: none
+    overlong_buffer_tokens: int = Field(0, ge=0)
+    # package.module:function or path.py:function that judges instead of the rules
+    function: Places | None = None
+    # reward services that judge instead, with the original's request and answer
+    urls: tuple[str, ...] = ()
+    # of each URL, with growing pauses
+    remote_attempts: int = Field(5, ge=1)
+    # of one request, up to the last byte of its answer
+    remote_timeout_seconds: float = Field(180.0, gt=0)
+    # judge processes
+    workers: int = Field(2, ge=1)
+    # of one answer
+    time_limit_seconds: float = Field(10.0, gt=0)
 
 
-class FilterSection(_Section):
+class FilterSection(Section):
     enabled: bool = True
     lower: float = 0.1
     upper: float = 0.9
-    freezing_steps: int = Field(-1, ge=-1)  # the filter acts once step > freezing_steps
+    # the filter acts once step > freezing_steps
+    freezing_steps: int = Field(-1, ge=-1)
     max_generation_batches: int = Field(10, ge=1)
-    max_age: int = Field(1, ge=0)  # weight versions a surplus group may lie behind before it is dropped
-    min_groups: int = Field(1, ge=1)  # train on fewer than prompts_per_step groups, but not on fewer than this
+    # weight versions a surplus group may lie behind before it is dropped
+    max_age: int = Field(1, ge=0)
+    # train on fewer than prompts_per_step groups, but not on fewer than this
+    min_groups: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> "FilterSection":
@@ -214,17 +173,24 @@ class FilterSection(_Section):
         return self
 
 
-class AlgorithmSection(_Section):
-    advantage: str = "grpo"  # a name of rl.advantages
+class AlgorithmSection(Section):
+    # a name of rl.advantages
+    advantage: str = "grpo"
     # keyword options of that estimator: adora, clip_filter, reward_clip
     advantage_options: dict[str, float | tuple[float, float]] = Field(default_factory=dict)
-    loss: str = "ppo_clip"  # a name of rl.losses
-    loss_options: dict[str, float | str | bool | None] = Field(default_factory=dict)  # keyword options of that loss
-    kl_coefficient: float = Field(0.0, ge=0)  # β; 0 builds no reference at all
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # log-ratios are bounded to 20 nats before any exponential
+    # a name of rl.losses
+    loss: str = "ppo_clip"
+    # keyword options of that loss
+    loss_options: dict[str, float | str | bool | None] = Field(default_factory=dict)
+    # β; 0 builds no reference at all
+    kl_coefficient: float = Field(0.0, ge=0)
+    # log-ratios are bounded to 20 nats before any exponential
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
-    reference: Place | None = None  # directory of the reference policy, of the kinds of model.path; none: that one
-    gamma: float = Field(1.0, gt=0, le=1)  # discount of later rewards, per response token
+    # directory of the reference policy, of the kinds of model.path; none: that one
+    reference: Place | None = None
+    # discount of later rewards, per response token
+    gamma: float = Field(1.0, gt=0, le=1)
     compat: Literal["mm_eureka"] | None = None
     filter: FilterSection = FilterSection()
 
@@ -234,15 +200,17 @@ class AlgorithmSection(_Section):
         return {**self.loss_options, **(kl if self.kl_coefficient and self.kl_in == "loss" else {})}
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     name: Literal["adam", "sgd"] = "adam"
-    lr: float = Field(1e-6, gt=0)  # largest; of eureka sft 1.0e-5, where the key is not given
+    # largest; of eureka sft 1.0e-5, where the key is not given
+    lr: float = Field(1e-6, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
-    clip_grad: float = Field(1.0, ge=0)  # 0: no clipping
+    # 0: no clipping
+    clip_grad: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
     def _averages(self) -> "OptimizerSection":
@@ -251,42 +219,55 @@ class OptimizerSection(_Section):
         return self
 
 
-class TrainingSection(_Section):
-    steps: int = Field(1000, ge=1)  # rollout steps
+class TrainingSection(Section):
+    # rollout steps
+    steps: int = Field(1000, ge=1)
     prompts_per_step: int = Field(128, ge=1)
-    responses_per_update: int = Field(128, ge=1)  # responses of one optimizer step
-    passes: int = Field(1, ge=1)  # over the responses of one rollout step
-    max_tokens_per_micro_batch: int = Field(16384, ge=1)  # prompt and response of the longest sample must fit
-    evaluate_every: int = Field(0, ge=0)  # rollout steps; 0: never
-    evaluate_before: bool = False  # also before the first step, as eval_before/*
-    evaluate_temperature: float = Field(1.0, ge=0)  # 0: greedy
-    evaluate_top_p: float = Field(1.0, gt=0, le=1)  # the likeliest words that hold this share of the probability
-    export_every: int = Field(0, ge=0)  # rollout steps between HF exports; 0: only at the end
+    # responses of one optimizer step
+    responses_per_update: int = Field(128, ge=1)
+    # over the responses of one rollout step
+    passes: int = Field(1, ge=1)
+    # prompt and response of the longest sample must fit
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    # rollout steps; 0: never
+    evaluate_every: int = Field(0, ge=0)
+    # also before the first step, as eval_before/*
+    evaluate_before: bool = False
+    # 0: greedy
+    evaluate_temperature: float = Field(1.0, ge=0)
+    # the likeliest tokens that hold this share of the probability
+    evaluate_top_p: float = Field(1.0, gt=0, le=1)
+    # rollout steps between HF exports; 0: only at the end
+    export_every: int = Field(0, ge=0)
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """Training checkpoints, in `run.output`/checkpoints; `--resume auto` of `eureka train` and `eureka sft` goes on from the newest whole one."""
 
     # rollout steps (of eureka sft: optimizer steps) between two, and one after the last; 0: none. While one is written, a copy of it
     # stands in host memory
     every: int = Field(50, ge=0)
-    keep_last: int = Field(2, ge=1)  # of all finished ones
-    keep_every: int = Field(0, ge=0)  # besides the last ones, those whose step is a multiple of this stay; 0: none does
+    # of all finished ones
+    keep_last: int = Field(2, ge=1)
+    # besides the last ones, those whose step is a multiple of this stay; 0: none does
+    keep_every: int = Field(0, ge=0)
     # SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 (scancel, sbatch --signal, a time limit) end the run after the present step, with a checkpoint;
     # a second signal ends it at once, as the first does without this
     on_signal: bool = False
-    signal_exit_code: int | None = Field(
-        None, ge=0, le=255
-    )  # of a run that a signal ended, e.g. one that a batch system requeues; null: 128 + the signal's number
+    # of a run that a signal ended, e.g. one that a batch system requeues; null: 128 + the signal's number
+    signal_exit_code: int | None = Field(None, ge=0, le=255)
 
 
-class SFTSection(_Section):
+class SFTSection(Section):
     """Of `eureka sft` and the demo's cold start. `eureka sft` also has another default of optimizer.lr: 1.0e-5."""
 
-    steps: int | None = Field(None, ge=1)  # optimizer steps; null: as many as sft.epochs make
-    epochs: float | None = Field(None, gt=0)  # over the rows of data.train, in place of sft.steps; neither: 3
+    # optimizer steps; null: as many as sft.epochs make
+    steps: int | None = Field(None, ge=1)
+    # over the rows of data.train, in place of sft.steps; neither: 3
+    epochs: float | None = Field(None, gt=0)
     samples_per_step: int = Field(32, ge=1)
-    responses: str = "response"  # the row's key that holds the text to imitate
+    # the row's key that holds the text to imitate
+    responses: str = "response"
 
     @model_validator(mode="after")
     def _one_measure(self) -> "SFTSection":
@@ -297,19 +278,22 @@ class SFTSection(_Section):
         return self
 
 
-class SyncSection(_Section):
-    check_every: int = Field(10, ge=0)  # rollout steps between checksum comparisons; always at start-up; 0: only then
-    bucket_mib: int = Field(512, ge=1)  # tensors travel in buckets of about this size
+class SyncSection(Section):
+    # rollout steps between checksum comparisons; always at start-up; 0: only then
+    check_every: int = Field(10, ge=0)
+    # tensors travel in buckets of about this size
+    bucket_mib: int = Field(512, ge=1)
 
 
-class TrackingSection(_Section):
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a login, else offline
+class TrackingSection(Section):
+    # auto: online with a login, else offline
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "eureka_megatron"
     tensorboard: bool = True
     console: bool = True
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything a run needs. `parallel.world_size` trainer ranks; each rollout engine is one more process."""
 
     model: ModelSection
@@ -327,10 +311,14 @@ class RunConfig(_Section):
     tracking: TrackingSection = TrackingSection()
 
     @property
+    def layout(self) -> Layout:
+        return Layout(**self.parallel.model_dump(), vision_parallel=self.model.vision_parallel)
+
+    @property
     def longest_sample(self) -> int:
-        """Tokens of the longest sample that a micro-batch takes; under context parallelism each is filled up to 2 · context."""
-        filling = 2 * self.parallel.context if self.parallel.context > 1 else 1
-        return self.training.max_tokens_per_micro_batch // filling * filling
+        """Tokens of the longest sample that a micro-batch takes; under context parallelism each is padded to a multiple of 2 · context."""
+        multiple = 2 * self.parallel.context if self.parallel.context > 1 else 1
+        return self.training.max_tokens_per_micro_batch // multiple * multiple
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

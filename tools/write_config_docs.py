@@ -1,9 +1,11 @@
-"""Write docs/configuration.md from eureka_megatron/config.py: every key with its type, bounds, default and comment.
+"""Write docs/configuration.md from eureka_megatron/config.py (and layout.py): every key with its type, bounds, default and comment.
 
 Usage: python tools/write_config_docs.py [--check]     (--check writes nothing and exits 1 when the page is out of date)
 """
 
 import ast
+import inspect
+import itertools
 import sys
 import types
 import typing
@@ -16,7 +18,6 @@ from pydantic.fields import FieldInfo
 
 from eureka_megatron import config
 
-SOURCE = Path(config.__file__)
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
@@ -31,7 +32,7 @@ business, and one that is left in a path is refused.
 
 Keys may refer to each other, and to what they are when they are not given: `output: runs/${run.name}`. Resolvers such as `${oc.env:…}` are refused.
 
-This page is written by `tools/write_config_docs.py` from the comments in `eureka_megatron/config.py`; edit those.
+This page is written by `tools/write_config_docs.py` from the comments in `eureka_megatron/config.py` and `layout.py`; edit those.
 """
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -50,15 +51,14 @@ def main(arguments: list[str]) -> int:
 
 def render() -> str:
     """The whole page."""
-    text = SOURCE.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
     parts = [HEAD]
     for path, section in _sections(config.RunConfig, ""):
-        comments = _comments(classes[section.__name__], lines)
+        comments = _comments(section)
+        # What must be given comes first, also before what a section inherits.
+        fields = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
         rows = [
             f"| `{name}` | {_type(field)} | {_default(field)} | {comments.get(name, '')} |"
-            for name, field in section.model_fields.items()
+            for name, field in fields
             if not _is_section(field.annotation)
         ]
         parts.append("\n".join([f"## {path}\n", "| key | type | default | |", "|---|---|---|---|", *rows]) + "\n")
@@ -78,25 +78,19 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _comments(node: ast.ClassDef, lines: list[str]) -> dict[str, str]:
-    """The comment of each field: behind it, else the comment lines just above it."""
+def _comments(section: type[BaseModel]) -> dict[str, str]:
+    """The comment lines just above each field, where the class or one it inherits from declares it."""
     found = {}
-    for item in node.body:
-        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
-            continue
-        behind = lines[item.end_lineno - 1][_column(lines[item.end_lineno - 1], item.end_col_offset) :].strip()
-        above: list[str] = []
-        for line in reversed(lines[: item.lineno - 1]):
-            if not line.strip().startswith("#"):
-                break
-            above.insert(0, line.strip().lstrip("# "))
-        found[item.target.id] = (behind.lstrip("# ") or " ".join(above)).replace("|", "\\|")
+    for owner in reversed([base for base in section.__mro__ if base.__module__.startswith("eureka_megatron")]):
+        lines = inspect.getsource(owner).splitlines()
+        for item in ast.parse("\n".join(lines)).body[0].body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                above = [
+                    *itertools.takewhile(lambda line: line.strip().startswith("#"), reversed(lines[: item.lineno - 1]))
+                ]
+                text = " ".join(line.strip().lstrip("# ") for line in reversed(above))
+                found[item.target.id] = (text or found.get(item.target.id, "")).replace("|", "\\|")
     return found
-
-
-def _column(line: str, byte_offset: int) -> int:
-    """ast counts columns in UTF-8 bytes."""
-    return len(line.encode()[:byte_offset].decode())
 
 
 def _type(field: FieldInfo) -> str:

@@ -199,7 +199,7 @@ def _build(*, with_conversions: bool) -> tuple[argparse.ArgumentParser, dict[str
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
-    """A parallel layout; destinations are the fields of verify.layout.Layout."""
+    """A parallel layout; destinations are the fields of layout.Layout and layout.Execution."""
     for option, name, text in (
         ("--tp", "tensor", "tensor-parallel size"),
         ("--pp", "pipeline", "pipeline stages"),
@@ -351,17 +351,16 @@ def _run_session(config: Any) -> AbstractContextManager[None]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from dataclasses import fields
-
     _first_word(sys.stderr if args.json else None)
+    from eureka_megatron.layout import Execution, Layout, from_options
     from eureka_megatron.places import model_directory
-    from eureka_megatron.verify.command import run_verify
-    from eureka_megatron.verify.layout import Layout
 
-    layout = Layout(**{field.name: getattr(args, field.name) for field in fields(Layout)})
-    options = {"against": args.against, "dtype": args.dtype, "grads": args.grads, "as_json": args.json}
+    layout, execution = from_options(Layout, args), from_options(Execution, args)
+    from eureka_megatron.verify.command import run_verify
+
+    options = {"against": args.against, "grads": args.grads, "as_json": args.json}
     with session():
-        return run_verify(model_directory(args.hf), layout, **options)
+        return run_verify(model_directory(args.hf), layout, execution, **options)
 
 
 def _convert(args: argparse.Namespace) -> int:

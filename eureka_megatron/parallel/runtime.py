@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from eureka_megatron.errors import ConfigError
+from eureka_megatron.layout import Layout
 from eureka_megatron.parallel import cpu
 
 
@@ -29,17 +30,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Where this rank stands. Example: TP 2 × PP 2 gives tensor=Axis(1, 2, …), pipeline=Axis(0, 2, …), data=Axis(0, 1, …)."""
+    """Where this rank stands in a layout. Example: TP 2 × PP 2 gives tensor=Axis(1, 2, …), pipeline=Axis(0, 2, …), data=Axis(0, 1, …)."""
 
     tensor: Axis = Axis()
     pipeline: Axis = Axis()
     data: Axis = Axis()
     context: Axis = Axis()
     world: Axis = Axis()
-    virtual_pipeline: int = 1  # model chunks a stage; chunk v of stage p is part v · pipeline.size + p of the model
-    layers_first_stage: int | None = None  # text layers of the first and last stage; None: as many as the others
-    layers_last_stage: int | None = None
-    sequence_parallel: bool = False
+    layout: Layout = Layout()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -52,44 +50,35 @@ class Parallel:
 
 
 def init_parallel(
-    tensor: int = 1,
-    pipeline: int = 1,
+    layout: Layout = Layout(),
     *,
-    virtual_pipeline: int = 1,
-    context: int = 1,
-    layers_first_stage: int | None = None,
-    layers_last_stage: int | None = None,
-    sequence_parallel: bool = False,
     rank: int = 0,
-    world_size: int = 1,
+    world_size: int | None = None,
     init_method: str = "env://",
     timeout_seconds: float = 600,
 ) -> Parallel:
-    """Join the world, set up Megatron's groups, return this rank's handle. Data parallelism takes the ranks that remain.
+    """Join the world, set up Megatron's groups, return this rank's handle.
 
     Uses NCCL and this rank's GPU where there is one (`LOCAL_RANK`, or the only visible device), else gloo on the CPU.
 
     Args:
-        virtual_pipeline: model chunks a stage (interleaved schedule); 1: off.
-        context: ranks that share the tokens of one packed row.
-        layers_first_stage, layers_last_stage: text layers there; None: as many as on the other stages.
+        world_size: where it is given, data parallelism takes the ranks that the other axes leave; else that of the layout.
         init_method: "env://", or an address such as "tcp://127.0.0.1:29500" or "file:///path".
 
     Raises:
-        ConfigError: the layout does not divide the world, or sequence parallelism without tensor parallelism.
+        ConfigError: the layout does not divide the world.
     """
     from megatron.core import parallel_state as mpu
 
     # Advice about CUDA streams and deprecations between pinned versions, once a rank: noise to a user.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
-    if world_size % (tensor * pipeline * context):
+    tensor, pipeline, context = layout.tensor, layout.pipeline, layout.context
+    world_size = layout.world_size if world_size is None else world_size
+    data, left = divmod(world_size, tensor * pipeline * context)
+    if left:
         raise ConfigError(
             f"world size {world_size} is not a multiple of tensor × pipeline × context = {tensor} × {pipeline} × {context}"
         )
-    if sequence_parallel and tensor == 1:
-        raise ConfigError("parallel.sequence_parallel needs parallel.tensor > 1")
-    if virtual_pipeline > 1 and pipeline == 1:
-        raise ConfigError("parallel.virtual_pipeline needs parallel.pipeline > 1")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -108,7 +97,7 @@ def init_parallel(
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
-            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             context_parallel_size=context,
             create_gloo_process_groups=False,
         )
@@ -122,10 +111,7 @@ def init_parallel(
         data=_axis(mpu.get_data_parallel_group()),
         context=_axis(mpu.get_context_parallel_group()),
         world=_axis(dist.group.WORLD),
-        virtual_pipeline=virtual_pipeline,
-        layers_first_stage=layers_first_stage,
-        layers_last_stage=layers_last_stage,
-        sequence_parallel=sequence_parallel,
+        layout=layout.model_copy(update={"data": data}),
         device=device,
     )
 
@@ -158,7 +144,8 @@ def patient(parallel: Parallel, limit: timedelta) -> Iterator[None]:
     Group by group, because Megatron's have other limits than the world.
     """
     axes = (parallel.world, parallel.tensor, parallel.pipeline, parallel.data, parallel.context)
-    before = {axis.group: _timeout(axis.group, parallel.device) for axis in axes if axis.group is not None}
+    groups = [axis.group for axis in axes if axis.group is not None]
+    before = {group: group._get_backend(parallel.device).options._timeout for group in groups}
     for group in before:
         dist.distributed_c10d._set_pg_timeout(limit, group)
     try:
@@ -166,10 +153,6 @@ def patient(parallel: Parallel, limit: timedelta) -> Iterator[None]:
     finally:
         for group, usual in before.items():
             dist.distributed_c10d._set_pg_timeout(usual, group)
-
-
-def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
-    return group._get_backend(device).options._timeout
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

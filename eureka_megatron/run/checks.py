@@ -16,16 +16,8 @@ _KL_KEYS = ("kl_coefficient", "kl_estimator")
 
 def check_run(config: RunConfig) -> None:
     """Refuse a layout, a reference or a `model.freeze` that does not fit the checkpoint. Raises ConfigError."""
-    hf_config, sizes = read_hf_config(config.model.path), config.parallel
-    check_layout(
-        hf_config,
-        sizes.tensor,
-        sizes.pipeline,
-        virtual_pipeline=sizes.virtual_pipeline,
-        layers_first_stage=sizes.layers_first_stage,
-        layers_last_stage=sizes.layers_last_stage,
-        vision_parallel=config.model.vision_parallel,
-    )
+    hf_config = read_hf_config(config.model.path)
+    check_layout(hf_config, config.layout)
     frozen_rows(expand(rows(hf_config)), config.model.freeze)
     reference = config.algorithm.reference
     if reference is not None and read_hf_config(reference) != hf_config:

@@ -50,24 +50,13 @@ class TrainerRank:
         from eureka_megatron.train.checkpointing import Checkpointer
         from eureka_megatron.train.trainer import PolicyTrainer
 
-        sizes, model, algorithm = self.config.parallel, self.config.model, self.config.algorithm
+        layout, model, algorithm = self.config.layout, self.config.model, self.config.algorithm
         torch.manual_seed(self.config.run.seed)
-        parallel = init_parallel(
-            **sizes.of_a_rank(),
-            rank=self.rank,
-            world_size=sizes.world_size,
-            init_method=address,
-        )
         self.trainer = PolicyTrainer(
             model.path,
-            parallel,
-            dtype=model.dtype,
-            backend=model.backend,
+            init_parallel(layout, rank=self.rank, init_method=address),
+            model,
             freeze=model.freeze,
-            recompute=model.recompute,
-            fp8=model.fp8,
-            fp8_recipe=model.fp8_recipe,
-            vision_parallel=model.vision_parallel,
             max_tokens_per_micro_batch=self.config.training.max_tokens_per_micro_batch,
             optimizer=self.config.optimizer,
             reference=(algorithm.reference or model.path) if algorithm.kl_coefficient > 0 else None,
@@ -80,12 +69,12 @@ class TrainerRank:
             keep_every=limits.keep_every,
         )
         return {
-            "tp": parallel.tensor.size,
-            "pp": parallel.pipeline.size,
-            "vpp": parallel.virtual_pipeline,
-            "cp": parallel.context.size,
-            "dp": parallel.data.size,
-            "sequence_parallel": int(parallel.sequence_parallel),
+            "tp": layout.tensor,
+            "pp": layout.pipeline,
+            "vpp": layout.virtual_pipeline,
+            "cp": layout.context,
+            "dp": layout.data,
+            "sequence_parallel": int(layout.sequence_parallel),
         }
 
     def reports(self) -> bool:

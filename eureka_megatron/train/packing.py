@@ -121,7 +121,7 @@ def row_layout(parallel: Parallel, vision_parallel: str = "replicated", multiple
         multiple: what the rows of one rank's share must divide by (FP8 kernels).
     """
     tensor, context = parallel.tensor, parallel.context
-    share = multiple * (tensor.size if parallel.sequence_parallel else 1)
+    share = multiple * (tensor.size if parallel.layout.sequence_parallel else 1)
     shared = vision_parallel == "data"
     return RowLayout(
         align=share if context.size == 1 else math.lcm(share, 2) * context.size,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import UserError
+from eureka_megatron.layout import Execution
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.models.qwen2_5_vl.transformer_config import fp8_rows
@@ -35,8 +36,6 @@ from eureka_megatron.weights import iter_hf_weights, load_hf
 from eureka_megatron.weights.online import table_of
 from eureka_megatron.weights.table import tensors_of, unsent
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class PolicyTrainer:
     """One rank's share of the policy. All methods are collective: every rank calls them in the same order."""
@@ -45,14 +44,9 @@ class PolicyTrainer:
         self,
         model_path: Path | str,
         parallel: Parallel,
+        execution: Execution = Execution(),
         *,
-        dtype: str = "float32",
-        backend: str = "local",
         freeze: Iterable[str] = (),
-        recompute: str = "none",
-        vision_parallel: str = "replicated",
-        fp8: str = "none",
-        fp8_recipe: str = "delayed",
         max_tokens_per_micro_batch: int = 16384,
         optimizer: OptimizerSection | None = None,
         reference: Path | str | None = None,
@@ -61,21 +55,12 @@ class PolicyTrainer:
         self.model_path = Path(model_path)
         self.max_tokens = max_tokens_per_micro_batch
         self.hf_config = read_hf_config(model_path)
-        multiple = fp8_rows(fp8, fp8_recipe, sequence_parallel=parallel.sequence_parallel)
-        self.row_layout = packing.row_layout(parallel, vision_parallel, multiple)
-        chunks = build_model(
-            self.hf_config,
-            parallel,
-            dtype=DTYPES[dtype],
-            backend=backend,
-            recompute=recompute,
-            vision_parallel=vision_parallel,
-            fp8=fp8,
-            fp8_recipe=fp8_recipe,
-        )
+        layout = parallel.layout
+        self.row_layout = packing.row_layout(parallel, layout.vision_parallel, fp8_rows(execution, layout))
+        chunks = build_model(self.hf_config, parallel, execution)
         self.frozen = freeze_parameters(chunks, tuple(freeze))
         # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.
-        narrow = dtype == "bfloat16"
+        narrow = execution.dtype == "bfloat16"
         self.reference: ReferenceWeights | None = None
         if reference is not None:
             same = Path(reference).resolve() == self.model_path.resolve()

@@ -7,17 +7,18 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.verify.engine import engine_report, native_logprobs
-from eureka_megatron.verify.layout import Job, Layout
+from eureka_megatron.verify.job import Job
 from eureka_megatron.verify.measure import measure
 from eureka_megatron.verify.reference import write_reference
 from eureka_megatron.verify.rounding import PICTURES, measure_rounding, write_rounded_references
@@ -25,24 +26,24 @@ from eureka_megatron.verify.samples import made_up_samples
 from eureka_megatron.weights.hf_files import Reader
 from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
 
-# Arguments of `check_layout` besides tensor and pipeline.
-LAYOUT_CHECKED = ("virtual_pipeline", "layers_first_stage", "layers_last_stage", "vision_parallel")
+# What a report says of the layout, where nothing was chosen.
+DEFAULTS = Layout().model_dump() | Execution().model_dump(include={"recompute", "backend"})
 
 
 def run_verify(
     hf_dir: Path,
     layout: Layout,
+    execution: Execution = Execution(),
     *,
     against: str = "transformers",
-    dtype: str = "float32",
     grads: bool = False,
     as_json: bool = False,
 ) -> int:
     """Print the figures. → exit code 0 when all are within their bars, else 1.
 
     Args:
+        execution: of dtype "float32", or "bfloat16" for the kernels that train, see `rounding`.
         against: "transformers", or "vllm" for log-probabilities alone, see `engine`.
-        dtype: "float32", or "bfloat16" for the kernels that train, see `rounding`.
         grads: compare gradients too.
 
     Raises:
@@ -50,36 +51,34 @@ def run_verify(
     """
     if against == "vllm" and grads:
         raise ConfigError("eureka verify: --grads needs --against transformers; an engine has no gradients")
-    options = {name: value for name, value in layout.chosen.items() if name in LAYOUT_CHECKED}
     if against == "transformers":
         _require_hf_files(hf_dir)
-    check_layout(read_hf_config(hf_dir), layout.tensor, layout.pipeline, **options)
+    check_layout(read_hf_config(hf_dir), layout)
+    exact = execution.dtype == "float32"
     with tempfile.TemporaryDirectory(prefix="eureka-verify-") as folder:
         reference = Path(folder) / "reference.safetensors"
-        samples = made_up_samples(hf_dir, pictures=() if dtype == "float32" else PICTURES)
-        job = Job(str(hf_dir), str(reference), tuple(samples), grads=grads, dtype=dtype, **asdict(layout))
-        words = sys.stderr if as_json else None
-        native = f"the native model on the same, {counted(job.world_size, 'rank')} …"
+        samples = made_up_samples(hf_dir, pictures=() if exact else PICTURES)
+        job = Job(str(hf_dir), str(reference), tuple(samples), layout, execution, grads=grads)
+        progress, ranks = sys.stderr if as_json else None, counted(layout.world_size, "rank")
         if against == "transformers":
-            tell(f"transformers computes {counted(len(samples), 'sample')}{' and gradients' if grads else ''} …", words)
-        if against == "transformers" and dtype == "float32":
-            write_reference(hf_dir, reference, samples, grads=grads)
-            tell(native, words)
-            report = _on_ranks(measure, job, Path(folder))
-        elif against == "transformers":
-            job = replace(job, rounded=str(Path(folder) / "rounded.safetensors"))
-            write_rounded_references(job)
-            tell(native, words)
-            report = _on_ranks(measure_rounding, job, Path(folder))
-        else:
             tell(
-                f"the native model computes {counted(len(samples), 'sample')}, {counted(job.world_size, 'rank')} …",
-                words,
+                f"transformers computes {counted(len(samples), 'sample')}{' and gradients' if grads else ''} …",
+                progress,
             )
+            if exact:
+                write_reference(hf_dir, reference, samples, grads=grads)
+            else:
+                job = replace(job, rounded=str(Path(folder) / "rounded.safetensors"))
+                write_rounded_references(job)
+            tell(f"the native model on the same, {ranks} …", progress)
+            report = _on_ranks(measure if exact else measure_rounding, job, Path(folder))
+        else:
+            tell(f"the native model computes {counted(len(samples), 'sample')}, {ranks} …", progress)
             native_values = _on_ranks(native_logprobs, job, Path(folder))
-            tell("a vLLM engine starts and computes the same …", words)
+            tell("a vLLM engine starts and computes the same …", progress)
             report = engine_report(job, native_values)
-    report = {"against": against, "layout": asdict(layout)} | report
+    how = execution.model_dump(include={"recompute", "backend"})
+    report = {"against": against, "layout": layout.model_dump() | how} | report
     print(json.dumps(report, indent=2) if as_json else describe(report))
     return 0 if report["passed"] else 1
 
@@ -97,7 +96,8 @@ def _require_hf_files(directory: Path) -> None:
 
 def describe(report: dict[str, Any]) -> str:
     """The report as a few lines of text."""
-    lines = [f"{report['hf']} at {Layout(**report['layout'])}, against {report['against']}, in {report['dtype']}"]
+    chosen = [f"{name} {value}" for name, value in report["layout"].items() if value != DEFAULTS[name]]
+    lines = [f"{report['hf']} at {', '.join(chosen) or 'one rank'}, against {report['against']}, in {report['dtype']}"]
     lines += (_engine_lines if report["against"] == "vllm" else _figure_lines)(report)
     return "\n".join([*lines, "passed" if report["passed"] else "FAILED"])
 
@@ -151,7 +151,7 @@ def _on_ranks(body: Callable[[int, Job, str], Any], job: Job, folder: Path) -> A
     """
     try:
         torch.multiprocessing.spawn(
-            _spawned, args=(body, job, f"tcp://127.0.0.1:{_free_port()}", folder), nprocs=job.world_size
+            _spawned, args=(body, job, f"tcp://127.0.0.1:{_free_port()}", folder), nprocs=job.layout.world_size
         )
     except torch.multiprocessing.ProcessExitedException:
         if complaint := next(folder.glob("error-*"), None):
@@ -162,7 +162,7 @@ def _on_ranks(body: Callable[[int, Job, str], Any], job: Job, folder: Path) -> A
 
 def _spawned(rank: int, body: Callable[[int, Job, str], Any], job: Job, address: str, folder: Path) -> None:
     os.environ.setdefault("LOCAL_RANK", str(rank))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.world_size))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.layout.world_size))
     try:
         result = body(rank, job, address)
     except UserError as error:

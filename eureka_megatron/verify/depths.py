@@ -172,10 +172,8 @@ class NativeDepths:
     def _rows(self, value: Tensor, batch: MicroBatch) -> Tensor:
         """[T, H] of the whole packed row."""
         value = value[:, 0]
-        if self.parallel.sequence_parallel:
-            parts = [torch.empty_like(value) for _ in range(self.parallel.tensor.size)]
-            dist.all_gather(parts, value.contiguous(), group=self.parallel.tensor.group)
-            value = torch.cat(parts)
+        if self.parallel.layout.sequence_parallel:
+            value = gather_units(value, [len(value)] * self.parallel.tensor.size, self.parallel.tensor)
         return value if batch.context is None else gather_rows(value, batch.context.order_T, self.parallel.context)
 
     def _units(self, value: Tensor | None, width: int, batch: MicroBatch) -> list[Tensor]:

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Prompt, Sample
-from eureka_megatron.verify.layout import Job
+from eureka_megatron.verify.job import Job
 
 KINDS = ("text", "near_picture", "after_picture")
 NEAR_TOKENS = 8
@@ -38,14 +37,9 @@ BARS = {
 
 def native_logprobs(rank: int, job: Job, address: str) -> list[list[float]] | None:
     """Of every token of the samples given those before it (the first: 0); on the rank that has them, None on the others."""
-    from eureka_megatron.train.trainer import PolicyTrainer
-
-    parallel = init_parallel(rank=rank, world_size=job.world_size, init_method=address, **job.parallel_options)
-    trainer = PolicyTrainer(
-        job.hf_dir, parallel, dtype=job.dtype, max_tokens_per_micro_batch=job.max_tokens, **job.model_options
-    )
+    trainer = job.trainer(rank, address)
     logprobs = trainer.logprobs(list(job.samples))
-    if logprobs is None or parallel.tensor.rank or parallel.context.rank:
+    if logprobs is None or trainer.parallel.tensor.rank or trainer.parallel.context.rank:
         return None
     return [row.tolist() for row in logprobs]
 
@@ -115,12 +109,12 @@ def differences(
 
 def engine_report(job: Job, native: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Start the engine and compare."""
-    figures = differences(job.samples, native, engine_logprobs(job.hf_dir, job.samples, job.dtype))
+    figures = differences(job.samples, native, engine_logprobs(job.hf_dir, job.samples, job.execution.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    largest, mean = BARS[device, job.dtype]
+    largest, mean = BARS[device, job.execution.dtype]
     return {
         "hf": job.hf_dir,
-        "dtype": job.dtype,
+        "dtype": job.execution.dtype,
         "device": device,
         "against": "vllm",
         "figures": figures,

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from eureka_megatron.config import OptimizerSection
-from eureka_megatron.parallel.runtime import init_parallel
+from eureka_megatron.train.trainer import PolicyTrainer
 from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, first_above, relative
-from eureka_megatron.verify.layout import Job
+from eureka_megatron.verify.job import Job
 from eureka_megatron.verify.reference import Reference
 from eureka_megatron.weights.table import hub_name
 
@@ -27,22 +27,12 @@ BARS = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-5, "grad_norm": 1e-5, "sgd
 
 def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     """All comparisons at this layout; called on every rank. → the report on rank 0, None elsewhere."""
-    from eureka_megatron.train.trainer import PolicyTrainer
-
-    parallel = init_parallel(rank=rank, world_size=job.world_size, init_method=address, **job.parallel_options)
     reference, samples = Reference(job.reference), list(job.samples)
     section = OptimizerSection(name="sgd", lr=1.0, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
-    trainer = PolicyTrainer(
-        job.hf_dir,
-        parallel,
-        dtype="float32",
-        optimizer=section,
-        max_tokens_per_micro_batch=job.max_tokens,
-        **job.model_options,
-    )
+    trainer = job.trainer(rank, address, section)
     worst: dict[str, str] = {}
     before = on_host(trainer.hf_weights())
-    with NativeDepths(trainer.chunks, parallel) as native:
+    with NativeDepths(trainer.chunks, trainer.parallel) as native:
         logits = trainer.logits(samples)
     depths = depth_errors(native, reference, depth_names(trainer.hf_config))
     shared: dict[str, float] = {}
@@ -73,7 +63,7 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     depths["lm_head"] = figures["logits"]
     return {
         "hf": job.hf_dir,
-        "dtype": job.dtype,
+        "dtype": job.execution.dtype,
         "figures": figures,
         "worst": worst,
         "bars": {name: BARS[name] for name in figures},
@@ -108,7 +98,7 @@ def _rate_and_norm(model_path: Path, reference: Reference) -> tuple[float, float
     return rate, square**0.5
 
 
-def _gradient_errors(trainer: Any, reference: Reference) -> dict[str, float]:
+def _gradient_errors(trainer: PolicyTrainer, reference: Reference) -> dict[str, float]:
     """Of the gradients that the last step was made with."""
     errors = {}
     for name, gradient in trainer.hf_weights(select=lambda parameter: parameter.main_grad):
@@ -118,7 +108,9 @@ def _gradient_errors(trainer: Any, reference: Reference) -> dict[str, float]:
     return errors | dict.fromkeys(missing if errors else (), float("inf"))
 
 
-def _step_errors(trainer: Any, reference: Reference, before: dict[str, torch.Tensor], rate: float) -> dict[str, float]:
+def _step_errors(
+    trainer: PolicyTrainer, reference: Reference, before: dict[str, torch.Tensor], rate: float
+) -> dict[str, float]:
     errors = {}
     for name, after in trainer.hf_weights():
         if after is not None:

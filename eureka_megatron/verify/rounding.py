@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from eureka_megatron.config import OptimizerSection
-from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Sample
 from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, distance
-from eureka_megatron.verify.layout import Job
+from eureka_megatron.verify.job import Job
 from eureka_megatron.verify.measure import largest_over_ranks, on_host, round_trip
 from eureka_megatron.verify.reference import Reference, write_reference
 
@@ -52,29 +51,19 @@ Squares = Mapping[str, tuple[float, float]]  # parameter → (‖a − b‖², �
 
 def write_rounded_references(job: Job) -> None:
     """Both of transformers' files: `job.reference` in fp32 on the rounded weights, `job.rounded` in the job's dtype."""
-    dtype, samples = getattr(torch, job.dtype), list(job.samples)
+    dtype, samples = getattr(torch, job.execution.dtype), list(job.samples)
     write_reference(job.hf_dir, Path(job.reference), samples, grads=job.grads, weights=dtype)
     write_reference(job.hf_dir, Path(job.rounded), samples, grads=job.grads, weights=dtype, dtype=dtype)
 
 
 def measure_rounding(rank: int, job: Job, address: str) -> dict[str, Any] | None:
     """All comparisons at this layout; called on every rank. → the report on rank 0, None elsewhere."""
-    from eureka_megatron.train.trainer import PolicyTrainer
-
-    parallel = init_parallel(rank=rank, world_size=job.world_size, init_method=address, **job.parallel_options)
     exact, rounded, samples = Reference(job.reference), Reference(job.rounded), list(job.samples)
     section = OptimizerSection(name="sgd", lr=1e-6, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
-    trainer = PolicyTrainer(
-        job.hf_dir,
-        parallel,
-        dtype=job.dtype,
-        optimizer=section,
-        max_tokens_per_micro_batch=job.max_tokens,
-        **job.model_options,
-    )
+    trainer = job.trainer(rank, address, section)
     weights = on_host(trainer.hf_weights())
     names = depth_names(trainer.hf_config, attention=True)
-    with NativeDepths(trainer.chunks, parallel, attention=True) as native:
+    with NativeDepths(trainer.chunks, trainer.parallel, attention=True) as native:
         logits = trainer.logits(samples)
     depths = depth_errors(native, exact, names, distance)
     logprobs = trainer.logprobs(samples)
@@ -112,7 +101,7 @@ def measure_rounding(rank: int, job: Job, address: str) -> dict[str, Any] | None
     allowed = FACTORS["worst_module"]
     return {
         "hf": job.hf_dir,
-        "dtype": job.dtype,
+        "dtype": job.execution.dtype,
         "figures": figures,
         "transformers": theirs,
         "bars": bars,

@@ -101,7 +101,7 @@ def test_a_checkpoint_means_the_same_at_every_layout(plain: Course, tied_tiny_di
     course = replace(plain, dtype=dtype, model=str(tied_tiny_dir))  # tied: the last stage holds a copy of the embedding
     source = expected = figures = None
     for number, (world, layout, vision) in enumerate(LAYOUTS[dtype]):
-        course = replace(course.at(world, **layout), folder=str(tmp_path / str(number)), vision_parallel=vision)
+        course = replace(course.at(world, **layout, vision_parallel=vision), folder=str(tmp_path / str(number)))
         step, _ = run_ranks(pieces_of, world, course, source)[-1]
         source = str(Path(course.folder) / "step_000002")
         found = everything(Path(source), course.model, kinds)

@@ -18,35 +18,29 @@ from eureka_megatron.weights.listing import describe, differences
 from eureka_megatron.weights.offline import hf_to_megatron, megatron_to_hf
 from eureka_megatron.weights.table import hub_name
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.demo.forms import build_published
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from tests.helpers.naming import newer_name
 from tests.helpers.ranks import run_ranks
 
-Layout = dict[str, Any]
-LAYOUTS: list[Layout] = [  # kv heads are 2
-    {},
-    {"tensor": 2},
-    {"tensor": 4},
-    {"pipeline": 4},
-    {"tensor": 2, "pipeline": 2},
-    {"pipeline": 2, "virtual_pipeline": 2},
-    {"pipeline": 2, "layers_first_stage": 1},
-    {"tensor": 2, "context": 2, "vision_parallel": "data"},
-    {"tensor": 4, "vision_parallel": "tensor"},
+LAYOUTS = [  # kv heads are 2
+    Layout(),
+    Layout(tensor=2),
+    Layout(tensor=4),
+    Layout(pipeline=4),
+    Layout(tensor=2, pipeline=2),
+    Layout(pipeline=2, virtual_pipeline=2),
+    Layout(pipeline=2, layers_first_stage=1),
+    Layout(tensor=2, context=2, vision_parallel="data"),
+    Layout(tensor=4, vision_parallel="tensor"),
 ]
 
 
-def ranks_of(layout: Layout) -> int:
-    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
-
-
 def model_at(rank: int, hf: str, layout: Layout) -> tuple[list[Any], Parallel]:
-    sizes = {name: size for name, size in layout.items() if name != "vision_parallel"}
-    parallel = init_parallel(**sizes, rank=rank, world_size=ranks_of(layout))
-    how = layout.get("vision_parallel", "replicated")
-    return build_model(read_hf_config(hf), parallel, vision_parallel=how), parallel
+    parallel = init_parallel(layout, rank=rank)
+    return build_model(read_hf_config(hf), parallel), parallel
 
 
 def load_both_ways(rank: int, hf: str, converted: str, layout: Layout) -> list[str]:
@@ -83,7 +77,7 @@ def load_both_ways(rank: int, hf: str, converted: str, layout: Layout) -> list[s
 def test_a_converted_checkpoint_loads_at_any_layout(tmp_path, layout):
     source = build_published(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
     hf_to_megatron(source, tmp_path / "megatron")
-    world = ranks_of(layout)
+    world = layout.world_size
     assert run_ranks(load_both_ways, world, str(source), str(tmp_path / "megatron"), layout) == [[]] * world
 
 
@@ -123,13 +117,11 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
 
 def go_round(rank: int, converted: list[str], layout: Layout, output: str) -> None:
     """Loads each converted checkpoint at a layout and exports it from there."""
-    sizes = {name: size for name, size in layout.items() if name != "vision_parallel"}
-    parallel = init_parallel(**sizes, rank=rank, world_size=ranks_of(layout))
+    parallel = init_parallel(layout, rank=rank)
     for directory in converted:
         config = read_hf_config(directory)
         dtype = describe(directory).tensors["visual.patch_embed.proj.weight"][1]
-        how = layout.get("vision_parallel", "replicated")
-        chunks = build_model(config, parallel, dtype=dtype, vision_parallel=how)
+        chunks = build_model(config, parallel, Execution(dtype=str(dtype).removeprefix("torch.")))
         load_hf(chunks, directory, parallel)
         export_hf(chunks, parallel, directory, f"{output}/{Path(directory).name}", card={})
 
@@ -138,7 +130,7 @@ def go_round(rank: int, converted: list[str], layout: Layout, output: str) -> No
 def test_every_kind_of_checkpoint_comes_back_bitwise_through_every_layout(
     kinds: list[tuple[Path, Path]], tmp_path: Path, layout: Layout
 ) -> None:
-    run_ranks(go_round, ranks_of(layout), [str(converted) for _, converted in kinds], layout, str(tmp_path))
+    run_ranks(go_round, layout.world_size, [str(converted) for _, converted in kinds], layout, str(tmp_path))
     for source, converted in kinds:
         expected, found = Reader(source, rename=hub_name), Reader(tmp_path / converted.name)
         assert expected.tensors.keys() == found.tensors.keys()
@@ -161,7 +153,7 @@ def save_by_megatron(rank: int, hf: str, output: str, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", [LAYOUTS[4], LAYOUTS[5], *LAYOUTS[-2:]], ids=str)
 def test_what_megatron_saves_at_any_layout_converts_back_bitwise(tmp_path, layout):
     source = build_published(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
-    run_ranks(save_by_megatron, ranks_of(layout), str(source), str(tmp_path / "saved"), layout)
+    run_ranks(save_by_megatron, layout.world_size, str(source), str(tmp_path / "saved"), layout)
     shutil.copyfile(source / "config.json", tmp_path / "saved" / "config.json")
     megatron_to_hf(tmp_path / "saved", tmp_path / "back", verify=True)
     assert differences(describe(source), describe(tmp_path / "back")) == []

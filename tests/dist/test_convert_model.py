@@ -17,6 +17,7 @@ from eureka_megatron.weights.hf_files import Reader
 from eureka_megatron.weights.table import hub_name
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.model import build_model
 from eureka_megatron.demo.forms import build_published
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
@@ -48,8 +49,8 @@ def digests(directory: Path) -> dict[str, str]:
 def build(rank: int, directory: str, layout: tuple, dtype: torch.dtype) -> tuple[list, Parallel]:
     tensor, pipeline, data, sequence_parallel = layout
     world = tensor * pipeline * data
-    parallel = init_parallel(tensor, pipeline, sequence_parallel=sequence_parallel, rank=rank, world_size=world)
-    chunks = build_model(read_hf_config(directory), parallel, dtype=dtype)
+    parallel = init_parallel(Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel), rank=rank, world_size=world)
+    chunks = build_model(read_hf_config(directory), parallel, Execution(dtype=str(dtype).removeprefix("torch.")))
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(torch.nan)  # what is not loaded shows

@@ -11,6 +11,7 @@ from eureka_megatron.weights import hf_metadata
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl import read_hf_config
+from eureka_megatron.layout import Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Batch, Sample
 from eureka_megatron.verify import made_up_samples
@@ -52,13 +53,11 @@ def step(rank: int, directory: str, batch: Batch, layout: dict[str, Any], freeze
     """One RL step of two updates and two passes; what it cost."""
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    sizes = {name: value for name, value in layout.items() if name not in ("data", "vision_parallel")}
-    parallel = init_parallel(**sizes, rank=rank, world_size=torch.distributed.get_world_size())
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=torch.distributed.get_world_size())
     trainer = PolicyTrainer(
         directory,
         parallel,
         freeze=freeze,
-        vision_parallel=layout.get("vision_parallel", "replicated"),
         max_tokens_per_micro_batch=200,
         optimizer=SECTION,
     )

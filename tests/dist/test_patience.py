@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eureka_megatron.layout import Layout
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from tests.helpers.ranks import RankError, run_ranks
 
@@ -19,7 +20,7 @@ def limits(parallel: object) -> list[timedelta]:
 
 
 def waiting_for_a_writer(rank: int, is_patient: bool) -> list[list[timedelta]]:
-    parallel = init_parallel(2, rank=rank, world_size=2)
+    parallel = init_parallel(Layout(tensor=2), rank=rank)
     usual = limits(parallel)
     for axis in (parallel.world, parallel.tensor):
         dist.distributed_c10d._set_pg_timeout(USUAL, axis.group)
@@ -56,7 +57,7 @@ def trainer_limits_while_it_exports(rank: int) -> list[timedelta]:
     seen: list[timedelta] = []
 
     class Trainer:
-        parallel = init_parallel(2, rank=rank, world_size=2)
+        parallel = init_parallel(Layout(tensor=2), rank=rank)
 
         def export(self, *_: object) -> None:
             seen.extend(limits(self.parallel))

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from eureka_megatron.config import OptimizerSection
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Sample
-from eureka_megatron.verify.layout import Job
+from eureka_megatron.verify.job import Job
 from eureka_megatron.verify.measure import measure
 from eureka_megatron.verify.reference import write_reference
 from eureka_megatron.verify.samples import made_up_samples
@@ -41,9 +42,9 @@ def computed(rank: int, directory: str, samples: list[Sample], layout: dict, opt
     """Logits, gradients of the supervised loss, and the most memory that forward and backward took. → on rank 0."""
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    parallel = init_parallel(rank=rank, world_size=torch.distributed.get_world_size(), **layout)
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=torch.distributed.get_world_size())
     # Adam's distributed optimizer would leave each rank with its share of the reduced gradients.
-    trainer = PolicyTrainer(directory, parallel, optimizer=OptimizerSection(name="sgd"), **options)
+    trainer = PolicyTrainer(directory, parallel, Execution(**options), optimizer=OptimizerSection(name="sgd"))
     logits = trainer.logits(samples)
     on_gpu = parallel.device.type == "cuda"
     if on_gpu:
@@ -63,7 +64,7 @@ def trained(rank: int, directory: str, samples: list[Sample], options: dict) -> 
 
     parallel = init_parallel(rank=rank, world_size=1)
     section = OptimizerSection(lr=1e-3, schedule="constant", warmup_ratio=0.0)
-    trainer = PolicyTrainer(directory, parallel, optimizer=section, **options)
+    trainer = PolicyTrainer(directory, parallel, Execution(**options), optimizer=section)
     trainer.start_phase(section, STEPS)
     history = [trainer.sft(samples) for _ in range(STEPS)]
     return [(metrics["loss"], metrics["grad_norm"]) for metrics in history]

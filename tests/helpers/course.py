@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from eureka_megatron.checkpoint.store import newest_whole
 from eureka_megatron.config import OptimizerSection
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.types import Batch, Sample
 from eureka_megatron.verify.samples import made_up_samples
 
@@ -28,13 +29,12 @@ class Course:
     dtype: str = "float32"
     optimizer: str = "adam"
     freeze: tuple[str, ...] = ()
-    vision_parallel: str = "replicated"
-    layout: dict[str, Any] = field(default_factory=dict)  # arguments of init_parallel
+    layout: Layout = Layout()
     world: int = 1
 
     def at(self, world: int, **layout: Any) -> "Course":
         """The same at another layout."""
-        return Course(**{**self.__dict__, "layout": layout, "world": world})
+        return Course(**{**self.__dict__, "layout": Layout(**layout), "world": world})
 
 
 def course_samples(model: Path | str) -> tuple[Sample, ...]:
@@ -51,17 +51,16 @@ def make_trainer(rank: int, course: Course) -> Any:
     from eureka_megatron.parallel.runtime import init_parallel
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    parallel = init_parallel(**course.layout, rank=rank, world_size=course.world)
+    parallel = init_parallel(course.layout, rank=rank, world_size=course.world)
     section = OptimizerSection(
         name=course.optimizer, lr=1e-3 if course.optimizer == "adam" else 0.1, weight_decay=0.01, warmup_ratio=0.2
     )
     trainer = PolicyTrainer(
         course.model,
         parallel,
-        dtype=course.dtype,
+        Execution(dtype=course.dtype),
         optimizer=section,
         freeze=course.freeze,
-        vision_parallel=course.vision_parallel,
         max_tokens_per_micro_batch=64,
     )
     trainer.start_phase(section, 2 * course.steps)

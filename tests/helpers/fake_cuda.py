@@ -211,12 +211,13 @@ def fake_rank(rank: int, world_size: int, **layout: Any) -> Iterator[tuple[Any, 
     """This process as one rank of a world that is not there, on a GPU that is not there: (Parallel, FakeCuda). Collectives do nothing.
 
     Args:
-        layout: arguments of `init_parallel`.
+        layout: fields of `Layout`.
     """
     import torch.distributed as dist
     from megatron.core.tensor_parallel import random
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from eureka_megatron.layout import Layout
     from eureka_megatron.parallel import cpu, runtime
 
     if dist.is_initialized():
@@ -231,7 +232,7 @@ def fake_rank(rank: int, world_size: int, **layout: Any) -> Iterator[tuple[Any, 
     for name, function in available.items():
         setattr(torch.cuda, name, function)
     try:
-        parallel = runtime.init_parallel(rank=rank, world_size=world_size, **layout)
+        parallel = runtime.init_parallel(Layout(**layout), rank=rank, world_size=world_size)
     finally:
         for name, function in truth.items():
             setattr(torch.cuda, name, function)

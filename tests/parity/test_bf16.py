@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.data.model_inputs import reading_order
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.train.packing import pack
 from eureka_megatron.types import Sample
@@ -24,15 +25,9 @@ def train(
 ) -> list[tuple[float, float]] | None:
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    parallel = init_parallel(
-        layout.get("tensor", 1),
-        layout.get("pipeline", 1),
-        sequence_parallel=layout.get("sequence_parallel", False),
-        rank=rank,
-        world_size=torch.distributed.get_world_size(),
-    )
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=torch.distributed.get_world_size())
     section = OptimizerSection(lr=1e-3, schedule="constant", warmup_ratio=0.0)
-    trainer = PolicyTrainer(directory, parallel, dtype=dtype, optimizer=section)
+    trainer = PolicyTrainer(directory, parallel, Execution(dtype=dtype), optimizer=section)
     trainer.start_phase(section, STEPS)
     history = [trainer.sft(samples) for _ in range(STEPS)]
     if not (parallel.last_stage and parallel.tensor.rank == 0 and parallel.data.rank == 0):
@@ -64,7 +59,7 @@ def vision_features(rank: int, directory: str, sample: Sample, dtype: str) -> to
     from eureka_megatron.train.trainer import PolicyTrainer
 
     parallel = init_parallel(rank=rank, world_size=1)
-    tower = unwrap_model(PolicyTrainer(directory, parallel, dtype=dtype).chunks[0]).vision
+    tower = unwrap_model(PolicyTrainer(directory, parallel, Execution(dtype=dtype)).chunks[0]).vision
     with torch.no_grad():
         vision = to_device(pack([sample], [0]).vision, parallel.device, tower.config.params_dtype)
         return tower(vision).float()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from eureka_megatron.config import OptimizerSection
+from eureka_megatron.layout import Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.rl.losses import AGGREGATIONS, CORRECTIONS, LOSSES
 from eureka_megatron.types import Batch
@@ -50,8 +51,7 @@ def updates(rank: int, directory: str, batch: Batch, layout: dict[str, Any], max
     """The step of every case, from the same weights."""
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    sizes = {name: size for name, size in layout.items() if name != "data"}
-    parallel = init_parallel(**sizes, rank=rank, world_size=torch.distributed.get_world_size())
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=torch.distributed.get_world_size())
     trainer = PolicyTrainer(directory, parallel, optimizer=SECTION, max_tokens_per_micro_batch=max_tokens)
     parameters = [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]
     start = [parameter.detach().clone() for parameter in parameters]

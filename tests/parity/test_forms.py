@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging as quiet
 
 from eureka_megatron.demo.forms import FORMS, build_published
-from eureka_megatron.verify import Job, made_up_samples, measure, write_reference
+from eureka_megatron.verify import Job, Layout, made_up_samples, measure, write_reference
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -31,8 +31,8 @@ def sweep(rank: int, folder: str) -> dict[str, Any]:
 
 
 def job_of(directory: Path) -> Job:
-    layout = {"tensor": 2, "pipeline": 2, "sequence_parallel": True}
-    return Job(str(directory), str(directory / "reference"), tuple(made_up_samples(directory)), grads=True, **layout)
+    layout = Layout(tensor=2, pipeline=2, sequence_parallel=True)
+    return Job(str(directory), str(directory / "reference"), tuple(made_up_samples(directory)), layout)
 
 
 def test_every_form_equals_transformers() -> None:

@@ -26,13 +26,11 @@ def results(rank: int, directory: str, layout: Layout, variants: list[tuple[list
     """For each variant (samples, largest row): {name: tensor} of everything that is compared, on the ranks that have it."""
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    parallel = init_parallel(rank=rank, world_size=layout.world_size, **layout.parallel_options)
+    parallel = init_parallel(layout, rank=rank)
     section = OptimizerSection(name="sgd", lr=RATE, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
     found = []
     for samples, max_tokens in variants:
-        trainer = PolicyTrainer(
-            directory, parallel, optimizer=section, max_tokens_per_micro_batch=max_tokens, **layout.model_options
-        )
+        trainer = PolicyTrainer(directory, parallel, optimizer=section, max_tokens_per_micro_batch=max_tokens)
         trainer.start_phase(section, 1)
         values: dict[str, torch.Tensor] = {}
         for name in ("logits", "logprobs"):

@@ -18,7 +18,7 @@ from transformers.utils import logging as quiet
 
 from eureka_megatron.demo.forms import FORMS, build_published
 from eureka_megatron.types import Sample
-from eureka_megatron.verify import Job, made_up_samples, measure, write_reference
+from eureka_megatron.verify import Job, Layout, made_up_samples, measure, write_reference
 from tests.helpers.ranks import run_ranks
 
 SEED, CONFIGURATIONS = 2025, 64
@@ -26,7 +26,7 @@ CHUNKS = [("one rank", 1, range(24)), ("one rank", 1, range(24, 48)), ("TP 2", 2
 
 
 def draw(number: int, tensor: int) -> dict[str, Any]:
-    """Configuration `number`: {"form" and "sizes" of build_published, "pictures" of the samples, "job" fields}."""
+    """Configuration `number`: {"form" and "sizes" of build_published, "pictures" of the samples, fields of "job" and "layout"}."""
     random = np.random.default_rng((SEED, number))
 
     def one_of(*choices: Any) -> Any:
@@ -57,7 +57,8 @@ def draw(number: int, tensor: int) -> dict[str, Any]:
         "sizes": sizes,
         "form": one_of(*FORMS),
         "pictures": [draw_pictures(random) for _ in range(random.integers(1, 5))],
-        "job": {"max_tokens": one_of(0, 4096), "sequence_parallel": tensor > 1 and one_of(True, False)},
+        "job": {"max_tokens": one_of(0, 4096)},
+        "layout": {"sequence_parallel": tensor > 1 and one_of(True, False)},
     }
 
 
@@ -95,9 +96,12 @@ def sweep(rank: int, numbers: range, tensor: int, folder: str) -> list[dict[str,
     torch.distributed.barrier()
     reports = []
     for number, directory in directories.items():
-        samples, options = samples_of(number, tensor, directory), draw(number, tensor)["job"]
+        samples, drawn = samples_of(number, tensor, directory), draw(number, tensor)
+        options, layout = drawn["job"], drawn["layout"]
         options["max_tokens"] = max(options["max_tokens"], max(map(len, samples)) + 1)
-        job = Job(str(directory), str(directory / "reference"), tuple(samples), tensor=tensor, **options)
+        job = Job(
+            str(directory), str(directory / "reference"), tuple(samples), Layout(tensor=tensor, **layout), **options
+        )
         reports.append(measure(rank, job, "env://"))
     return reports
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eureka_megatron.config import OptimizerSection
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Sample
 from eureka_megatron.verify import made_up_samples
@@ -52,13 +53,13 @@ def gradients(rank: int, directory: str, samples: list[Sample], layout: dict, fr
     """For every kind of recomputation: this rank's gradients, and the bytes kept at the worst moment."""
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    parallel = init_parallel(rank=rank, world_size=torch.distributed.get_world_size(), **layout)
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=torch.distributed.get_world_size())
     found = {}
     section = OptimizerSection(
         name="sgd"
     )  # Adam's distributed optimizer would reduce only a share of the gradients on each rank
     for recompute in ("none", "selective", "full"):
-        trainer = PolicyTrainer(directory, parallel, freeze=freeze, recompute=recompute, optimizer=section)
+        trainer = PolicyTrainer(directory, parallel, Execution(recompute=recompute), freeze=freeze, optimizer=section)
         parameters = {
             f"{i}.{name}": p for i, chunk in enumerate(trainer.chunks) for name, p in chunk.named_parameters()
         }

@@ -9,6 +9,7 @@ import torch
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.demo.forms import build_published
+from eureka_megatron.layout import Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.types import Batch
@@ -35,8 +36,7 @@ def reference_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer_at(layout: dict[str, Any], rank: int, directory: str, **options: Any) -> Any:
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    sizes = {name: size for name, size in layout.items() if name != "data"}
-    parallel = init_parallel(**sizes, rank=rank, world_size=torch.distributed.get_world_size())
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=torch.distributed.get_world_size())
     return PolicyTrainer(directory, parallel, optimizer=SECTION, **options)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eureka_megatron.cli.commands import main
-from eureka_megatron.verify import Job, Layout, command, made_up_samples
+from eureka_megatron.verify import Execution, Job, Layout, command, made_up_samples
 from eureka_megatron.verify.rounding import FACTORS, PICTURES, measure_rounding, write_rounded_references
 from tests.helpers.ranks import run_ranks
 
@@ -39,7 +39,13 @@ def job(
                 weight[: 2 * len(weight) // 3] *= 10
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     samples = tuple(made_up_samples(model, pictures=PICTURES))
-    found = Job(str(model), str(folder / "exact"), samples, dtype="bfloat16", rounded=str(folder / "rounded"))
+    found = Job(
+        str(model),
+        str(folder / "exact"),
+        samples,
+        execution=Execution(dtype="bfloat16"),
+        rounded=str(folder / "rounded"),
+    )
     write_rounded_references(found)
     return found
 
@@ -50,7 +56,7 @@ def rank_body(rank: int, jobs: list[Job]) -> list[dict | None]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_model_that_trains_rounds_no_worse_than_transformers(job: Job, layout: Layout) -> None:
-    report = run_ranks(rank_body, layout.world_size, [Job(**{**job.__dict__, **layout.__dict__})])[0][0]
+    report = run_ranks(rank_body, layout.world_size, [replace(job, layout=layout)])[0][0]
     for name, theirs in report["transformers"].items():
         ours, where = report["figures"][name], report["worst"].get(name, "")
         print(f"{name:<14} {ours:.1e} against {theirs:.1e}: {ours / theirs:.2f} times {where}")

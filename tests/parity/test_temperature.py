@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.demo.forms import build_published
+from eureka_megatron.layout import Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Batch
 from tests.helpers.ranks import run_ranks
@@ -29,7 +30,7 @@ def updates(
     """The SGD step of two losses at each temperature, always from the same weights."""
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    parallel = init_parallel(**layout, rank=rank, world_size=torch.distributed.get_world_size())
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=torch.distributed.get_world_size())
     trainer = PolicyTrainer(directory, parallel, optimizer=SECTION, reference=reference, max_tokens_per_micro_batch=200)
     parameters = [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]
     start = [parameter.detach().clone() for parameter in parameters]

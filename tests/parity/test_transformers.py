@@ -11,7 +11,7 @@ SGD step 4.4e-6.
 import gc
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Cells:
         # One or two samples a micro-batch where their number matters, else all in one row.
         longest = max(map(len, self.samples))
         max_tokens = longest + 16 if layout.pipeline * layout.data > 1 else 4096
-        return Job(self.directory, self.reference, self.samples, max_tokens=max_tokens, **asdict(layout))
+        return Job(self.directory, self.reference, self.samples, layout, max_tokens=max_tokens)
 
     @property
     def worst(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eureka_megatron.config import OptimizerSection
+from eureka_megatron.layout import Layout
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Batch, Sample
 from eureka_megatron.verify import made_up_samples
@@ -39,8 +40,8 @@ def update(
 ) -> dict | None:
     from eureka_megatron.train.trainer import PolicyTrainer
 
-    sizes = {name: value for name, value in layout.items() if name not in ("freeze", "vision_parallel")}
-    parallel = init_parallel(**sizes, rank=rank, world_size=torch.distributed.get_world_size())
+    sizes = {name: value for name, value in layout.items() if name != "freeze"}
+    parallel = init_parallel(Layout(**sizes), rank=rank, world_size=torch.distributed.get_world_size())
     section = OptimizerSection(name="sgd", lr=RATE, schedule="constant", warmup_ratio=0.0, clip_grad=0.0)
     trainer = PolicyTrainer(
         directory,
@@ -48,7 +49,6 @@ def update(
         optimizer=section,
         max_tokens_per_micro_batch=max_tokens,
         freeze=layout.get("freeze", ()),
-        vision_parallel=layout.get("vision_parallel", "replicated"),
     )
     before = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
     trainer.start_phase(section, 1)

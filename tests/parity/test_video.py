@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eureka_megatron.data.samples import training_sample
-from eureka_megatron.verify import Job, measure, write_reference
+from eureka_megatron.verify import Job, Layout, measure, write_reference
 from tests.helpers.ranks import run_ranks
 from tests.helpers.videos import video_prompts
 
@@ -44,8 +44,8 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_native_equals_transformers(reference: dict, layout: dict) -> None:
-    job = Job(**layout, **reference)
-    report = run_ranks(rank_body, job.world_size, job)[0]
+    job = Job(**reference, layout=Layout(**layout))
+    report = run_ranks(rank_body, job.layout.world_size, job)[0]
     print({name: f"{value:.1e}" for name, value in report["figures"].items()}, report["worst"])
     assert report["passed"], report
     assert report["begins"] is None, report["depths"]

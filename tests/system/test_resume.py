@@ -22,6 +22,7 @@ from eureka_megatron.config import load_config
 from eureka_megatron.demo.counting import write_counting
 from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
+from eureka_megatron.layout import Layout
 from eureka_megatron.run.resume import choose_checkpoint
 from eureka_megatron.tracking.tracker import read_metrics
 from tests.helpers.course import Course, course_samples, run_course
@@ -64,7 +65,7 @@ def test_twenty_kills_do_not_change_a_bit(tiny_dir: Path, tmp_path: Path) -> Non
         steps=30,
         every=1,
         keep_last=2,
-        layout={"tensor": 2, "sequence_parallel": True},
+        layout=Layout(tensor=2, sequence_parallel=True),
         world=2,
     )
     whole = run_ranks(run_course, 2, course)

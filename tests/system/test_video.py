@@ -52,11 +52,12 @@ def prompts(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pr
 
 
 def trainer_logprobs(rank: int, directory: str, samples: list[Sample], layout: dict, max_tokens: int) -> Any:
+    from eureka_megatron.layout import Layout
     from eureka_megatron.parallel.runtime import init_parallel
     from eureka_megatron.train.trainer import PolicyTrainer
 
     world = torch.distributed.get_world_size()
-    parallel = init_parallel(layout.pop("tensor", 1), layout.pop("pipeline", 1), **layout, rank=rank, world_size=world)
+    parallel = init_parallel(Layout(**layout), rank=rank, world_size=world)
     trainer = PolicyTrainer(directory, parallel, max_tokens_per_micro_batch=max_tokens)
     found = trainer.logprobs(samples)
     return None if found is None else [values.numpy() for values in found]
@@ -75,13 +76,13 @@ def by_trainer(
 
 def learn(rank: int, directory: str, batch: Batch) -> dict[str, float]:
     """One update of the policy, as `eureka train` does it, at TP 2 with sequence parallelism. → its metrics."""
+    from eureka_megatron.layout import Layout
     from eureka_megatron.parallel.runtime import init_parallel
     from eureka_megatron.train.trainer import PolicyTrainer
 
     section = OptimizerSection(lr=1e-4)
-    trainer = PolicyTrainer(
-        directory, init_parallel(2, sequence_parallel=True, rank=rank, world_size=2), optimizer=section
-    )
+    parallel = init_parallel(Layout(tensor=2, sequence_parallel=True), rank=rank)
+    trainer = PolicyTrainer(directory, parallel, optimizer=section)
     trainer.start_phase(section, 10)
     return trainer.train(batch, "ppo_clip", {})[0]
 

@@ -1,14 +1,16 @@
 """A configuration is refused before anything starts, with the key, what was found and what would be right."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
 from eureka_megatron import config as config_module
-from eureka_megatron.config import SFT_DEFAULTS, RunConfig, load_config, make_config
+from eureka_megatron.config import SFT_DEFAULTS, ModelSection, RunConfig, load_config, make_config
 from eureka_megatron.errors import ConfigError, nearest
+from eureka_megatron.layout import ParallelSection
 from eureka_megatron.run.checks import check_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,6 +316,11 @@ def test_nearest_names_one_or_lists_all():
 # ------------------------------------------------------------------------------------------------ declared, hence read
 
 
+# Under which names what `RunConfig.layout` makes, and what a section inherits, is passed on.
+LAYOUT = ("layout", "Layout")
+PASSED_ON = {ModelSection: (LAYOUT, ("execution", "Execution")), ParallelSection: (LAYOUT,)}
+
+
 def sections() -> dict[type[BaseModel], str]:
     """Every section class and the attribute under which its parent holds it."""
     found: dict[type[BaseModel], str] = {}
@@ -357,7 +364,7 @@ def _last(node: ast.AST) -> str:
 
 def own_reads(section: type[BaseModel]) -> set[str]:
     """Fields that a section's properties read, when the property itself is read elsewhere (`parallel.world_size`)."""
-    tree = ast.parse(Path(config_module.__file__).read_text())
+    tree = ast.parse(inspect.getsource(section))
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == section.__name__:
@@ -375,7 +382,8 @@ def test_every_declared_key_is_read_somewhere():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     unread = []
     for section, held_as in sections().items():
-        read = set().union(*(reads(tree, held_as, section.__name__) for tree in trees)) | own_reads(section)
+        names = [(held_as, section.__name__), *PASSED_ON.get(section, ())]
+        read = set().union(*(reads(tree, *held) for tree in trees for held in names)) | own_reads(section)
         unread += [f"{held_as}.{name}" for name in section.model_fields if name not in read]
     read = set().union(*({n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} for tree in trees))
     unread += [name for name in RunConfig.model_fields if name not in read]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from eureka_megatron.layout import Execution
 from eureka_megatron.rl.losses import AGGREGATIONS, CORRECTIONS, LOSSES
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.types import Batch, Sample
@@ -26,15 +27,15 @@ from tests.helpers.ranks import run_ranks
 
 FROZEN, BLOCKS = {"freeze": ("vision", "merger")}, {"freeze": ("vision",)}
 TP2 = {"world_size": 2, "tensor": 2, "rank": 1}
-# Arguments of init_parallel and of PolicyTrainer.
+# Arguments of fake_rank; "freeze", and fields of Execution.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one rank": ({}, {}),
     "fp32": ({}, {"dtype": "float32"}),
     "frozen tower": ({}, FROZEN),
     "frozen blocks": ({}, BLOCKS),
     "tp2": (TP2, {}),
-    "tp2-sp, shared pictures": (TP2 | {"sequence_parallel": True}, {"vision_parallel": "data"}),
-    "tp2-sp, split tower": (TP2 | {"sequence_parallel": True}, {"vision_parallel": "tensor"}),
+    "tp2-sp, shared pictures": (TP2 | {"sequence_parallel": True, "vision_parallel": "data"}, {}),
+    "tp2-sp, split tower": (TP2 | {"sequence_parallel": True, "vision_parallel": "tensor"}, {}),
     "cp2": ({"world_size": 2, "context": 2, "rank": 1}, {}),
     "cp2, fp32": ({"world_size": 2, "context": 2}, {"dtype": "float32"}),
     "tp2-sp-cp2-dp2, frozen": (
@@ -76,7 +77,9 @@ def make_trainer(directory: str, parallel: Any, options: dict[str, Any]) -> Any:
 
     trainer.load_hf = lambda *_, **__: None
     torch.nn.Module.bfloat16 = already_bf16  # Float16Module's; torch cannot put new tensors into fake parameters
-    policy = trainer.PolicyTrainer(directory, parallel, **{"dtype": "bfloat16"} | options)
+    how = {"dtype": "bfloat16"} | options
+    freeze = how.pop("freeze", ())
+    policy = trainer.PolicyTrainer(directory, parallel, Execution(**how), freeze=freeze)
     policy.scheduler = SimpleNamespace()
 
     def forward_only(micro_batches: list, loss: Any) -> dict[str, float]:

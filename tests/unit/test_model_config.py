@@ -9,6 +9,7 @@ import pytest
 
 from eureka_megatron.demo.forms import FORMS, build_published
 from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.layout import Layout
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config, token_ids
 
 # What the hub's files say (facts): the 7B's of January 2025, the 32B's of March, whose tower leaves class defaults out.
@@ -242,39 +243,39 @@ def test_impossible_layouts_name_the_possible_ones(tiny_dir: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"parallel\.tensor=8 does not divide num_attention_heads=4; possible: \[1, 2, 4\]"
     ):
-        check_layout(config, 8, 1)
+        check_layout(config, Layout(tensor=8))
     with pytest.raises(ConfigError, match=r"parallel\.pipeline=3 does not divide num_hidden_layers=4"):
-        check_layout(config, 1, 3)
-    check_layout(config, 4, 2)  # two kv heads over four ranks is possible
+        check_layout(config, Layout(pipeline=3))
+    check_layout(config, Layout(tensor=4, pipeline=2))  # two kv heads over four ranks is possible
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options", "message"),
+    ("pipeline", "options", "message"),
     [
-        ((1, 2), {"virtual_pipeline": 3}, r"virtual_pipeline=3 does not divide the 2 text layers of a pipeline stage"),
-        ((1, 2), {"layers_first_stage": 1, "virtual_pipeline": 2}, r"does not divide the [13] text layers"),
-        ((1, 1), {"layers_first_stage": 1}, r"parallel\.layers_first_stage needs parallel\.pipeline > 1"),
-        ((1, 2), {"layers_first_stage": 1, "layers_last_stage": 2}, r"leave 1 of num_hidden_layers=4 for the other 0"),
+        (2, {"virtual_pipeline": 3}, r"virtual_pipeline=3 does not divide the 2 text layers of a pipeline stage"),
+        (2, {"layers_first_stage": 1, "virtual_pipeline": 2}, r"does not divide the [13] text layers"),
+        (1, {"layers_first_stage": 1}, r"parallel\.layers_first_stage needs parallel\.pipeline > 1"),
+        (2, {"layers_first_stage": 1, "layers_last_stage": 2}, r"leave 1 of num_hidden_layers=4 for the other 0"),
         (
-            (1, 4),
+            4,
             {"layers_first_stage": 2},
             r"layers_first_stage=2 leave 2 of num_hidden_layers=4 for the other 3 stages",
         ),
-        ((1, 4), {"layers_first_stage": 5}, r"leave -1 of"),
+        (4, {"layers_first_stage": 5}, r"leave -1 of"),
     ],
 )
-def test_impossible_stages_are_refused(tiny_dir: Path, sizes: tuple[int, int], options: dict, message: str) -> None:
+def test_impossible_stages_are_refused(tiny_dir: Path, pipeline: int, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_layout(read_hf_config(tiny_dir), *sizes, **options)
+        check_layout(read_hf_config(tiny_dir), Layout(pipeline=pipeline, **options))
 
 
 def test_a_tower_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
     config = read_hf_config(build_published(tmp_path, vision_heads=4, text_heads=8, text_hidden=256))
-    check_layout(config, 8, 1)
+    check_layout(config, Layout(tensor=8))
     with pytest.raises(
         ConfigError, match=r"vision_parallel='tensor': parallel\.tensor=8 does not divide .*num_heads=4"
     ):
-        check_layout(config, 8, 1, vision_parallel="tensor")
+        check_layout(config, Layout(tensor=8, vision_parallel="tensor"))
 
 
 def test_the_public_way_in_is_there() -> None:

@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from eureka_megatron.config import make_config
 from eureka_megatron.errors import ConfigError
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
 from eureka_megatron.models.qwen2_5_vl.specs import check_backend
-from eureka_megatron.models.qwen2_5_vl.transformer_config import Execution, fp8_rows, text_transformer_config
+from eureka_megatron.models.qwen2_5_vl.transformer_config import fp8_rows, text_transformer_config
 from eureka_megatron.parallel.runtime import Axis, Parallel
 from eureka_megatron.train.packing import row_layout
 
-TE = Execution(torch.bfloat16, "te")
+TE = Execution(dtype="bfloat16", backend="te")
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def test_without_transformer_engine_the_error_says_what_to_install() -> None:
 
 
 def test_transformer_engine_wants_bfloat16() -> None:
-    with pytest.raises(ConfigError, match=r"model\.backend='te' computes in bfloat16"):
-        check_backend(replace(TE, dtype=torch.float32), Parallel())
+    with pytest.raises(ValueError, match=r"backend 'te' computes in bfloat16"):
+        Execution(backend="te")
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,13 @@ def test_configurations_that_cannot_run_are_refused(model: dict, said: str) -> N
 
 
 def test_fp8_wants_widths_of_sixteen(hf_config: QwenVLConfig) -> None:
-    found = text_transformer_config(hf_config, Parallel(), replace(TE, fp8="hybrid", fp8_recipe="tensorwise"))
+    found = text_transformer_config(
+        hf_config, Parallel(), TE.model_copy(update={"fp8": "hybrid", "fp8_recipe": "tensorwise"})
+    )
     assert (found.fp8, found.fp8_recipe) == ("hybrid", "tensorwise")
     narrow = replace(hf_config, text_config=replace(hf_config.text_config, intermediate_size=264))
     with pytest.raises(ConfigError, match=r"intermediate_size / parallel\.tensor=264"):
-        text_transformer_config(narrow, Parallel(), replace(TE, fp8="hybrid"))
+        text_transformer_config(narrow, Parallel(), TE.model_copy(update={"fp8": "hybrid"}))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,8 @@ def test_fp8_wants_widths_of_sixteen(hf_config: QwenVLConfig) -> None:
     ],
 )
 def test_rows_of_every_rank_fit_fp8_kernels(recipe: str, sequence_parallel: bool, context: int, align: int) -> None:
-    parallel = Parallel(tensor=Axis(0, 4), context=Axis(0, context), sequence_parallel=sequence_parallel)
-    assert row_layout(parallel, multiple=fp8_rows("hybrid", recipe, sequence_parallel=sequence_parallel)).align == align
-    assert fp8_rows("none", recipe, sequence_parallel=sequence_parallel) == 1
+    layout = Layout(tensor=4, context=context, sequence_parallel=sequence_parallel)
+    parallel = Parallel(tensor=Axis(0, 4), context=Axis(0, context), layout=layout)
+    narrow = TE.model_copy(update={"fp8": "hybrid", "fp8_recipe": recipe})
+    assert row_layout(parallel, multiple=fp8_rows(narrow, layout)).align == align
+    assert fp8_rows(narrow.model_copy(update={"fp8": "none"}), layout) == 1

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from eureka_megatron.layout import Execution
 from eureka_megatron.verify import engine, made_up_samples
-from eureka_megatron.verify.layout import Job
+from eureka_megatron.verify.job import Job
 from eureka_megatron.verify.measure import on_host
 
 
@@ -18,7 +19,7 @@ def report_at(gap: float, dtype: str, device: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(engine, "differences", lambda *_: found)
     monkeypatch.setattr(engine, "engine_logprobs", lambda *_: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-    return engine.engine_report(Job("hf", "reference", (), dtype=dtype), [])
+    return engine.engine_report(Job("hf", "reference", (), execution=Execution(dtype=dtype)), [])
 
 
 @pytest.mark.parametrize(

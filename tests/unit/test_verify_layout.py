@@ -1,18 +1,11 @@
-"""The layout of `eureka verify` has every axis that the model has, under the same name and default."""
+"""The command line of `eureka verify` has every field of the layout, under the same name and default."""
 
-import inspect
+import pytest
 
 from eureka_megatron.cli.commands import _parse
-from eureka_megatron.parallel.runtime import init_parallel
-from eureka_megatron.train.trainer import PolicyTrainer
-from eureka_megatron.verify import Layout
-from eureka_megatron.verify.layout import OF_THE_MODEL
+from eureka_megatron.errors import ConfigError
+from eureka_megatron.layout import Execution, Layout, from_options
 
-OTHER = {  # arguments that say nothing about the layout
-    "rank", "world_size", "init_method", "timeout_seconds",
-    "self", "model_path", "parallel", "dtype", "freeze", "max_tokens_per_micro_batch", "optimizer",
-    "reference", "fp8", "fp8_recipe",
-}  # fmt: skip
 EVERYTHING = Layout(
     tensor=2,
     pipeline=2,
@@ -23,33 +16,38 @@ EVERYTHING = Layout(
     layers_first_stage=3,
     layers_last_stage=1,
     vision_parallel="data",
-    recompute="full",
-    backend="te",
 )
 WORDS = (
     "--tp 2 --pp 2 --vpp 2 --cp 2 --dp 2 --sequence-parallel --layers-first-stage 3 --layers-last-stage 1 "
-    "--vision-parallel data --recompute full --backend te"
+    "--vision-parallel data --recompute full --backend te --dtype bfloat16"
 )
-
-
-def arguments(function: object) -> dict[str, object]:
-    found = inspect.signature(function).parameters
-    return {name: parameter.default for name, parameter in found.items() if name not in OTHER}
-
-
-def test_fields_are_the_arguments_of_the_groups_and_of_the_model() -> None:
-    defaults = vars(Layout())
-    assert arguments(init_parallel) | {"data": 1} == {n: v for n, v in defaults.items() if n not in OF_THE_MODEL}
-    assert arguments(PolicyTrainer.__init__) == {name: defaults[name] for name in OF_THE_MODEL}
-
-
-def test_options_hold_what_was_chosen_and_nothing_else() -> None:
-    assert Layout().parallel_options == Layout().model_options == {}
-    assert EVERYTHING.parallel_options | EVERYTHING.model_options | {"data": 2} == vars(EVERYTHING)
-    assert EVERYTHING.world_size == 16
 
 
 def test_every_axis_can_be_given_on_the_command_line() -> None:
     plain, full = (_parse(["verify", "--hf", "x", *words.split()]) for words in ("", WORDS))
-    assert {name: getattr(plain, name) for name in vars(Layout())} == vars(Layout())
-    assert {name: getattr(full, name) for name in vars(Layout())} == vars(EVERYTHING)
+    assert from_options(Layout, plain) == Layout()
+    assert from_options(Layout, full) == EVERYTHING
+    assert EVERYTHING.model_fields_set == set(Layout.model_fields)
+    assert EVERYTHING.world_size == 16
+    assert from_options(Execution, plain) == Execution()
+    assert from_options(Execution, full) == Execution(dtype="bfloat16", backend="te", recompute="full")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--sequence-parallel", r"sequence_parallel needs tensor > 1"),
+        ("--vpp 2", r"virtual_pipeline needs pipeline > 1"),
+        ("--backend te", r"backend 'te' computes in bfloat16"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_one_line(words: str, message: str) -> None:
+    options = _parse(["verify", "--hf", "x", *words.split()])
+    with pytest.raises(ConfigError, match=message) as caught:
+        from_options(Layout, options), from_options(Execution, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layout_is_told_by_what_differs_from_one_rank() -> None:
+    assert str(Layout()) == "one rank"
+    assert str(Layout(tensor=2, vision_parallel="data")) == "tensor 2, vision_parallel data"

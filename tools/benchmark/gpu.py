@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eureka_megatron.layout import Execution
+
 if TYPE_CHECKING:
     from eureka_megatron.models.qwen2_5_vl.model import QwenVLModel
 
@@ -135,9 +137,10 @@ def attention(tower: Tower, lengths: list[int], device: torch.device, *, causal:
 
     def call() -> torch.Tensor:
         if device.type == "cuda":
-            from eureka_megatron.models.qwen2_5_vl.varlen import varlen_attention
+            from eureka_megatron.models.qwen2_5_vl.varlen import Spans, varlen_attention
 
-            return varlen_attention(query, key, value, cu, cu, longest, longest, causal=causal)
+            spans = Spans(cu, longest)
+            return varlen_attention(query, key, value, spans, spans, causal=causal)
         parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         scaled = torch.nn.functional.scaled_dot_product_attention
         return torch.cat([scaled(*part, is_causal=causal, enable_gqa=True) for part in parts], dim=1).transpose(0, 1)
@@ -170,8 +173,8 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def build(text: Tower, vision: Tower, rendezvous: Path, **options: Any) -> QwenVLModel:
-    """One chunk with these towers and random weights. `options` are those of `build_model`."""
+def build(text: Tower, vision: Tower, rendezvous: Path, execution: Execution) -> QwenVLModel:
+    """One chunk with these towers and random weights."""
     from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, TextConfig, VisionConfig
     from eureka_megatron.models.qwen2_5_vl.model import build_model
     from eureka_megatron.parallel.runtime import init_parallel
@@ -211,7 +214,7 @@ def build(text: Tower, vision: Tower, rendezvous: Path, **options: Any) -> QwenV
         vision_end_token_id=4,
     )
     parallel = init_parallel(init_method=f"file://{rendezvous}")
-    [model] = build_model(config, parallel, **options)
+    [model] = build_model(config, parallel, execution)
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
     return model.train()
@@ -275,8 +278,9 @@ def cases(options: argparse.Namespace, device: torch.device, rendezvous: Path) -
     packs = [[length] * (options.tokens // length) for length in options.sequences]
 
     def model(size: Size, recompute: str) -> QwenVLModel:
+        dtype = str(precision(device)).removeprefix("torch.")
         chosen = {"backend": options.backend, "fp8": options.fp8, "fp8_recipe": options.fp8_recipe}
-        return build(size.text, size.vision, rendezvous, dtype=precision(device), recompute=recompute, **chosen)
+        return build(size.text, size.vision, rendezvous, Execution(dtype=dtype, recompute=recompute, **chosen))
 
     def text(size: Size, lengths: list[int], recompute: str) -> Callable[[], Work]:
         return lambda: text_layers(model(size, recompute), size.text, lengths)

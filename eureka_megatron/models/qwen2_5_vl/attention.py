@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eureka_megatron.models.qwen2_5_vl.context import QueryPlan, attend, query_plan
 from eureka_megatron.models.qwen2_5_vl.rope import Rotation
+from eureka_megatron.models.qwen2_5_vl.varlen import Spans, varlen_attention
 from eureka_megatron.parallel.runtime import to_device
 from eureka_megatron.types import ContextShare
 
@@ -39,7 +40,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.eps = eps
         # Under sequence parallelism each rank sees a part of the sequence: finalize_model_grads sums such gradients over TP.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -47,21 +48,25 @@ class RMSNorm(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Segments:
-    """What core attention needs to know of the rows: how each is turned, and who attends to whom.
+    """What core attention needs to know of the rows: how each is rotated, and who attends to whom.
 
     Block-diagonal: rows cu_seqlens[i] … cu_seqlens[i+1] attend only among themselves. Passed through Megatron's layers where a
-    `PackedSeqParams` goes; `qkv_format` "sbhd" keeps Megatron from reshaping the row.
+    `PackedSeqParams` goes. Example: segments of 3, 7 and 2 tokens side by side, in buckets of like length.
 
-    Example: cu_seqlens [0, 3, 5] on 5 tokens: two segments, of 3 and 2 tokens.
+        cu_seqlens  0     3             10  12          buckets  rows_BL [[3 4 5 6 7 8 9]], [[10 11 11], [0 1 2]]
+        rows        0 1 2 3 4 5 6 7 8 9 10 11                    11 repeated is padding; `places` of the second: 0 1 3 4 5
     """
 
-    cu_seqlens: Tensor  # int32 [B+1]
-    rotation: Rotation  # of the rows that are here
-    share: ContextShare | None = None  # which rows are here, when context-parallel ranks share them
+    # int32 [B+1]
+    cu_seqlens: Tensor
+    # of the rows that are here
+    rotation: Rotation
+    # which rows are here, when context-parallel ranks share them
+    share: ContextShare | None = None
+    # keeps Megatron from reshaping the row
     qkv_format: str = "sbhd"
-    lengths_B: tuple[int, ...] | None = (
-        None  # of the segments, known on the host; None: the device is asked, and stalls
-    )
+    # of the segments, known on the host; None: the device is asked, and stalls
+    lengths_B: tuple[int, ...] | None = None
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -96,9 +101,12 @@ class Segments:
 class Bucket:
     """B segments padded to L. Padding repeats the segment's last row; what it computes is dropped."""
 
-    rows_BL: Tensor  # int64: which row of the packed sequence
-    key_mask: Tensor | None  # bool [B, 1, 1, L], None when nothing is padded
-    places: Tensor  # int64: flat indices, within B·L, of real tokens
+    # int64: which row of the packed sequence
+    rows_BL: Tensor
+    # bool [B, 1, 1, L], None when nothing is padded
+    key_mask: Tensor | None
+    # int64: flat indices, within B·L, of real tokens
+    places: Tensor
 
 
 def _bucket(segments: list[tuple[int, int]], longest: int, device: torch.device) -> Bucket:
@@ -132,7 +140,7 @@ class SegmentAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packed_seq_params: Segments, **_: Any
     ) -> Tensor:
-        """query [T, 1, N, D] and key [T, 1, K, D] not yet turned, value [T, 1, K, D] → [T, 1, N·D]."""
+        """query [T, 1, N, D] and key [T, 1, K, D] not yet rotated, value [T, 1, K, D] → [T, 1, N·D]."""
         query, key = packed_seq_params.rotation(query), packed_seq_params.rotation(key)
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if packed_seq_params.share is not None:
@@ -144,12 +152,8 @@ class SegmentAttention(MegatronModule):
         return context.flatten(1)[:, None]
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        from eureka_megatron.models.qwen2_5_vl.varlen import (
-            varlen_attention,  # seconds to import: only where it is used
-        )
-
-        cu, longest = segments.cu_seqlens, max(segments.lengths)
-        return varlen_attention(query, key, value, cu, cu, longest, longest, causal=self.causal)
+        spans = Spans(segments.cu_seqlens, max(segments.lengths))
+        return varlen_attention(query, key, value, spans, spans, causal=self.causal)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
         def side_by_side(x: Tensor, bucket: Bucket) -> Tensor:
@@ -158,10 +162,10 @@ class SegmentAttention(MegatronModule):
 
         parts = []
         for bucket in segments.buckets:
-            heads = [side_by_side(x, bucket) for x in (query, key, value)]
+            heads, keys, values = (side_by_side(x, bucket) for x in (query, key, value))
             rows, longest = bucket.rows_BL.shape
             small = not query.is_cuda and rows * longest**2 * query.shape[1] <= PLAIN_SCORES
-            out = (self._plain if small else self._fused)(*heads, bucket)
+            out = (self._plain if small else self._fused)(heads, keys, values, bucket)
             parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.places))
         return torch.cat(parts).index_select(0, segments.inverse_T)
 

@@ -9,11 +9,12 @@ rollout engines ask the same class. What this model does not compute is refused 
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.layout import Layout
 
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
 # Where text sizes stand in a file without `text_config`. Class defaults are the 72B model's: silence about all of them is a mistake.
@@ -104,51 +105,34 @@ def read_hf_config(directory: Path | str) -> QwenVLConfig:
     values = _read_json(path)
     if values.get("model_type") != MODEL_TYPE:
         raise UserError(f"{path}: model_type is {values.get('model_type')!r}, need {MODEL_TYPE!r}")
-    if problems := _not_trained(values):
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    _refuse(path, _not_trained(values))
     hf = _interpret(values, path)
     text, vision, rope = hf.text_config, hf.vision_config, hf.text_config.rope_parameters
-    if problems := [*_not_computed(text, vision, rope), *_not_numbers(hf, rope)]:
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    config = QwenVLConfig(
-        text_config=TextConfig(
-            hidden_size=text.hidden_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            intermediate_size=text.intermediate_size,
-            vocab_size=text.vocab_size,
-            rms_norm_eps=text.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
-            mrope_section=tuple(rope["mrope_section"]),
-            max_position_embeddings=text.max_position_embeddings,
-        ),
-        vision_config=VisionConfig(
-            depth=vision.depth,
-            hidden_size=vision.hidden_size,
-            num_heads=vision.num_heads,
-            intermediate_size=vision.intermediate_size,
-            out_hidden_size=vision.out_hidden_size,
-            in_channels=vision.in_channels,
-            patch_size=vision.patch_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            spatial_merge_size=vision.spatial_merge_size,
-            window_size=vision.window_size,
-            fullatt_block_indexes=tuple(vision.fullatt_block_indexes),
-            tokens_per_second=vision.tokens_per_second,
-        ),
-        tie_word_embeddings=hf.tie_word_embeddings,
-        image_token_id=hf.image_token_id,
-        video_token_id=hf.video_token_id,
-        vision_start_token_id=hf.vision_start_token_id,
-        vision_end_token_id=hf.vision_end_token_id,
+    _refuse(path, [*_not_computed(text, vision, rope), *_not_numbers(hf, rope)])
+    rotary = {"rope_theta": float(rope["rope_theta"]), "mrope_section": tuple(rope["mrope_section"])}
+    config = _record(
+        QwenVLConfig,
+        hf,
+        text_config=_record(TextConfig, text, **rotary),
+        vision_config=_record(VisionConfig, vision, fullatt_block_indexes=tuple(vision.fullatt_block_indexes)),
         vision_token_id=next(iter(_token_ids(path, "vision_token_id", getattr(hf, "vision_token_id", None))), None),
         # transformers drops the key at the top where there is a text_config.
         eos_token_ids=_token_ids(path, "eos_token_id", values.get("eos_token_id"), text.eos_token_id),
     )
-    if problems := _impossible(config):
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    _refuse(path, _impossible(config))
     return config
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+
+
+def _record(kind: type[Any], source: Any, **others: Any) -> Any:
+    """One of the records above: `others`, and every further field as `source` has it."""
+    return kind(
+        **{field.name: getattr(source, field.name) for field in fields(kind) if field.name not in others}, **others
+    )
 
 
 def token_ids(*found: int | Iterable[int] | None) -> tuple[int, ...]:
@@ -193,9 +177,8 @@ def _interpret(values: dict[str, Any], path: Path) -> Any:
         )
     try:
         return Qwen2_5_VLConfig.from_dict(values)
-    except (
-        StrictDataclassError
-    ) as error:  # "Validation error for field 'hidden_size':\n    TypeError: Field … expected int, got str …"
+    # "Validation error for field 'hidden_size':\n    TypeError: Field … expected int, got str …"
+    except StrictDataclassError as error:
         said = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: {said.split(': ', 1)[-1].split('. Errors:')[0]}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -209,9 +192,8 @@ def _not_trained(values: dict[str, Any]) -> list[str]:
         part, prefix = (values.get(where), f"{where}.") if where else (values, "")
         if not isinstance(part, dict):
             continue
-        for key in (
-            ("rope_scaling", "rope_parameters") if where != "vision_config" else ()
-        ):  # the tower's has names of its own
+        # The tower's has names of its own.
+        for key in () if where == "vision_config" else ("rope_scaling", "rope_parameters"):
             rope = part.get(key) or {}
             if not isinstance(rope, dict):
                 problems.append(f"{prefix}{key} is {rope!r}; needs an object with rope_type and mrope_section, or null")
@@ -253,7 +235,7 @@ def _not_computed(text: Any, vision: Any, rope: dict[str, Any]) -> list[str]:
 
 def _not_numbers(hf: Any, rope: dict[str, Any]) -> list[str]:
     """What is no positive number where one is needed: transformers checks most types, but takes 0, infinities and lists of sides."""
-    values = {"rope_theta": (rope.get("rope_theta"), float)}
+    values: dict[str, tuple[Any, type]] = {"rope_theta": (rope.get("rope_theta"), float)}
     for part, owner, record in (
         ("", hf, QwenVLConfig),
         ("text_config.", hf.text_config, TextConfig),
@@ -281,55 +263,56 @@ def _not_numbers(hf: Any, rope: dict[str, Any]) -> list[str]:
 
 def _impossible(config: QwenVLConfig) -> list[str]:
     text, vision = config.text_config, config.vision_config
-    problems = []
-    for part, width, heads in (
-        ("text_config", text.hidden_size, text.num_attention_heads),
-        ("vision_config", vision.hidden_size, vision.num_heads),
-    ):
-        if width % heads:
-            problems.append(f"{part}: {heads} attention heads do not divide hidden_size {width}")
-    if text.num_attention_heads % text.num_key_value_heads:
-        problems.append(
-            f"num_key_value_heads {text.num_key_value_heads} does not divide num_attention_heads {text.num_attention_heads}"
-        )
-    if sum(text.mrope_section) * 2 != text.head_dim:
-        problems.append(f"mrope_section {text.mrope_section} must sum to half the head size, {text.head_dim // 2}")
-    problems += [
-        f"{name} {getattr(config, name)} is beyond vocab_size {text.vocab_size}"
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        if getattr(config, name) >= text.vocab_size
-    ]
-    if vision.window_size < vision.patch_size * vision.spatial_merge_size:
-        problems.append(
+    heads, kv_heads, unit = (
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        vision.patch_size * vision.spatial_merge_size,
+    )
+    checks = [
+        (
+            text.hidden_size % heads,
+            f"text_config: {heads} attention heads do not divide hidden_size {text.hidden_size}",
+        ),
+        (
+            vision.hidden_size % vision.num_heads,
+            f"vision_config: {vision.num_heads} attention heads do not divide hidden_size {vision.hidden_size}",
+        ),
+        (heads % kv_heads, f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"),
+        (
+            sum(text.mrope_section) * 2 != text.head_dim,
+            f"mrope_section {text.mrope_section} must sum to half the head size, {text.head_dim // 2}",
+        ),
+        *(
+            (
+                getattr(config, name) >= text.vocab_size,
+                f"{name} {getattr(config, name)} is beyond vocab_size {text.vocab_size}",
+            )
+            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ),
+        (
+            vision.window_size < unit,
             f"vision window_size {vision.window_size} is less than patch_size × spatial_merge_size, "
-            f"{vision.patch_size} × {vision.spatial_merge_size}"
-        )
-    if vision.out_hidden_size != text.hidden_size:
-        problems.append(f"vision out_hidden_size {vision.out_hidden_size} differs from hidden_size {text.hidden_size}")
-    return problems
+            f"{vision.patch_size} × {vision.spatial_merge_size}",
+        ),
+        (
+            vision.out_hidden_size != text.hidden_size,
+            f"vision out_hidden_size {vision.out_hidden_size} differs from hidden_size {text.hidden_size}",
+        ),
+    ]
+    return [message for wrong, message in checks if wrong]
 
 
-def check_layout(
-    config: QwenVLConfig,
-    tensor: int,
-    pipeline: int,
-    *,
-    virtual_pipeline: int = 1,
-    layers_first_stage: int | None = None,
-    layers_last_stage: int | None = None,
-    vision_parallel: str = "replicated",
-) -> None:
+def check_layout(config: QwenVLConfig, layout: Layout) -> None:
     """Refuse a layout the model cannot have, before anything starts.
 
     Raises:
         ConfigError: names the number that does not divide and the sizes that would.
     """
-    _check_tensor(config.text_config, tensor)
-    if vision_parallel == "tensor":
-        _check_vision_tensor(config.vision_config, tensor)
-    layers = config.text_config.num_hidden_layers
-    uneven = {"layers_first_stage": layers_first_stage, "layers_last_stage": layers_last_stage}
-    given = {name: number for name, number in uneven.items() if number is not None}
+    _check_tensor(config.text_config, layout.tensor)
+    if layout.vision_parallel == "tensor":
+        _check_vision_tensor(config.vision_config, layout.tensor)
+    layers, pipeline = config.text_config.num_hidden_layers, layout.pipeline
+    given = layout.model_dump(include={"layers_first_stage", "layers_last_stage"}, exclude_none=True)
     if given and pipeline == 1:
         raise ConfigError(f"parallel.{next(iter(given))} needs parallel.pipeline > 1")
     left, stages = layers - sum(given.values()), pipeline - len(given)
@@ -346,33 +329,29 @@ def check_layout(
             "or set parallel.layers_first_stage or parallel.layers_last_stage"
         )
     for number in {*given.values(), *([left // stages] if stages else [])}:
-        if number == 0 or number % virtual_pipeline:
+        if number == 0 or number % layout.virtual_pipeline:
             raise ConfigError(
-                f"parallel.virtual_pipeline={virtual_pipeline} does not divide the {number} text layers of a pipeline stage"
+                f"parallel.virtual_pipeline={layout.virtual_pipeline} does not divide the {number} text layers of a pipeline stage"
             )
 
 
 def _check_tensor(text: TextConfig, tensor: int) -> None:
-    # kv heads may be fewer than ranks, but then each must be shared by equally many of them.
-    kv_fits = text.num_key_value_heads % tensor == 0 or tensor % text.num_key_value_heads == 0
-    sizes = {
-        "num_attention_heads": text.num_attention_heads,
-        "intermediate_size": text.intermediate_size,
-        "vocab_size": text.vocab_size,
-    }
-    wrong = [f"{name}={size}" for name, size in sizes.items() if size % tensor]
-    if not kv_fits:
-        wrong.append(f"num_key_value_heads={text.num_key_value_heads}")
-    if wrong:
-        fits = [n for n in range(1, text.num_attention_heads + 1) if all(size % n == 0 for size in sizes.values())]
-        fits = [n for n in fits if text.num_key_value_heads % n == 0 or n % text.num_key_value_heads == 0]
+    names = ("num_attention_heads", "intermediate_size", "vocab_size", "num_key_value_heads")
+
+    def undivided(ranks: int) -> list[str]:
+        # kv heads may be fewer than ranks, but then each must be shared by equally many of them.
+        shared = ranks % text.num_key_value_heads == 0
+        wrong = [name for name in names if getattr(text, name) % ranks and not (name == names[-1] and shared)]
+        return [f"{name}={getattr(text, name)}" for name in wrong]
+
+    if wrong := undivided(tensor):
+        fits = [ranks for ranks in range(1, text.num_attention_heads + 1) if not undivided(ranks)]
         raise ConfigError(f"parallel.tensor={tensor} does not divide {', '.join(wrong)}; possible: {fits}")
 
 
 def _check_vision_tensor(vision: VisionConfig, tensor: int) -> None:
-    sizes = {"num_heads": vision.num_heads, "intermediate_size": vision.intermediate_size}
-    wrong = [f"{name}={size}" for name, size in sizes.items() if size % tensor]
-    if wrong:
+    names = ("num_heads", "intermediate_size")
+    if wrong := [f"{name}={getattr(vision, name)}" for name in names if getattr(vision, name) % tensor]:
         raise ConfigError(
             f"model.vision_parallel='tensor': parallel.tensor={tensor} does not divide the vision tower's {', '.join(wrong)}; "
             "use 'data' or 'replicated'"

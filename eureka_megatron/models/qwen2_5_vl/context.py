@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from eureka_megatron.models.qwen2_5_vl.varlen import Spans, varlen_attention
 from eureka_megatron.parallel.runtime import to_device
 from eureka_megatron.types import ContextShare
 
@@ -25,14 +26,21 @@ from eureka_megatron.types import ContextShare
 class QueryPlan:
     """This rank's queries in chunks, two a sequence, each with the keys it sees; the last query of a chunk sees the last of its keys.
 
-    Lengths are known on the host and there once a micro-batch: every layer uses the same plan.
+    Lengths are known on the host and there once a micro-batch: every layer uses the same plan. Example: one sequence of 8 tokens on two
+    ranks, four chunks of 2.
+
+        rank 0, chunks 0 and 3:  queries  0 1 · · · · 6 7     keys of chunk 0: 0 … 1,  of chunk 3: 0 … 7
+        rank 1, chunks 1 and 2:  queries  · · 2 3 4 5 · ·     keys of chunk 1: 0 … 3,  of chunk 2: 0 … 5
     """
 
-    queries: tuple[int, ...]  # rows of each chunk, in the order of this rank's rows
+    # rows of each chunk, in the order of this rank's rows
+    queries: tuple[int, ...]
     keys: tuple[int, ...]
-    rows: Tensor  # int64 [sum of keys]: where the chunks' keys stand when the ranks' rows are laid end to end
-    cu_queries: Tensor  # int32: the same lengths, cumulative, on the device
-    cu_keys: Tensor
+    # int64 [sum of keys]: where the chunks' keys stand when the ranks' rows are laid end to end
+    rows: Tensor
+    # the same lengths on the device
+    query_spans: Spans
+    key_spans: Spans
 
 
 def query_plan(segments: Sequence[int], share: ContextShare) -> QueryPlan:
@@ -47,10 +55,11 @@ def query_plan(segments: Sequence[int], share: ContextShare) -> QueryPlan:
                 rows.append(share.order_T[first : first + keys[-1]])
         first += length
 
-    def cumulative(lengths: list[int]) -> Tensor:
-        return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), share.order_T.device)
+    def spans(lengths: list[int]) -> Spans:
+        cu = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), share.order_T.device)
+        return Spans(cu, max(lengths, default=0))
 
-    return QueryPlan(tuple(queries), tuple(keys), torch.cat(rows), cumulative(queries), cumulative(keys))
+    return QueryPlan(tuple(queries), tuple(keys), torch.cat(rows), spans(queries), spans(keys))
 
 
 def gather_context(rows_t: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -66,24 +75,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: QueryPlan, group: di
     parts = []
     for own, rows in zip(query.split(plan.queries), plan.rows.split(plan.keys), strict=True):
         keys, values = pair.index_select(0, rows).chunk(2, dim=-1)
-        parts.append(_one(own, keys, values))
+        parts.append(_chunk(own, keys, values))
     return torch.cat(parts)
 
 
-def _one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _chunk(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[q, N, D] against [k, K, D], the last query seeing all k keys."""
     q, k = len(query), len(key)
     # Query i is row k − q + i of its sequence.
     mask = torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)
-    heads = [x.transpose(0, 1)[None] for x in (query, key, value)]
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+    heads, keys, values = (x.transpose(0, 1)[None] for x in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, enable_gqa=grouped)
     return out[0].transpose(0, 1)
 
 
 def _flash(query: Tensor, pair: Tensor, plan: QueryPlan) -> Tensor:
     """The same by variable-length flash attention, which aligns causality at the end of the keys. Not yet run on hardware."""
-    from eureka_megatron.models.qwen2_5_vl.varlen import varlen_attention  # seconds to import: only where it is used
-
     key, value = pair.index_select(0, plan.rows).chunk(2, dim=-1)
-    longest = max(plan.queries), max(plan.keys)
-    return varlen_attention(query, key, value, plan.cu_queries, plan.cu_keys, *longest, causal=True)
+    return varlen_attention(query, key, value, plan.query_spans, plan.key_spans, causal=True)

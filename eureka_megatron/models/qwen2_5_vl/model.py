@@ -20,15 +20,12 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from eureka_megatron.layout import Execution
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, Segments
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, check_layout
 from eureka_megatron.models.qwen2_5_vl.rope import Rotation, text_angles
 from eureka_megatron.models.qwen2_5_vl.specs import check_backend, layer_spec
-from eureka_megatron.models.qwen2_5_vl.transformer_config import (
-    Execution,
-    text_transformer_config,
-    vision_transformer_config,
-)
+from eureka_megatron.models.qwen2_5_vl.transformer_config import text_transformer_config, vision_transformer_config
 from eureka_megatron.models.qwen2_5_vl.vision import VisionTower
 from eureka_megatron.parallel.collectives import gather_units
 from eureka_megatron.parallel.runtime import Parallel
@@ -36,11 +33,12 @@ from eureka_megatron.types import MicroBatch, VisionBatch
 
 
 class QwenVLModel(LanguageModule):
-    """One chunk. Parameter names are those of the table in checkpoint/qwen2_5_vl.py.
+    """One chunk. Parameter names are those of the table in weights/table.py.
 
     Args:
-        config, vision_config: of all chunks of this rank.
-        chunk: which of `parallel.virtual_pipeline` chunks of this stage.
+        config, vision_config: shared by all chunks of this rank.
+        backend: what the layers are made of; "local" or "te".
+        chunk: which of `parallel.layout.virtual_pipeline` chunks of this stage.
     """
 
     def __init__(
@@ -52,23 +50,20 @@ class QwenVLModel(LanguageModule):
         *,
         backend: str = "local",
         chunk: int = 0,
-        vision_parallel: str = "replicated",
     ) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
-        self.hf_config = hf_config
-        self.parallel = parallel
-        self.backend = backend
-        self.vision_parallel = vision_parallel
+        self.hf_config, self.parallel, self.backend = hf_config, parallel, backend
+        self.vision_parallel = parallel.layout.vision_parallel
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = parallel.first_stage and chunk == 0
-        self.post_process = parallel.last_stage and chunk == parallel.virtual_pipeline - 1
+        self.post_process = parallel.last_stage and chunk == parallel.layout.virtual_pipeline - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
-        if parallel.virtual_pipeline > 1:
+        if parallel.layout.virtual_pipeline > 1:
             self.vp_stage = chunk
         text = hf_config.text_config
         if self.pre_process:
-            tower_groups = groups if vision_parallel == "tensor" else _alone(groups)
+            tower_groups = groups if self.vision_parallel == "tensor" else _alone(groups)
             self.vision = VisionTower(vision_config, hf_config.vision_config, tower_groups, backend)
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -170,8 +165,8 @@ class QwenVLModel(LanguageModule):
         hidden = self.embedding(input_ids=tokens[None], position_ids=None)
         if batch.vision is not None:
             units = self._pictures(batch.vision).to(hidden.dtype)
-            whole = batch.vision.source_E, batch.vision.placement_E
-            source, placement = whole if share is None else batch.vision.shown_2L
+            shown = batch.vision.shown_2L
+            source, placement = (batch.vision.source_E, batch.vision.placement_E) if shown is None else shown.unbind()
             hidden = hidden[:, 0].index_copy(0, placement, units.index_select(0, source))[:, None]
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
@@ -189,11 +184,8 @@ class QwenVLModel(LanguageModule):
 
     def output_weight(self) -> Tensor:
         """[V / tensor-parallel size, H] on the last stage: the head's own weight, or the tied embedding."""
-        return (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
 
 def _alone(groups: ProcessGroupCollection) -> ProcessGroupCollection:
@@ -202,44 +194,21 @@ def _alone(groups: ProcessGroupCollection) -> ProcessGroupCollection:
     return ProcessGroupCollection(tp=groups.ep, cp=groups.ep, pp=groups.ep, ep=groups.ep)
 
 
-def build_model(
-    hf_config: QwenVLConfig,
-    parallel: Parallel,
-    *,
-    dtype: torch.dtype = torch.float32,
-    backend: str = "local",
-    recompute: str = "none",
-    vision_parallel: str = "replicated",
-    fp8: str = "none",
-    fp8_recipe: str = "delayed",
-) -> list[QwenVLModel]:
-    """The pipeline chunks of this rank (`parallel.virtual_pipeline` of them), weights not initialised; load them next.
+def build_model(hf_config: QwenVLConfig, parallel: Parallel, execution: Execution = Execution()) -> list[QwenVLModel]:
+    """The pipeline chunks of this rank (`parallel.layout.virtual_pipeline` of them), weights not initialised; load them next.
 
-    Args:
-        backend: "local" (torch) or "te" (Transformer Engine, on a GPU).
-        recompute: a key of `transformer_config.RECOMPUTE`: activations that training computes again instead of keeping them.
-        vision_parallel: "replicated", "data" (tensor-parallel ranks share the pictures; see packing.RowLayout) or "tensor".
-        fp8, fp8_recipe: of the text decoder's matrix products; rows must then align to `transformer_config.fp8_rows`.
+    With FP8, rows must align to `transformer_config.fp8_rows`.
 
     Raises:
         ConfigError: the layout does not fit the model, or the backend cannot run here.
     """
-    execution = Execution(dtype, backend, recompute, vision_parallel, fp8, fp8_recipe)
     check_backend(execution, parallel)
-    check_layout(
-        hf_config,
-        parallel.tensor.size,
-        parallel.pipeline.size,
-        virtual_pipeline=parallel.virtual_pipeline,
-        layers_first_stage=parallel.layers_first_stage,
-        layers_last_stage=parallel.layers_last_stage,
-        vision_parallel=vision_parallel,
-    )
+    check_layout(hf_config, parallel.layout)
     configs = (
         text_transformer_config(hf_config, parallel, execution),
         vision_transformer_config(hf_config, parallel, execution),
     )
     return [
-        QwenVLModel(hf_config, parallel, *configs, backend=backend, chunk=chunk, vision_parallel=vision_parallel)
-        for chunk in range(parallel.virtual_pipeline)
+        QwenVLModel(hf_config, parallel, *configs, backend=execution.backend, chunk=chunk)
+        for chunk in range(parallel.layout.virtual_pipeline)
     ]

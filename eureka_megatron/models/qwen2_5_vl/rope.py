@@ -3,9 +3,12 @@
 Frequencies are computed where they are used, in fp32, from integer positions. They are never buffers: Megatron's Float16Module casts
 buffers to bf16, and a bf16 `inv_freq` is off by 0.18 rad within 100 patches.
 
-Angles belong to rows of the packed micro-batch, so nothing here knows of sequences. The core attention modules turn queries and keys, not
+Angles belong to rows of the packed micro-batch, so nothing here knows of sequences. The core attention modules rotate queries and keys, not
 Megatron's `apply_rotary_pos_emb`: that casts cos and sin to the hidden states' dtype (the vision tower wants fp32), computes them anew in
 every layer, and for packed rows finds each sequence's angles by a rule of its own.
+
+    head of 8 values, mrope_section (1, 2, 1)      x0   x1   x2   x3 | x4   x5   x6   x7
+    pair (x_j, x_{j+4}) is rotated by              time h    h    w  | time h    h    w      position · theta^(−2j/8)
 
 Sources: Qwen2-VL (arXiv:2409.12191, section 2.1, M-RoPE); Qwen2.5-VL (arXiv:2502.13923, section 2.1.1).
 """
@@ -20,13 +23,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """Turns pair (x_j, x_{j + head_dim/2}) of every head of row t by angle [t, j], in the dtype of cos and sin.
+    """Rotates pair (x_j, x_{j + head_dim/2}) of every head of row t by angle [t, j], in the dtype of cos and sin.
 
-    Text turns in the dtype of the hidden states, vision in fp32 whatever that is: so do transformers' modules, the model's definition
-    (vLLM's text does the same).
+    That is the dtype of the hidden states for text, and fp32 for vision whatever that is: as in transformers' modules, the model's
+    definition (vLLM's text does the same).
     """
 
-    cos: Tensor  # [T, 1, 1, head_dim/2]
+    # [T, 1, 1, head_dim/2]
+    cos: Tensor
     sin: Tensor
 
     @classmethod
@@ -36,26 +40,27 @@ class Rotation:
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, 1, heads, head_dim] → the same, turned."""
+        """x [T, 1, heads, head_dim] → the same, rotated."""
         first, second = x.to(self.cos.dtype).chunk(2, dim=-1)
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat(turned, dim=-1).to(x.dtype)
+        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 def text_angles(positions_3T: Tensor, head_dim: int, theta: float, mrope_section: tuple[int, ...]) -> Tensor:
     """Angles [T, head_dim/2] in fp32 for positions [3, T] (time, height, width).
 
-    Pair j turns by the time axis for the first mrope_section[0] pairs, then by height, then by width.
+    Pair j follows the time axis for the first mrope_section[0] pairs, then height, then width.
     """
-    device = positions_3T.device
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     # Slices, no table of axes: its length would depend on values, and the host would wait for the GPU to know it.
     axes = [axis[:, None].expand(-1, pairs) for axis, pairs in zip(positions_3T, mrope_section, strict=True)]
-    return torch.cat(axes, dim=1).float() * inverse
+    return torch.cat(axes, dim=1).float() * _frequencies(head_dim, theta, positions_3T.device)
 
 
 def vision_angles(coordinates_P2: Tensor, head_dim: int, theta: float = 10000.0) -> Tensor:
-    """Angles [P, head_dim/2] in fp32 for patch coordinates [P, 2] (row, column): half the pairs turn by row, half by column."""
-    half = head_dim // 2
-    inverse = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device=coordinates_P2.device) / half)
-    return (coordinates_P2.float()[:, :, None] * inverse).flatten(1)
+    """Angles [P, head_dim/2] in fp32 for patch coordinates [P, 2]: half the pairs follow the row, half the column."""
+    return (coordinates_P2.float()[:, :, None] * _frequencies(head_dim // 2, theta, coordinates_P2.device)).flatten(1)
+
+
+def _frequencies(size: int, theta: float, device: torch.device) -> Tensor:
+    """[size/2] in fp32: theta^(−2j/size)."""
+    return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)

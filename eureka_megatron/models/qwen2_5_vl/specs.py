@@ -1,12 +1,11 @@
 """Megatron layer specifications for both towers and both backends.
 
 `local` is torch only and runs on CPU and GPU; `te` is Transformer Engine, for GPUs. They differ in four classes of a layer; the names of
-their parameters differ in the norms alone (`checkpoint.qwen2_5_vl.NORMS`).
+their parameters differ in the norms alone (`weights.table.NORMS`).
 """
 
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -17,8 +16,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from eureka_megatron.errors import ConfigError
+from eureka_megatron.layout import Execution
 from eureka_megatron.models.qwen2_5_vl.attention import RMSNorm, SegmentAttention
-from eureka_megatron.models.qwen2_5_vl.transformer_config import Execution
 from eureka_megatron.parallel.runtime import Parallel
 
 
@@ -59,14 +58,8 @@ def _parts(backend: str) -> tuple[Any, Any, Any, Any]:
 
 def check_backend(execution: Execution, parallel: Parallel) -> None:
     """Refuse Transformer Engine where it cannot run. Raises ConfigError."""
-    if execution.backend not in ("local", "te"):
-        raise ConfigError(f"model.backend={execution.backend!r} is unknown; valid: local, te")
     if execution.backend == "local":
         return
-    if execution.dtype != torch.bfloat16:
-        raise ConfigError(
-            "model.backend='te' computes in bfloat16; set model.dtype to bfloat16, or model.backend to 'local'"
-        )
     try:
         import transformer_engine.pytorch  # noqa: F401
     # A package that does not fit this torch, CUDA or machine fails in any of these ways.

@@ -4,7 +4,7 @@
 
 - The norm before a linear is fused into it, and with it the all-gather of sequence parallelism.
 - Core attention is Transformer Engine's choice among FlashAttention and cuDNN for packed rows ("thd"). Megatron's own way into "thd" is not
-  taken: its rotary code slices angles sequence by sequence and turns in the states' dtype. `Segments` keep Megatron in its plain
+  taken: its rotary code slices angles sequence by sequence and rotates in the states' dtype. `Segments` keep Megatron in its plain
   layout, and the reshaping happens here, after the rotation, which is the same as in `local`.
 - Context parallelism is this package's (`context.attend`); Transformer Engine is told of none.
 - FP8 is for the text decoder's linears only: the vision MLP's width (3420) and a picture's patches are no multiples of 16.
@@ -59,7 +59,7 @@ class SegmentDotProductAttention(TEDotProductAttention):
         packed_seq_params: Segments,
         **_: Any,
     ) -> Tensor:
-        """query [T, 1, N, D] and key [T, 1, K, D] not yet turned, value [T, 1, K, D] → [T, 1, N·D]."""
+        """query [T, 1, N, D] and key [T, 1, K, D] not yet rotated, value [T, 1, K, D] → [T, 1, N·D]."""
         segments = packed_seq_params
         query, key = segments.rotation(query)[:, 0], segments.rotation(key)[:, 0]
         value = value[:, 0]

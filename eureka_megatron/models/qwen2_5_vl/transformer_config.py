@@ -1,6 +1,5 @@
 """Qwen2.5-VL's sizes and this package's choices as Megatron's `TransformerConfig`, one for the text decoder and one for the vision tower."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from eureka_megatron.errors import ConfigError
+from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
 from eureka_megatron.parallel.runtime import Parallel
 
@@ -27,24 +27,12 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 IMPLEMENTATIONS = {"local": "local", "te": "transformer_engine"}
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How the layers are computed. What they compute depends on it by rounding only."""
-
-    dtype: torch.dtype = torch.float32
-    backend: str = "local"  # a key of IMPLEMENTATIONS
-    recompute: str = "none"  # a key of RECOMPUTE: what the forward pass of training does not keep
-    vision_parallel: str = "replicated"  # how tensor-parallel ranks divide the tower's work: replicated, data or tensor
-    fp8: str = "none"  # number format of the text decoder's matrix products: none, hybrid or e4m3
-    fp8_recipe: str = "delayed"  # where its scales come from: delayed, tensorwise or blockwise
-
-
-def fp8_rows(fp8: str, recipe: str, *, sequence_parallel: bool) -> int:
+def fp8_rows(execution: Execution, layout: Layout) -> int:
     """The rows that one rank's matrix products see must be a multiple of this."""
-    if fp8 == "none":
+    if execution.fp8 == "none":
         return 1
     # Blocks of 128 rows share a scale, and a block must not be gathered from two ranks.
-    return 128 if recipe == "blockwise" and sequence_parallel else 16
+    return 128 if execution.fp8_recipe == "blockwise" and layout.sequence_parallel else 16
 
 
 def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
@@ -55,8 +43,8 @@ def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
         "activation_func": F.silu,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "params_dtype": execution.dtype,
-        "bf16": execution.dtype == torch.bfloat16,
+        "params_dtype": getattr(torch, execution.dtype),
+        "bf16": execution.dtype == "bfloat16",
         # Weights always come from a checkpoint: nothing is drawn.
         "use_cpu_initialization": on_cpu,
         "perform_initialization": False,
@@ -75,8 +63,6 @@ def _common(parallel: Parallel, execution: Execution) -> dict[str, Any]:
 def _fp8(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> dict[str, Any]:
     if execution.fp8 == "none":
         return {}
-    if execution.backend != "te":
-        raise ConfigError("model.fp8 needs model.backend='te': FP8 matrix products are Transformer Engine's")
     text, size = config.text_config, parallel.tensor.size
     heads = text.num_attention_heads * text.head_dim
     widths = {
@@ -98,8 +84,8 @@ def _fp8(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> dict
 
 
 def text_transformer_config(config: QwenVLConfig, parallel: Parallel, execution: Execution) -> TransformerConfig:
-    text = config.text_config
-    interleaved = parallel.virtual_pipeline > 1
+    text, layout = config.text_config, parallel.layout
+    interleaved = layout.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -112,15 +98,15 @@ def text_transformer_config(config: QwenVLConfig, parallel: Parallel, execution:
         add_qkv_bias=True,
         tensor_model_parallel_size=parallel.tensor.size,
         pipeline_model_parallel_size=parallel.pipeline.size,
-        num_layers_in_first_pipeline_stage=parallel.layers_first_stage,
-        num_layers_in_last_pipeline_stage=parallel.layers_last_stage,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=layout.layers_first_stage,
+        num_layers_in_last_pipeline_stage=layout.layers_last_stage,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         # With the default (batched, not overlapped) Megatron's interleaved schedule computes wrong losses without an error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context.size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_dtype=execution.dtype,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=getattr(torch, execution.dtype),
         # Rows differ in length. Megatron allows that on dense models only under this dispatcher's name, which is otherwise unused.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
@@ -134,7 +120,7 @@ def vision_transformer_config(config: QwenVLConfig, parallel: Parallel, executio
     vision = config.vision_config
     return TransformerConfig(
         num_layers=vision.depth,
-        tensor_model_parallel_size=parallel.tensor.size if execution.vision_parallel == "tensor" else 1,
+        tensor_model_parallel_size=parallel.tensor.size if parallel.layout.vision_parallel == "tensor" else 1,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_heads,
         ffn_hidden_size=vision.intermediate_size,

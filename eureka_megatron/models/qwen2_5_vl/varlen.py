@@ -4,37 +4,37 @@ bf16 and fp16 on NVIDIA GPUs, head sizes that are multiples of 8 (the towers hav
 """
 
 import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
-
-# Query heads that share a key head: since torch 2.12 that must be asked for, 2.11's kernel just does it.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_query: Tensor,
-    cu_key: Tensor,
-    longest_query: int,
-    longest_key: int,
-    *,
-    causal: bool,
-) -> Tensor:
-    """query [T, N, D], key and value [U, K, D], each segment's rows at cu[i] … cu[i+1] (int32) → [T, N, D].
+@dataclass(frozen=True)
+class Spans:
+    """Segments laid end to end. Example: lengths 3 and 2 have cu [0, 3, 5] and longest 3."""
+
+    # int32: rows cu[i] … cu[i+1] are segment i
+    cu: Tensor
+    longest: int
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, *, causal: bool) -> Tensor:
+    """query [T, N, D], key and value [U, K, D] → [T, N, D]; segment i of the queries sees segment i of the keys.
 
     With `causal` the last query of a segment sees all its keys, the one before all but one, and so on.
     """
-    return varlen_attn(
-        query,
-        key,
-        value,
-        cu_query,
-        cu_key,
-        longest_query,
-        longest_key,
-        window_size=(-1, 0) if causal else (-1, -1),
-        **(_GROUPED if query.shape[1] != key.shape[1] else {}),
-    )
+    kernel, takes_groups = _kernel()
+    options = {"enable_gqa": True} if takes_groups and query.shape[1] != key.shape[1] else {}
+    window = (-1, 0) if causal else (-1, -1)
+    cu, longest = (queries.cu, keys.cu), (queries.longest, keys.longest)
+    return kernel(query, key, value, *cu, *longest, window_size=window, **options)
+
+
+@cache
+def _kernel() -> tuple[Any, bool]:
+    """torch's kernel, which takes seconds to import; whether query heads that share a key head must be asked for (since torch 2.12)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -1,10 +1,18 @@
 """The vision tower: patches in window order → one embedding a merge unit, in window order.
 
 Windowed attention in most blocks, attention over whole frames in `fullatt_block_indexes`. Patches arrive permuted (types.Picture), so
-nothing is permuted here; whoever places the embeddings undoes the order by index.
+nothing is permuted here; whoever places the embeddings undoes the order by index. Example: one frame of 4 × 6 patches, merge 2, windows
+of 2 units' side (4 patches):
+
+    unit in reading order   0 1 | 2      window order   0 1 3 4 | 2 5      cu_windows [0, 16, 24]
+                            3 4 | 5      (4 patches each)                  cu_frames  [0, 24]
 
 Shapes: P patches, D values of a patch, H hidden, U = P / merge² units, O size of the text model's hidden state.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -35,11 +43,12 @@ class VisionBlocks(torch.nn.Module):
             for number in range(config.num_layers)
         )
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
         """Each layer's own: Megatron's default takes what stands in a plain list for whole on every rank."""
-        states: dict = {}
+        states: dict[str, Any] = {}
         for number, layer in enumerate(self.layers):
-            states |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
+            assert isinstance(layer, MegatronModule)
+            states |= layer.sharded_state_dict(f"{prefix}layers.{number}.", **options)
         return states
 
 
@@ -79,24 +88,23 @@ class VisionTower(MegatronModule):
 
     def forward(self, batch: VisionBatch) -> Tensor:
         """→ [U, O], the embeddings of the distinct pictures in window order; of frozen parts that were computed before, no more."""
-        if batch.units_UO is not None:
+        if isinstance(batch.units_UO, Tensor):
             return batch.units_UO
-        return self.merger(self.encode(batch) if batch.hidden_PH is None else batch.hidden_PH[:, None])
+        return self.merger(batch.hidden_PH[:, None] if isinstance(batch.hidden_PH, Tensor) else self.encode(batch))
 
     def encode(self, batch: VisionBatch) -> Tensor:
         """→ [P, 1, H], what leaves the blocks and enters the merger."""
-        hidden = self.patch_embed(batch.patches_PD)[:, None]
+        hidden: Tensor = self.patch_embed(batch.patches_PD)[:, None]
         rotation = Rotation.of(vision_angles(batch.coordinates_P2, self.config.kv_channels), torch.float32)
         windows = Segments(batch.cu_windows, rotation, lengths_B=batch.windows)
         frames = Segments(batch.cu_frames, rotation, lengths_B=batch.frames)
+        run: Callable[..., Tensor] = _run
+        if self.config.recompute_granularity == "full" and self.training:
+            # The variant that is not re-entrant finds out by itself whether anything needs a gradient: the input does not
+            # where only later parts are trained. Without dropout there is no random state to bring back.
+            run = partial(checkpoint, _run, use_reentrant=False, preserve_rng_state=False)
         for index, layer in enumerate(self.decoder.layers):
-            segments = frames if index in self.vision.fullatt_block_indexes else windows
-            if self.config.recompute_granularity == "full" and self.training:
-                # The variant that is not re-entrant finds out by itself whether anything needs a gradient: the input does not
-                # where only later parts are trained. Without dropout there is no random state to bring back.
-                hidden = checkpoint(_run, layer, hidden, segments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = _run(layer, hidden, segments)
+            hidden = run(layer, hidden, frames if index in self.vision.fullatt_block_indexes else windows)
         return hidden
 
 
