@@ -10,6 +10,7 @@ made at row t**, that is to the token `labels_T[t]` which follows it; `packing` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -40,21 +41,23 @@ class Picture:
     grid_thw: tuple[int, int, int]  # patches in time, height, width
     patches_PD: torch.Tensor  # float32 [patches, channels · temporal patch · patch²]
     coordinates_P2: np.ndarray  # int64, (row, column) of each patch, for the rotary embedding
-    unit_order_U: (
-        np.ndarray
-    )  # int64: the unit at place u of the window order is unit `unit_order_U[u]` in reading order
+    # int64: the unit at place u of the window order is unit `unit_order_U[u]` in reading order
+    unit_order_U: np.ndarray
     window_lengths_W: np.ndarray  # int64: patches in each attention window; sums to P
     frame_lengths_F: np.ndarray  # int64: patches in each frame (full-attention blocks); sums to P
-    frames: np.ndarray | None = (
-        None  # uint8 RGB [frames, height, width, 3] of a video, resized; what the rollout engine gets
-    )
-    seconds_per_grid: float | None = (
-        None  # of a video: between two steps of the time axis, rounded as the engine has it
-    )
+    # uint8 RGB [frames, height, width, 3] of a video, resized; what the rollout engine gets
+    frames: np.ndarray | None = None
+    # of a video: between two steps of the time axis, rounded as the engine has it
+    seconds_per_grid: float | None = None
 
     @property
     def is_video(self) -> bool:
         return self.seconds_per_grid is not None
+
+    @property
+    def patches(self) -> int:
+        """P, also of a picture whose patches stay elsewhere."""
+        return len(self.coordinates_P2)
 
     @property
     def units(self) -> int:
@@ -148,16 +151,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one rollout step, and the denominators of every update, fixed before the first forward.
-
-    `updates[k]` lists the indices of the samples of optimizer step k.
-    """
+    """The samples of one rollout step. `updates[k]` lists the indices of those of optimizer step k."""
 
     samples: tuple[Sample, ...]
     updates: tuple[tuple[int, ...], ...]
     # Optimizer steps that the learning rate's schedule has behind it; None: as many as were made. Steps that the online filter left
     # short make fewer than planned, and a schedule that counted only those would never reach its end.
     scheduled: int | None = None
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> Batch:
+        """One update on these samples."""
+        samples = tuple(samples)
+        return cls(samples, (tuple(range(len(samples))),))
 
 
 @dataclass(frozen=True)
@@ -182,9 +188,8 @@ class VisionBatch:
     hidden_PH: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     # … or, when the merger is frozen too, the embeddings themselves.
     units_UO: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-    units_R: tuple[int, ...] | None = (
-        None  # embeddings each tensor-parallel rank computes; None: every rank all of them
-    )
+    # Embeddings each tensor-parallel rank computes; None: every rank all of them.
+    units_R: tuple[int, ...] | None = None
     # Under context parallelism, int64 [2, L]: which of the U embeddings goes to which of this rank's own rows.
     shown_2L: torch.Tensor | None = None
     # Patches of each window and frame, known on the host: asking the device would stall it. None: it is asked.
@@ -210,17 +215,17 @@ class ContextShare:
 class MicroBatch:
     """Several samples packed into one row of T tokens; each attends only within itself.
 
-    T is a multiple of the alignment asked of `packing` (tensor-parallel size under sequence parallelism). The filling at the end is a
-    sequence of its own with mask 0 and `sequence_ids_T` −1. Under context parallelism every sequence, too, is filled up, to a multiple
+    T is a multiple of the alignment asked of `packing` (tensor-parallel size under sequence parallelism). Padding at the end is a
+    sequence of its own with mask 0 and `sequence_ids_T` −1. Under context parallelism every sequence, too, is padded, to a multiple
     of 2 · ranks; all fields are those of the whole row, on every rank, and `context` says which rows are this rank's.
     """
 
     tokens_T: torch.Tensor  # int64
     labels_T: torch.Tensor  # int64: the token that follows; 0 at the last row of each sequence, where mask_T is 0
     positions_3T: torch.Tensor  # int64 [3, T]
-    cu_seqlens: torch.Tensor  # int32 [Q+1], filling included
-    segments: tuple[int, ...]  # tokens of each sequence, filling included: what cu_seqlens adds up, on the host
-    lengths: tuple[int, ...]  # tokens of each sample, filling not included
+    cu_seqlens: torch.Tensor  # int32 [Q+1], padding included
+    segments: tuple[int, ...]  # tokens of each sequence, padding included: what cu_seqlens adds up, on the host
+    lengths: tuple[int, ...]  # tokens of each sample, padding not included
     mask_T: torch.Tensor  # float32
     sequence_ids_T: torch.Tensor  # int64: index of the sample in this micro-batch
     has_image_T: torch.Tensor  # bool: the sample shows a picture
@@ -229,7 +234,7 @@ class MicroBatch:
     rollout_logprobs_T: torch.Tensor | None
     ref_logprobs_T: torch.Tensor | None
     vision: VisionBatch | None
-    sample_indices: tuple[int, ...] = ()  # which samples of the batch, in order; empty for a filler
+    sample_indices: tuple[int, ...] = ()  # which samples of the batch, in order
     context: ContextShare | None = None
 
     @property

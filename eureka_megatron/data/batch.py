@@ -1,8 +1,6 @@
-"""From judged groups to the batch the trainer learns from: advantages, spread over tokens, cut into optimizer steps.
+"""From judged groups to the batch the trainer learns from: advantages (`rl.shaping`), spread over tokens, cut into optimizer steps.
 
 The whole global batch is here, in one process, so whitening and every denominator are global by construction.
-
-Shapes: G groups, N samples a group, S tokens of one sample.
 """
 
 from collections.abc import Sequence
@@ -12,8 +10,8 @@ import torch
 
 from eureka_megatron.config import AlgorithmSection, RunConfig
 from eureka_megatron.data.samples import training_sample
-from eureka_megatron.rl import advantages
-from eureka_megatron.rl.shaping import Shaping
+from eureka_megatron.rl.advantages import is_whitened
+from eureka_megatron.rl.shaping import Shaping, credit_responses
 from eureka_megatron.types import Batch, Group
 
 
@@ -23,7 +21,14 @@ def make_batch(groups: Sequence[Group], config: RunConfig, step: int, weight_ver
     The shuffle depends only on `run.seed` and `step`, so that a resumed run repeats it. `weight_version` is that of the trainer's
     present weights: groups kept from an earlier step lie behind it.
     """
-    values = group_advantages(groups, config)
+    values_GN = credit_responses(
+        config.algorithm.advantage,
+        torch.tensor(np.array([group.rewards("total") for group in groups])),
+        lengths_GN=torch.tensor([[len(rollout.tokens_R) for rollout in group.rollouts] for group in groups]).double(),
+        truncated_GN=torch.tensor([[r.finish_reason == "length" for r in group.rollouts] for group in groups]),
+        shaping=shaping_of(config.algorithm),
+        options=config.algorithm.advantage_options,
+    )
     samples = [
         training_sample(
             group.prompt,
@@ -32,7 +37,7 @@ def make_batch(groups: Sequence[Group], config: RunConfig, step: int, weight_ver
             logprobs_R=rollout.logprobs_R,
             weight_lag=weight_version - rollout.weight_version,
         )
-        for group, row in zip(groups, values.tolist(), strict=True)
+        for group, row in zip(groups, values_GN.tolist(), strict=True)
         for rollout, advantage in zip(group.rollouts, row, strict=True)
     ]
     order = np.random.default_rng((config.run.seed, step)).permutation(len(samples))
@@ -48,38 +53,13 @@ def updates_per_step(config: RunConfig) -> int:
     return -(-responses // training.responses_per_update) * training.passes
 
 
-def group_advantages(groups: Sequence[Group], config: RunConfig) -> torch.Tensor:
-    """[G, N], one number a response, spread over its tokens later. Whitening weighs each response by its tokens.
-
-    Where tokens of one response come to differ (`shaping_of`), the trainer does that and whitens afterwards.
-    """
-    algorithm = config.algorithm
-    lengths = torch.tensor([[len(rollout.tokens_R) for rollout in group.rollouts] for group in groups]).double()
-    truncated = [[rollout.finish_reason == "length" for rollout in group.rollouts] for group in groups]
-    options = dict(algorithm.advantage_options)
-    if algorithm.compat == "mm_eureka":
-        options.setdefault("reward_clip", advantages.MM_EUREKA_REWARD_CLIP)
-    values = advantages.compute(
-        algorithm.advantage,
-        torch.tensor(np.array([group.rewards("total") for group in groups])),
-        lengths_GN=lengths,
-        truncated_GN=torch.tensor(truncated),
-        compat=algorithm.compat,
-        **options,
-    )
-    if advantages.is_whitened(algorithm.advantage, algorithm.compat) and not shaping_of(algorithm).needed:
-        values = advantages.whiten(values, lengths, compat=algorithm.compat)
-    return values
-
-
 def shaping_of(algorithm: AlgorithmSection) -> Shaping:
-    """What the trainer does to the responses' values token by token, once it knows the log-probabilities."""
-    in_reward = algorithm.kl_coefficient > 0 and algorithm.kl_in == "reward"
+    """The configuration's choices, for `rl.shaping` on both sides: the driver's responses and the trainer's tokens."""
     return Shaping(
-        kl_coefficient=algorithm.kl_coefficient if in_reward else 0.0,
+        kl_coefficient=algorithm.kl_coefficient if algorithm.kl_in == "reward" else 0.0,
         kl_estimator=algorithm.kl_estimator,
         gamma=algorithm.gamma,
-        whitened=advantages.is_whitened(algorithm.advantage, algorithm.compat),
+        whitened=is_whitened(algorithm.advantage, algorithm.compat),
         compat=algorithm.compat,
     )
 

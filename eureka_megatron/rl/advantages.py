@@ -1,8 +1,6 @@
-"""From rewards to advantages: group estimators, group weights, KL in the reward, returns, whitening.
+"""The arithmetic of credit: group estimators and weights, KL estimates, token rewards and returns, whitening.
 
-`compute` works per group, before any value is spread over tokens. The token helpers below it are for the estimators
-that need tokens: KL in the reward (`token_returns`) and whitening over all valid tokens of the global batch (`whiten`,
-whose reduction over data-parallel ranks arrives as a callable).
+`compute` works per group, before any value is spread over tokens; the functions below it work on tokens. `rl.shaping` puts them together.
 
 Sources: GRPO arXiv:2402.03300, Dr. GRPO arXiv:2503.20783, RLOO arXiv:2402.14740, REINFORCE++ arXiv:2501.03262, ADORA
 (adaptive rollout adjustment) and the clip-filter weight of CPGD (arXiv:2505.12504) as MM-EUREKA implements them.
@@ -14,6 +12,7 @@ Shape suffixes: G groups (prompts), N samples of a group, T packed tokens of man
 
 import math
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -31,46 +30,74 @@ MM_EUREKA_REWARD_CLIP = (-10.0, 10.0)
 _MM_EUREKA_LENGTH_LIMIT_TOKENS = 4094
 
 
+class GroupOptions(TypedDict, total=False):
+    """Optional parts of `compute`, by keyword.
+
+    Attributes:
+        adora: weight of groups whose correct answers are no longer than the wrong ones (original: 0.1).
+        clip_filter: largest weight of CPGD's clip-filter; `adora` wins over it.
+        reward_clip: clips the result to (low, high); the original uses (-10, 10).
+    """
+
+    adora: float | None
+    clip_filter: float | None
+    reward_clip: tuple[float, float] | None
+
+
 def compute(
     name: str,
     rewards_GN: Tensor,
     *,
     lengths_GN: Tensor | None = None,
     truncated_GN: Tensor | None = None,
-    adora: float | None = None,
-    clip_filter: float | None = None,
-    group_counts: tuple[int, int] | None = None,
-    reward_clip: tuple[float, float] | None = None,
     compat: str | None = None,
+    **options: Unpack[GroupOptions],
 ) -> Tensor:
-    """Advantages of every sample, one number each, same shape and dtype as `rewards_GN`.
+    """Advantages of every sample, one number each, same shape and dtype as `rewards_GN`. Example: grpo on [[1.5, 0.5]] gives [[0.7071, -0.7071]].
 
-    name          one of NAMES; w is the group weight, R a group's total rewards
-                  grpo: w (R - mean) / (std + 1e-9), unbiased std; dr_grpo: R - mean;
-                  rloo: w (R - mean of the others); reinforce_baseline: w (R - mean); reinforce_pp: w R
-    lengths_GN    response lengths in tokens; needed by `adora`
-    truncated_GN  bool, responses cut at the length limit; ADORA leaves them out of the wrong answers' mean length
-    adora         weight lambda of groups whose correct answers are no longer than the wrong ones (original: 0.1)
-    clip_filter   largest weight of CPGD's clip-filter; `adora` wins over it
-    group_counts  (groups, groups with unequal rewards) of the global batch, for `clip_filter`; default: this tensor's
-    reward_clip   clip the result to (low, high); the original uses (-10, 10)
-    compat        "mm_eureka": the original's arithmetic, in the dtype that comes in, rounding noise of groups with
-                  equal rewards included, and its fixed limit of 4094 tokens in ADORA
+    With w the group weight and R a group's total rewards: grpo w (R - mean) / (std + 1e-9), unbiased std; dr_grpo R - mean;
+    rloo w (R - mean of the others); reinforce_baseline w (R - mean); reinforce_pp w R. Estimators that `is_whitened` names are to be
+    whitened over all valid tokens afterwards (`whiten`).
 
-    Estimators that `is_whitened` names are to be whitened over all valid tokens afterwards (`whiten`).
-    Example: grpo on [[1.5, 0.5]] gives [[0.7071, -0.7071]].
+    Args:
+        name: one of NAMES.
+        lengths_GN: response lengths in tokens; needed by `adora`.
+        truncated_GN: bool, responses cut at the length limit; ADORA leaves them out of the wrong answers' mean length.
+        compat: "mm_eureka": the original's arithmetic, in the dtype that comes in, rounding noise of groups with equal rewards
+            included, and its fixed limit of 4094 tokens in ADORA.
+        options: see GroupOptions.
+
+    Raises:
+        ValueError: an unknown name or compat, rewards that are not floating [G, N], too few samples, or `adora` without lengths.
+        TypeError: an unknown option.
     """
+    if unknown := sorted(options.keys() - GroupOptions.__annotations__.keys()):
+        raise TypeError(f"compute() got an unexpected keyword argument {unknown[0]!r}")
     _check(name, rewards_GN, compat)
-    exact = compat is None
-    reward_GN = rewards_GN.double() if exact else rewards_GN
-    shaped_GN = _shape(name, reward_GN)
-    if exact and name != "reinforce_pp":
+    reward_GN = rewards_GN.double() if compat is None else rewards_GN
+    centred_GN = reward_GN - reward_GN.mean(dim=1, keepdim=True)
+    if name == "reinforce_pp":
+        shaped_GN = reward_GN
+    elif name == "rloo":
+        others_GN = reward_GN.sum(dim=1, keepdim=True) - reward_GN
+        shaped_GN = reward_GN - others_GN / (reward_GN.shape[1] - 1)
+    elif name == "grpo":
+        shaped_GN = centred_GN / (reward_GN.std(dim=1, keepdim=True) + 1e-9)
+    else:
+        shaped_GN = centred_GN
+    if compat is None and name != "reinforce_pp":
         # Equal rewards carry no signal; without this, rounding noise in the mean is divided by 1e-9.
         equal_G = reward_GN.amax(dim=1) == reward_GN.amin(dim=1)
-        shaped_GN = torch.where(equal_G[:, None], torch.zeros_like(shaped_GN), shaped_GN)
-    if name != "dr_grpo":
-        weight_GN = _group_weights(reward_GN, lengths_GN, truncated_GN, adora, clip_filter, group_counts, compat)
-        shaped_GN = shaped_GN if weight_GN is None else weight_GN * shaped_GN
+        shaped_GN = torch.where(equal_G[:, None], 0.0, shaped_GN)
+    adora, clip_filter, reward_clip = (options.get(key) for key in ("adora", "clip_filter", "reward_clip"))
+    if name != "dr_grpo" and adora is not None:
+        if lengths_GN is None:
+            raise ValueError("adora compares response lengths: give lengths_GN")
+        if compat == "mm_eureka":
+            truncated_GN = lengths_GN >= _MM_EUREKA_LENGTH_LIMIT_TOKENS
+        shaped_GN = adora_weights(reward_GN, lengths_GN, adora, truncated_GN=truncated_GN) * shaped_GN
+    elif name != "dr_grpo" and clip_filter is not None:
+        shaped_GN = clip_filter_weights(reward_GN, clip_filter) * shaped_GN
     if reward_clip is not None:
         shaped_GN = shaped_GN.clamp(*reward_clip)
     return shaped_GN.to(rewards_GN.dtype)
@@ -78,9 +105,7 @@ def compute(
 
 def is_whitened(name: str, compat: str | None = None) -> bool:
     """Whether the estimator's advantages are whitened over all valid tokens (the original: all but grpo)."""
-    if compat == "mm_eureka":
-        return name != "grpo"
-    return name in ("reinforce_baseline", "reinforce_pp")
+    return name != "grpo" if compat == "mm_eureka" else name in ("reinforce_baseline", "reinforce_pp")
 
 
 def _check(name: str, rewards_GN: Tensor, compat: str | None) -> None:
@@ -97,38 +122,6 @@ def _check(name: str, rewards_GN: Tensor, compat: str | None) -> None:
             f"{name} compares the samples of a prompt and needs at least 2 of them, got {rewards_GN.shape[1]}; "
             "raise the samples per prompt or use reinforce_pp"
         )
-
-
-def _shape(name: str, reward_GN: Tensor) -> Tensor:
-    if name == "reinforce_pp":
-        return reward_GN
-    if name == "rloo":
-        others_GN = reward_GN.sum(dim=1, keepdim=True) - reward_GN
-        return reward_GN - others_GN / (reward_GN.shape[1] - 1)
-    centred_GN = reward_GN - reward_GN.mean(dim=1, keepdim=True)
-    if name == "grpo":
-        return centred_GN / (reward_GN.std(dim=1, keepdim=True) + 1e-9)
-    return centred_GN
-
-
-def _group_weights(
-    reward_GN: Tensor,
-    lengths_GN: Tensor | None,
-    truncated_GN: Tensor | None,
-    adora: float | None,
-    clip_filter: float | None,
-    group_counts: tuple[int, int] | None,
-    compat: str | None,
-) -> Tensor | None:
-    if adora is not None:
-        if lengths_GN is None:
-            raise ValueError("adora compares response lengths: give lengths_GN")
-        if compat == "mm_eureka":
-            truncated_GN = lengths_GN >= _MM_EUREKA_LENGTH_LIMIT_TOKENS
-        return adora_weights(reward_GN, lengths_GN, adora, truncated_GN=truncated_GN)
-    if clip_filter is not None:
-        return clip_filter_weights(reward_GN, clip_filter, group_counts=group_counts)
-    return None
 
 
 def adora_weights(
@@ -151,16 +144,12 @@ def adora_weights(
     return weight_G[:, None].expand_as(rewards_GN)
 
 
-def clip_filter_weights(rewards_GN: Tensor, largest: float, *, group_counts: tuple[int, int] | None = None) -> Tensor:
-    """CPGD's clip-filter-like weights: a group with unequal rewards gets min(largest, G / G_unequal), others 1.
-
-    group_counts: (G, G_unequal) of the global batch; default: counted here (the original counts per rank).
-    """
+def clip_filter_weights(rewards_GN: Tensor, largest: float) -> Tensor:
+    """CPGD's clip-filter-like weights: of G groups one with unequal rewards gets min(largest, G / unequal groups), others 1."""
     unequal_G = rewards_GN.amax(dim=1) != rewards_GN.amin(dim=1)
-    groups, unequal = group_counts if group_counts is not None else (rewards_GN.shape[0], int(unequal_G.sum()))
-    weight = min(largest, groups / unequal) if unequal else 1.0
-    weight_G = torch.where(unequal_G, weight, 1.0).to(rewards_GN.dtype)
-    return weight_G[:, None].expand_as(rewards_GN)
+    unequal = int(unequal_G.sum())
+    weight = min(largest, len(rewards_GN) / unequal) if unequal else 1.0
+    return torch.where(unequal_G, weight, 1.0).to(rewards_GN.dtype)[:, None].expand_as(rewards_GN)
 
 
 def kl_estimate(logprobs_T: Tensor, ref_logprobs_T: Tensor, kind: str, *, limit: float = math.inf) -> Tensor:
@@ -168,8 +157,12 @@ def kl_estimate(logprobs_T: Tensor, ref_logprobs_T: Tensor, kind: str, *, limit:
 
     d = logprobs - ref_logprobs; k1: d; k2: d^2 / 2; k3: exp(-d) - 1 + d (http://joschu.net/blog/kl-approx.html).
 
-    limit: nats; k3 does not grow further, and has no gradient, where d < -limit. Losses and shaped rewards give LOG_RATIO_LIMIT, under
-    compat too; without it, as in the original, k3 is infinite from d = -88.8 on. No other side or estimator needs a bound.
+    Args:
+        limit: nats; k3 does not grow further, and has no gradient, where d < -limit. Losses and shaped rewards give LOG_RATIO_LIMIT,
+            under compat too; without it, as in the original, k3 is infinite from d = -88.8 on. Nothing else needs a bound.
+
+    Raises:
+        ValueError: an unknown kind.
     """
     wide = torch.promote_types(logprobs_T.dtype, torch.float32)
     d_T = logprobs_T.to(wide) - ref_logprobs_T.to(wide)
@@ -183,13 +176,6 @@ def kl_estimate(logprobs_T: Tensor, ref_logprobs_T: Tensor, kind: str, *, limit:
     raise ValueError(f"unknown KL estimator {kind!r}; known: k1, k2, k3")
 
 
-def adaptive_kl_coefficient(value: float, kl: float, *, target: float, horizon: int, steps: int) -> float:
-    """The next coefficient of the adaptive KL controller (Ziegler et al., arXiv:1909.08593): multiplied by
-    1 + clip(kl / target - 1, -0.2, 0.2) * steps / horizon."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return value * (1 + error * steps / horizon)
-
-
 def token_rewards(
     rewards_S: Tensor,
     mask_T: Tensor,
@@ -198,10 +184,12 @@ def token_rewards(
     kl_T: Tensor | None = None,
     kl_coefficient: float = 0.0,
 ) -> Tensor:
-    """Reward of every token: -kl_coefficient * kl, plus the sequence's reward on its last valid token.
+    """Reward of every token: -kl_coefficient * kl, plus the sequence's reward on its last valid token; outside the mask 0.
 
-    mask_T: 1 on response tokens; sequence_ids_T: which of the S sequences a token belongs to, in ascending order.
-    Tokens outside the mask get 0. A coefficient of 0 or below counts as 0, as in the original.
+    Args:
+        mask_T: 1 on response tokens.
+        sequence_ids_T: which of the S sequences a token belongs to, in ascending order.
+        kl_coefficient: 0 or below counts as 0, as in the original.
     """
     valid_T = mask_T.bool()
     if kl_T is not None and kl_coefficient > 0:
@@ -246,10 +234,12 @@ def whiten(
 ) -> Tensor:
     """(x - mean) * rsqrt(max(variance, 1e-8)), with mean and population variance over all valid tokens of the batch.
 
-    values: any shape. weights: same shape, the number of valid tokens a value stands for: the mask when values are per
-    token, the response lengths when a value is a whole sequence's advantage. Where the weight is 0 the result is 0.
-    all_reduce: sums a small float64 tensor over data-parallel ranks; then every rank uses the global statistics.
-    `compat="mm_eureka"` adds the original's 1e-8 to the result.
+    Args:
+        values: any shape.
+        weights: same shape, the number of valid tokens a value stands for: the mask when values are per token, the response
+            lengths when a value is a whole sequence's advantage. Where the weight is 0 the result is 0.
+        all_reduce: sums a small float64 tensor over data-parallel ranks; then every rank uses the global statistics.
+        compat: "mm_eureka" adds the original's 1e-8 to the result.
     """
     reduce = all_reduce or (lambda tensor: tensor)
     wide, weight = values.double(), weights.double()

@@ -1,17 +1,22 @@
-"""From one number a response to a value a token, where tokens differ: KL in the reward, discounted returns, whitening over tokens.
+"""Credit, from judged rewards to the advantage of every token.
 
-Works on packed micro-batches, after the log-probabilities of the old policy and of the reference are known. Each holds whole sequences.
+`credit_responses` gives one number a response, on the driver. Where tokens of one response come to differ (KL in the reward, discounted
+returns), `credit_tokens` makes them from it on the trainer ranks, once the log-probabilities of the old policy and of the reference are
+known. Whoever comes last whitens. The arithmetic is that of `rl.advantages`.
 
-Shapes: T rows of a micro-batch, S sequences in it.
+Shapes: G groups, N samples a group, T rows of a micro-batch, S sequences in it. A micro-batch holds whole sequences.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from eureka_megatron.rl.advantages import LOG_RATIO_LIMIT, kl_estimate, token_returns, token_rewards, whiten
+from eureka_megatron.rl import advantages
+from eureka_megatron.rl.advantages import LOG_RATIO_LIMIT, MM_EUREKA_REWARD_CLIP, AllReduce, whiten
+from eureka_megatron.types import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Shaping:
         kl_estimator: k1, k2 or k3, of the old policy against the reference.
         gamma: discount of what comes later, per learned token.
         whitened: to mean 0 and variance 1 over all learned tokens of the batch.
+        compat: "mm_eureka" or None, see `advantages.compute`.
     """
 
     kl_coefficient: float = 0.0
@@ -33,8 +39,54 @@ class Shaping:
 
     @property
     def needed(self) -> bool:
-        """Whether tokens of one response come to differ; otherwise whoever made the values has whitened them, too."""
+        """Whether tokens of one response come to differ; otherwise `credit_responses` has whitened them, too."""
         return self.kl_coefficient > 0 or self.gamma != 1.0
+
+
+def credit_responses(
+    estimator: str,
+    rewards_GN: Tensor,
+    *,
+    lengths_GN: Tensor,
+    truncated_GN: Tensor,
+    shaping: Shaping,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """[G, N]: what each response is credited with on each of its tokens. Whitening weighs a response by its tokens.
+
+    Args:
+        estimator: a name of `advantages.compute`, which the other arguments are for, too.
+        options: fields of `advantages.GroupOptions`; under compat rewards are clipped as in the original unless they say otherwise.
+    """
+    if shaping.compat == "mm_eureka":
+        options = {"reward_clip": MM_EUREKA_REWARD_CLIP, **options}
+    values_GN = advantages.compute(
+        estimator, rewards_GN, lengths_GN=lengths_GN, truncated_GN=truncated_GN, compat=shaping.compat, **options
+    )
+    if shaping.whitened and not shaping.needed:
+        values_GN = whiten(values_GN, lengths_GN, compat=shaping.compat)
+    return values_GN
+
+
+def credit_tokens(batches: list[MicroBatch], shaping: Shaping, all_reduce: AllReduce | None = None) -> list[MicroBatch]:
+    """The micro-batches with advantages token by token; unchanged when nothing asks for that. See `shape`."""
+    if not shaping.needed:
+        return batches
+    old, ref = (_on_host([getattr(batch, name) for batch in batches]) for name in ("old_logprobs_T", "ref_logprobs_T"))
+    inputs = [
+        ShapingInputs(batch.advantages_T, batch.mask_T, batch.sequence_ids_T, old_T, ref_T)
+        for batch, old_T, ref_T in zip(batches, old, ref, strict=True)
+    ]
+    shaped = shape(inputs, shaping, all_reduce)
+    return [replace(batch, advantages_T=values_T) for batch, values_T in zip(batches, shaped, strict=True)]
+
+
+def _on_host(values: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """A value for each micro-batch; all in one copy, for which the host has to wait."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return [None] * len(values)
+    return torch.cat(known).cpu().split([len(value) for value in known])
 
 
 @dataclass(frozen=True)
@@ -76,8 +128,11 @@ def _returns(batch: ShapingInputs, shaping: Shaping) -> Tensor:
     values_S = batch.values_T.new_zeros(sequences).index_put((ids_T[valid_T],), batch.values_T[valid_T])
     kl_T = None
     if shaping.kl_coefficient > 0:
-        if batch.old_logprobs_T is None or batch.ref_logprobs_T is None:
+        old_T, ref_T = batch.old_logprobs_T, batch.ref_logprobs_T
+        if old_T is None or ref_T is None:
             raise ValueError("KL in the reward needs old and reference log-probabilities")
-        kl_T = kl_estimate(batch.old_logprobs_T, batch.ref_logprobs_T, shaping.kl_estimator, limit=LOG_RATIO_LIMIT)
-    rewards_T = token_rewards(values_S, batch.mask_T, ids_T, kl_T=kl_T, kl_coefficient=shaping.kl_coefficient)
-    return token_returns(rewards_T, batch.mask_T, ids_T, gamma=shaping.gamma)
+        kl_T = advantages.kl_estimate(old_T, ref_T, shaping.kl_estimator, limit=LOG_RATIO_LIMIT)
+    rewards_T = advantages.token_rewards(
+        values_S, batch.mask_T, ids_T, kl_T=kl_T, kl_coefficient=shaping.kl_coefficient
+    )
+    return advantages.token_returns(rewards_T, batch.mask_T, ids_T, gamma=shaping.gamma)

@@ -3,7 +3,6 @@
 import torch
 
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
 from eureka_megatron.rl import advantages
@@ -65,4 +64,3 @@ def check_algorithm(config: RunConfig) -> None:
         advantages.compute(algorithm.advantage, torch.zeros(1, 2), lengths_GN=torch.ones(1, 2), **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"algorithm: {error}") from error
-    shaping_of(algorithm)

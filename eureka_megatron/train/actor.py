@@ -11,10 +11,11 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from eureka_megatron.checkpoint.saver import SLOWEST_DISK, Report
@@ -24,10 +25,21 @@ from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.release.card import run_card
-from eureka_megatron.train.parcel import Parcel, unwrap, wrap
+from eureka_megatron.sync import ray_transfer
+from eureka_megatron.sync.ray_transfer import SyncReport
+from eureka_megatron.train.parcel import Rules, Share, shares
 from eureka_megatron.types import Batch, Sample
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name, which torch looks at first
+
+
+class Place(NamedTuple):
+    """Where a rank stands: which share of a batch is its, whether its answers are the complete ones, and what `shares` asks."""
+
+    data_rank: int
+    reports: bool
+    rules: Rules
+    tower_ranks: int
 
 
 class TrainerRank:
@@ -35,8 +47,8 @@ class TrainerRank:
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         self.config, self.rank = config, rank
-        self._nccl: Any = None
-        self._nccl_engines: list[Any] = []
+        self._nccl: ray_transfer.NcclTransfer | None = None
+        self._nccl_engines: list[ActorHandle] = []
 
     def address(self) -> str:
         """A free TCP address on this rank's node, for the rendezvous (asked of rank 0)."""
@@ -77,49 +89,44 @@ class TrainerRank:
             "sequence_parallel": int(layout.sequence_parallel),
         }
 
-    def reports(self) -> bool:
-        """Whether this rank's answers are the complete ones."""
+    def place(self) -> Place:
+        """Where this rank stands, for the driver."""
         parallel = self.trainer.parallel
-        return parallel.last_stage and parallel.tensor.rank == 0 and parallel.data.rank == 0
+        complete = parallel.last_stage and parallel.tensor.rank == 0 and parallel.data.rank == 0
+        return Place(parallel.data.rank, complete, self.trainer.rules, self.trainer.tower_ranks)
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """See PolicyTrainer.start_phase."""
         self.trainer.start_phase(section, total_updates)
 
-    def train(self, batch: Batch, parcel: Parcel) -> list[dict[str, float]]:
-        """One rollout step's updates with the configured loss. The batch's samples are in the parcel."""
-        batch = replace(batch, samples=tuple(unwrap(parcel)))
+    def train(self, share: Share) -> list[dict[str, float]]:
+        """One rollout step's updates with the configured loss."""
+        from eureka_megatron.train.step import Objective  # Megatron, which the driver does without
+
         algorithm = self.config.algorithm
-        return self.trainer.train(
-            batch,
+        objective = Objective(
             algorithm.loss,
             algorithm.all_loss_options(),
             algorithm.compat,
-            self.config.training.passes,
-            shaping_of(algorithm),
-            self.config.rollout.temperature,
+            passes=self.config.training.passes,
+            shaping=shaping_of(algorithm),
+            temperature=self.config.rollout.temperature,
         )
+        return self.trainer.learn(share, objective)
 
-    def sft(self, parcel: Parcel) -> dict[str, float]:
-        """See PolicyTrainer.sft."""
-        return self.trainer.sft(unwrap(parcel))
+    def sft(self, share: Share) -> dict[str, float]:
+        """See PolicyTrainer.supervise."""
+        return self.trainer.supervise(share)
 
-    def logprobs(self, parcel: Parcel, temperature: float) -> list[Any] | None:
-        """See PolicyTrainer.logprobs; numpy, on the reporting rank."""
-        values = self.trainer.logprobs(unwrap(parcel), temperature)
-        return None if values is None else [value.float().cpu().numpy() for value in values]
-
-    def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
-        """Stream the weights that learn into the engines; → a SyncReport on the sending rank."""
+    def send_weights(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool) -> SyncReport | None:
+        """Stream the weights that learn into the engines; → a report on the sending rank."""
         report = self._send(engines, version, with_fingerprints)
         if not with_fingerprints:
             return report
         frozen = self.trainer.frozen_fingerprints()  # these did not travel, and must be equal all the same
         return None if report is None else replace(report, fingerprints=report.fingerprints | frozen)
 
-    def _send(self, engines: Sequence[Any], version: int, with_fingerprints: bool) -> Any:
-        from eureka_megatron.sync import ray_transfer
-
+    def _send(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool) -> SyncReport | None:
         source, bucket_mib = self.trainer.weight_source(), self.config.sync.bucket_mib
         if ray_transfer.default_backend() != "nccl":
             return ray_transfer.send_weights(
@@ -130,7 +137,9 @@ class TrainerRank:
                 is_sender=self.rank == 0,
                 with_fingerprints=with_fingerprints,
             )
-        if self._nccl_engines != list(engines):  # the first time, and after an engine was replaced: a new NCCL group
+        if self._nccl is None or self._nccl_engines != list(
+            engines
+        ):  # also after an engine was replaced: a new NCCL group
             if self._nccl is not None:
                 self._nccl.shutdown()
                 self._nccl, self._nccl_engines = None, []
@@ -175,13 +184,12 @@ class TrainerGroup:
             num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)}
         )
         self.ranks = [actor.remote(config, rank) for rank in range(world)]
-        self.reporter = 0
 
     def start(self) -> dict[str, int]:
         """Load the model on all ranks. → {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"}."""
         address = ray.get(self.ranks[0].address.remote())
         layout = self._all("start", address)[0]
-        self.reporter = self._all("reports").index(True)
+        self.places: list[Place] = self._all("place")
         return layout
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
@@ -190,19 +198,21 @@ class TrainerGroup:
 
     def train(self, batch: Batch) -> list[dict[str, float]]:
         """Metrics of each optimizer step of this rollout step."""
-        parcel = ray.put(wrap(batch.samples))
-        return self._all("train", replace(batch, samples=()), parcel)[self.reporter]
+        first = self.places[0]  # a rank of the first stage, which has the tower
+        return self._shared("train", shares(batch, first.rules, first.tower_ranks))
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
-        return self._all("sft", ray.put(wrap(samples)))[self.reporter]
+        return self._shared("sft", shares(Batch.of(samples), self.places[0].rules))
 
-    def logprobs(self, samples: Sequence[Sample], temperature: float = 1.0) -> list[Any]:
-        """float32 [S] each: log-probability of every token of the samples, index 0 is 0."""
-        return self._all("logprobs", ray.put(wrap(samples)), temperature)[self.reporter]
+    def _shared(self, method: str, parts: Sequence[Share]) -> Any:
+        """The reporting rank's answer. Ranks of one data-parallel rank read the same object of Ray's store."""
+        objects = [ray.put(share) for share in parts]
+        answers = self._each(method, [(objects[place.data_rank],) for place in self.places])
+        return next(answer for answer, place in zip(answers, self.places, strict=True) if place.reports)
 
-    def send_weights(self, engines: Sequence[Any], version: int, with_fingerprints: bool = False) -> Any:
-        """Send the present weights to the engines as `version`. → SyncReport."""
+    def send_weights(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool = False) -> SyncReport:
+        """Send the present weights to the engines as `version`."""
         return self._all("send_weights", list(engines), version, with_fingerprints)[0]
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
@@ -231,16 +241,22 @@ class TrainerGroup:
             ray.kill(rank)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        return self._each(method, [arguments] * len(self.ranks))
+
+    def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call the method on every rank with its arguments. → the answers, by rank; the first failure is raised at once."""
+        calls = [getattr(rank, method).remote(*own) for rank, own in zip(self.ranks, arguments, strict=True)]
         waiting = list(calls)
-        while waiting:  # whoever fails first speaks: the others may hang in a collective that it will never join
+        while (
+            waiting
+        ):  # after a failure the other ranks may wait for ever in a collective that the failed one never joins
             done, waiting = ray.wait(waiting, num_returns=1)
+            rank = calls.index(done[0])
             try:
                 ray.get(done[0])
             except RayTaskError as error:
-                raise from_remote(f"trainer rank {calls.index(done[0])}", error) from None
+                raise from_remote(f"trainer rank {rank}", error) from None
             except RayActorError as error:
-                rank = calls.index(done[0])
                 raise UserError(
                     f"trainer rank {rank} died during {method!r} ({str(error).splitlines()[0]}); "
                     "look for an out-of-memory kill in its log"

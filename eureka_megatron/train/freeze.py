@@ -4,7 +4,7 @@ A frozen parameter has no gradient buffer, no optimizer state, and does not trav
 sees every distinct picture once a rollout step; its outputs serve all samples, passes and log-probabilities of that step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from eureka_megatron.parallel.collectives import gather_units
 from eureka_megatron.parallel.runtime import Axis, Parallel
-from eureka_megatron.train.packing import Features, distinct_pictures, share_pictures, vision_batch
+from eureka_megatron.train.packing import Features, vision_batch
+from eureka_megatron.train.parcel import PictureSize
 from eureka_megatron.train.step import to_device
-from eureka_megatron.types import Picture, Sample
+from eureka_megatron.types import Picture
 from eureka_megatron.weights.online import own_parameters, table_of, unwrap
 from eureka_megatron.weights.table import frozen_rows
 
@@ -23,7 +24,7 @@ def freeze(chunks: Sequence[torch.nn.Module], names: Sequence[str]) -> frozenset
     """Switch gradients off. → the Megatron names of the frozen parameters of the whole model, equal on all ranks.
 
     Args:
-        names: parts or patterns, see checkpoint.qwen2_5_vl.frozen_rows.
+        names: parts or patterns, see weights.table.frozen_rows.
     """
     frozen = frozen_rows(table_of(chunks).values(), names)
     for name, parameter in own_parameters(chunks).items():
@@ -44,43 +45,43 @@ class FrozenTower:
         self.tower, self.parallel, self.max_patches = model.vision, parallel, max_patches
         self.merged = not _learns(self.tower.merger)
         whole = model.vision_parallel != "tensor"  # else all tensor-parallel ranks compute each picture together
-        self.axes = (parallel.tensor if whole else Axis(), parallel.context, parallel.data)
+        self.axes = (parallel.data, parallel.context, parallel.tensor if whole else Axis())
+
+    @property
+    def ranks(self) -> int:
+        """Of one data-parallel rank, that share its pictures."""
+        return self.axes[1].size * self.axes[2].size
 
     @torch.no_grad()
-    def features(self, samples: Sequence[Sample], needed: Sequence[Sample]) -> Features:
-        """Of the pictures that `needed` show; the ranks share the pictures of all `samples` among them. Collective."""
-        pictures = distinct_pictures(samples)
-        tensor, context, data = self.axes
-        shares = share_pictures(pictures, data.size * context.size * tensor.size)
-        own = shares[(data.rank * context.size + context.rank) * tensor.size + tensor.rank]
-        calls = _calls([pictures[index] for index in own], self.max_patches)
+    def features(
+        self, shares: Sequence[Sequence[PictureSize]], pictures: Mapping[str, Picture], wanted: Collection[str]
+    ) -> Features:
+        """Of the wanted pictures. Collective.
+
+        Args:
+            shares: which pictures each rank encodes, data-parallel rank by rank, in each context-parallel, in each tensor-parallel.
+            pictures: by key, with patches: at least those of this rank's share.
+        """
+        data, context, tensor = self.axes
+        own = shares[data.rank * self.ranks + context.rank * tensor.size + tensor.rank]
+        calls = _calls([pictures[size.key] for size in own], self.max_patches)
         vision = self.tower.vision
         width = vision.out_hidden_size if self.merged else vision.hidden_size
         nothing = torch.zeros(0, width, dtype=self.tower.patch_embed.weight.dtype, device=self.parallel.device)
         found = torch.cat([nothing, *map(self._encode, calls)])
-        lengths = [self._length(picture) for picture in pictures]
-        table = np.array([sum(lengths[index] for index in share) for share in shares])
-        counts_DCT = table.reshape(data.size, context.size, tensor.size)
+        lengths = [[size.units if self.merged else size.patches for size in share] for share in shares]
+        counts_DCT = np.array([sum(share) for share in lengths]).reshape(data.size, context.size, tensor.size)
         found = _gathered(found, counts_DCT[data.rank, context.rank], tensor)
         found = _gathered(found, counts_DCT[data.rank].sum(-1), context)
         found = _gathered(found, counts_DCT.sum((1, 2)), data)
-        order = [index for share in shares for index in share]
-        wanted = {picture.key for picture in distinct_pictures(needed)}
         # To the host: micro-batches fetch theirs when their turn comes.
-        pieces = zip(order, found.cpu().split([lengths[index] for index in order]), strict=True)
-        return Features(
-            {pictures[index].key: piece.clone() for index, piece in pieces if pictures[index].key in wanted},
-            self.merged,
-        )
-
-    def _length(self, picture: Picture) -> int:
-        return picture.units if self.merged else len(picture.patches_PD)
+        pieces = found.cpu().split([length for share in lengths for length in share])
+        keys = [size.key for share in shares for size in share]
+        of = {key: piece.clone() for key, piece in zip(keys, pieces, strict=True) if key in wanted}
+        return Features(of, self.merged)
 
     def _encode(self, pictures: Sequence[Picture]) -> Tensor:
-        nowhere = torch.zeros(0, dtype=torch.int64)
-        units = sum(picture.units for picture in pictures)
-        batch = vision_batch(pictures, units=units, source_E=nowhere, placement_E=nowhere)
-        batch = to_device(batch, self.parallel.device, self.tower.patch_embed.weight.dtype)
+        batch = to_device(vision_batch(pictures), self.parallel.device, self.tower.patch_embed.weight.dtype)
         return self.tower(batch) if self.merged else self.tower.encode(batch)[:, 0]
 
 
@@ -93,11 +94,11 @@ def _calls(pictures: Sequence[Picture], max_patches: int) -> list[list[Picture]]
     calls: list[list[Picture]] = []
     room = 0
     for picture in pictures:
-        if not calls or len(picture.patches_PD) > room:
+        if not calls or picture.patches > room:
             calls.append([])
             room = max_patches
         calls[-1].append(picture)
-        room -= len(picture.patches_PD)
+        room -= picture.patches
     return calls
 
 

@@ -1,15 +1,23 @@
 """Samples → packed micro-batches, the same number on every data-parallel rank.
 
 Invariants, each asserted by a test: every sample of an update appears exactly once over all ranks and is never split; every rank runs the
-same number of micro-batches (a rank with too few samples gets empty ones: one filler token, mask 0); no micro-batch exceeds `max_tokens`
-unless a single sample does, which is refused; rows are a multiple of `align` tokens.
+same number of micro-batches (a rank with too few samples gets empty ones: `align` tokens of padding, mask 0); no micro-batch exceeds
+`max_tokens` unless a single sample does, which is refused; rows are a multiple of `align` tokens.
+
+A row of two samples, ABCDE and XYZ, at `align` 4 under two context-parallel ranks (each sample is padded to a multiple of 4, `·`):
+
+    tokens_T         A  B  C  D  E  ·  ·  ·  X  Y  Z  ·
+    labels_T         B  C  D  E  0  0  0  0  Y  Z  0  0     what row t predicts
+    advantages_T     b  c  d  e  0  0  0  0  y  z  0  0     a value of token i stands at row i − 1, as every value of a sample does
+    sequence_ids_T   0  0  0  0  0 −1 −1 −1  1  1  1 −1
+    context rank     0  0  1  1  1  1  0  0  0  1  1  0     chunks 0 and 3 of four against chunks 1 and 2, of each sample
+    cu_seqlens       0                       8          12  padding that only the row needs would be a sequence of its own, at the end
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +25,8 @@ import torch
 from eureka_megatron.errors import UserError
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.types import ContextShare, MicroBatch, Picture, Sample, VisionBatch
+
+OPTIONAL = ("old_logprobs_S", "rollout_logprobs_S", "ref_logprobs_S")  # of a sample; a row's have _T
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,9 @@ class Features:
     merged: bool
 
 
+# --- which sample goes where ---
+
+
 def plan(
     lengths: Sequence[int],
     costs: Sequence[float],
@@ -40,9 +53,9 @@ def plan(
 ) -> list[list[list[int]]]:
     """Which sample goes where: `plan[rank][micro_batch]` is a list of indices into `lengths`.
 
-    Ranks are balanced by cost (longest first to the least loaded), then each rank's samples fill micro-batches by tokens (first fit).
+    Ranks are balanced by cost, then each rank's samples fill micro-batches by tokens, longest first to the first that has room.
     The number of micro-batches, the same on all ranks, is a multiple of `multiple_of` (interleaved pipelines need that); the last may be
-    empty.
+    empty. Example: lengths and costs 5, 4, 3, 2 on two ranks with rows of 5 give [[[0], [3]], [[1], [2]]].
 
     Raises:
         UserError: a sample is longer than `max_tokens`.
@@ -53,39 +66,54 @@ def plan(
                 f"sample {index} has {length} tokens, more than training.max_tokens_per_micro_batch={max_tokens}; "
                 "raise that limit or lower data.max_prompt_tokens or rollout.max_response_tokens"
             )
-    loads = [0.0] * data_parallel
-    ranks: list[list[int]] = [[] for _ in range(data_parallel)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-costs[i], i)):
-        lightest = min(range(data_parallel), key=lambda rank: (loads[rank], rank))
-        ranks[lightest].append(index)
-        loads[lightest] += costs[index]
-    usable = max_tokens // align * align
-    plans = [_first_fit(indices, lengths, max(usable, 1)) for indices in ranks]
+    usable = max(max_tokens // align * align, 1)
+    plans = [_first_fit(indices, lengths, usable) for indices in balanced(costs, data_parallel)]
     count = max(len(micro_batches) for micro_batches in plans)
     count += -count % multiple_of
     return [micro_batches + [[]] * (count - len(micro_batches)) for micro_batches in plans]
 
 
+def balanced(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices into `costs` for each rank, ascending: the costliest first to the least loaded."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        lightest = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        shares[lightest].append(index)
+        loads[lightest] += costs[index]
+    return [sorted(share) for share in shares]
+
+
 def _first_fit(indices: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    bins: list[list[int]] = []
+    rows: list[list[int]] = []
     free: list[int] = []
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        for place, room in enumerate(free):
-            if lengths[index] <= room:
-                bins[place].append(index)
-                free[place] -= lengths[index]
-                break
-        else:
-            bins.append([index])
-            free.append(max_tokens - lengths[index])
-    return bins or [[]]
+        place = next((place for place, room in enumerate(free) if lengths[index] <= room), len(free))
+        if place == len(free):
+            rows.append([])
+            free.append(max_tokens)
+        rows[place].append(index)
+        free[place] -= lengths[index]
+    return rows or [[]]
 
 
 def cost(sample: Sample) -> float:
     """Relative work of one sample: linear layers count its tokens, attention their square, the tower its patches."""
     length = len(sample)
-    patches = sum(picture.patches_PD.shape[0] for picture in sample.pictures)
-    return length + length**2 / 8192 + 0.5 * patches
+    return length + length**2 / 8192 + 0.5 * sum(picture.patches for picture in sample.pictures)
+
+
+def share_pictures(pictures: Sequence[Picture], ranks: int) -> list[list[int]]:
+    """Which pictures each rank encodes, balanced by cost. Windows are short, frames are not."""
+    return balanced([float(p.patches + (p.frame_lengths_F.astype(float) ** 2).sum() / 8192) for p in pictures], ranks)
+
+
+def distinct_pictures(samples: Iterable[Sample]) -> dict[str, Picture]:
+    """Each picture once, by its key, in the order of its first appearance."""
+    return {picture.key: picture for sample in samples for picture in sample.pictures}
+
+
+# --- rows ---
 
 
 @dataclass(frozen=True)
@@ -104,14 +132,9 @@ class RowLayout:
     picture_rank: int = 0
     picture_ranks: int = 1
 
-    @property
-    def each(self) -> int:
-        """Every sequence is filled up to a multiple of it."""
-        return 2 * self.context_size if self.context_size > 1 else 1
-
-    def filled(self, length: int) -> int:
-        """Tokens that a sample of `length` takes up."""
-        return length + -length % self.each
+    def padded(self, length: int) -> int:
+        """Tokens that a sample of `length` takes up: under context parallelism two chunks a rank, all of one size."""
+        return length + -length % (2 * self.context_size) if self.context_size > 1 else length
 
 
 def row_layout(parallel: Parallel, vision_parallel: str = "replicated", multiple: int = 1) -> RowLayout:
@@ -132,66 +155,65 @@ def row_layout(parallel: Parallel, vision_parallel: str = "replicated", multiple
     )
 
 
+# The end of a row is laid as a sample of no tokens and much padding.
+_EMPTY = np.zeros(0, dtype=np.float32)
+_END = Sample(np.zeros(0, np.int64), np.zeros((3, 0), np.int64), _EMPTY, _EMPTY, _EMPTY, _EMPTY, _EMPTY)
+
+
+def brought_by_all(samples: Sequence[Sample]) -> frozenset[str]:
+    """Which of the OPTIONAL values every sample has."""
+    return frozenset(name for name in OPTIONAL if all(getattr(sample, name) is not None for sample in samples))
+
+
 def pack(
     samples: Sequence[Sample],
     indices: Sequence[int],
     layout: RowLayout | int = 1,
     features: Features | None = None,
+    brought: Collection[str] | None = None,
 ) -> MicroBatch:
-    """Lay the chosen samples end to end. No indices: one filler row of `align` tokens that contributes nothing.
+    """Lay the chosen samples end to end. No indices: one row of `align` tokens of padding, which contributes nothing.
 
     Args:
         layout: what parallelism asks of the row; a number is an alignment alone.
         features: of pictures that a frozen tower has already seen; they take the place of the patches.
+        brought: OPTIONAL values that a row without samples has, too, for ranks must agree on what they report; None: those of `samples`.
     """
     layout = RowLayout(align=layout) if isinstance(layout, int) else layout
     chosen = [samples[index] for index in indices]
-    lengths = [len(sample) for sample in chosen]
-    room = [layout.filled(length) for length in lengths]
-    used = sum(room)
-    filling = -used % layout.align if used else layout.align
-    padding = [b - a for a, b in zip(lengths, room, strict=True)]
+    rooms = [layout.padded(len(sample)) for sample in chosen]
+    rooms.append(-sum(rooms) % layout.align if rooms else layout.align)
+    laid = [*chosen, _END]
 
-    def laid(values: list[np.ndarray], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """From 'belongs to token i' to 'belongs to the prediction made at row i−1'; the last row of each sequence gets 0."""
-        rows = [np.append(value[1:], np.zeros(1 + more)) for value, more in zip(values, padding, strict=True)]
-        return torch.from_numpy(np.concatenate([*rows, np.zeros(filling)])).to(dtype)
+    def lay(values: Iterable[np.ndarray], dtype: torch.dtype = torch.float32, padding: int = 0) -> torch.Tensor:
+        pieces = [
+            np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, room - value.shape[-1])], constant_values=padding)
+            for value, room in zip(values, rooms, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(pieces, axis=-1)).to(dtype)
 
-    # An empty micro-batch has the same optional parts as the others: ranks must agree on what they report.
-    known = (chosen or list(samples))[:1]
+    def shifted(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """From 'belongs to token i' to 'belongs to the prediction made at row i − 1'; the last row of each sequence gets 0."""
+        return lay([getattr(sample, name)[1:] for sample in laid], dtype)
 
     def optional(name: str) -> torch.Tensor | None:
-        if not known or getattr(known[0], name) is None:
-            return None
-        return laid([getattr(sample, name) for sample in chosen])
+        return shifted(name) if name in here else None
 
-    tokens = [
-        np.append(sample.tokens_S, np.zeros(more, np.int64)) for sample, more in zip(chosen, padding, strict=True)
-    ]
-    positions = [extend(sample.positions_3S, more) for sample, more in zip(chosen, padding, strict=True)]
-    positions.append(np.broadcast_to(np.arange(filling), (3, filling)))
-    owners = [
-        np.repeat((number, -1), (length, more))
-        for number, (length, more) in enumerate(zip(lengths, padding, strict=True))
-    ]
-    shows = [
-        np.repeat((bool(sample.pictures), False), (len(sample), more))
-        for sample, more in zip(chosen, padding, strict=True)
-    ]
-    segments = room + ([filling] if filling else [])
-    cu_seqlens = np.concatenate(([0], np.cumsum(segments)))
+    here = brought_by_all(chosen) if chosen else brought_by_all(samples) if brought is None else brought
+    segments = tuple(room for room in rooms if room)
+    cu_seqlens = np.cumsum([0, *segments])
     share = _context_share(cu_seqlens, layout) if layout.context_size > 1 else None
     return MicroBatch(
-        tokens_T=torch.from_numpy(np.concatenate([*tokens, np.zeros(filling, dtype=np.int64)])),
-        labels_T=laid([sample.tokens_S for sample in chosen], torch.int64),
-        positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
+        tokens_T=lay([sample.tokens_S for sample in laid], torch.int64),
+        labels_T=shifted("tokens_S", torch.int64),
+        positions_3T=lay([sample.positions_3S for sample in laid], torch.int64),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        segments=tuple(segments),
-        lengths=tuple(lengths),
-        mask_T=laid([sample.mask_S for sample in chosen]),
-        sequence_ids_T=torch.from_numpy(np.concatenate((*owners, np.full(filling, -1))).astype(np.int64)),
-        has_image_T=torch.from_numpy(np.concatenate((*shows, np.zeros(filling, dtype=bool)))),
-        advantages_T=laid([sample.advantages_S for sample in chosen]),
+        segments=segments,
+        lengths=tuple(map(len, chosen)),
+        mask_T=shifted("mask_S"),
+        sequence_ids_T=lay([np.full(len(sample), i) for i, sample in enumerate(laid)], torch.int64, padding=-1),
+        has_image_T=lay([np.full(len(sample), bool(sample.pictures)) for sample in laid], torch.bool),
+        advantages_T=shifted("advantages_S"),
         old_logprobs_T=optional("old_logprobs_S"),
         rollout_logprobs_T=optional("rollout_logprobs_S"),
         ref_logprobs_T=optional("ref_logprobs_S"),
@@ -199,11 +221,6 @@ def pack(
         sample_indices=tuple(indices),
         context=share,
     )
-
-
-def extend(positions_3S: np.ndarray, tokens: int) -> np.ndarray:
-    """Positions of filling at the end of a sequence; what they are does not matter, only that they exist."""
-    return np.concatenate((positions_3S, np.zeros((3, tokens), dtype=np.int64)), axis=1)
 
 
 def split(values_T: torch.Tensor, micro_batch: MicroBatch) -> list[torch.Tensor]:
@@ -218,36 +235,23 @@ def unshift(values_T: torch.Tensor, micro_batch: MicroBatch) -> list[torch.Tenso
 
 
 def _context_share(cu_seqlens: np.ndarray, layout: RowLayout) -> ContextShare:
-    size = layout.context_size
+    """Two ranks, a sequence of 8 rows: chunks 0 1 | 2 3 | 4 5 | 6 7, rows 0 1 6 7 for rank 0 and 2 3 4 5 for rank 1.
 
-    def rows_of(rank: int) -> np.ndarray:
-        rows = []
-        for start, end in pairwise(cu_seqlens.tolist()):
-            chunk = (end - start) // (2 * size)
-            for place in (rank, 2 * size - 1 - rank):
-                rows.append(np.arange(start + place * chunk, start + (place + 1) * chunk))
-        return np.concatenate(rows)
-
-    order = np.argsort(np.concatenate([rows_of(rank) for rank in range(size)]))
-    own = rows_of(layout.context_rank)
-    return ContextShare(layout.context_rank, size, torch.from_numpy(own), torch.from_numpy(order))
-
-
-def share_pictures(pictures: Sequence[Picture], ranks: int) -> list[list[int]]:
-    """Which pictures each rank encodes: the costliest first to the least loaded. Windows are short, frames are not."""
-    costs = [float(len(p.patches_PD) + (p.frame_lengths_F.astype(float) ** 2).sum() / 8192) for p in pictures]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
-    for index in sorted(range(len(pictures)), key=lambda i: (-costs[i], i)):
-        lightest = min(range(ranks), key=lambda rank: (loads[rank], rank))
-        shares[lightest].append(index)
-        loads[lightest] += costs[index]
-    return [sorted(share) for share in shares]
+    Laid end to end, 0 1 6 7 2 3 4 5, row 6 stands third: `order_T` is 0 1 4 5 6 7 2 3.
+    """
+    ranks = range(layout.context_size)
+    rows: list[list[np.ndarray]] = [[] for _ in ranks]
+    for start, end in pairwise(cu_seqlens.tolist()):
+        chunks = np.arange(start, end).reshape(2 * len(ranks), -1)
+        for rank in ranks:
+            rows[rank] += [chunks[rank], chunks[-1 - rank]]
+    whole = [np.concatenate(parts) for parts in rows]
+    order_T = np.argsort(np.concatenate(whole))
+    own = torch.from_numpy(whole[layout.context_rank])
+    return ContextShare(layout.context_rank, layout.context_size, own, torch.from_numpy(order_T))
 
 
-def distinct_pictures(samples: Iterable[Sample]) -> list[Picture]:
-    """Each picture once, in the order of its first appearance."""
-    return list({picture.key: picture for sample in samples for picture in sample.pictures}.values())
+# --- pictures ---
 
 
 def _vision(
@@ -257,8 +261,12 @@ def _vision(
     features: Features | None,
     share: ContextShare | None,
 ) -> VisionBatch | None:
-    """Each distinct picture once; every place that shows it points to the same embeddings."""
-    pictures = distinct_pictures(samples)
+    """Each distinct picture once; every place that shows it points to the same embeddings.
+
+    Pictures a (3 units) and b (2), at rows 2 … 4 of one sample, and b, a at rows 9, 10 and 13 … 15 of the next, in reading order:
+    the embeddings are a0 a1 a2 b0 b1; source_E 0 1 2 | 3 4 | 0 1 2 goes to placement_E 2 3 4 | 9 10 | 13 14 15.
+    """
+    pictures = list(distinct_pictures(samples).values())
     if not pictures:
         return None
     finished = features is not None and features.merged
@@ -275,11 +283,10 @@ def _vision(
             sources.append(first_unit[picture.key] + np.arange(picture.units))
             # The unit at place u of the window order is unit unit_order_U[u] in reading order.
             placements.append(start + offset + picture.unit_order_U)
-    own = [pictures[index] for index in shares[0 if len(shares) == 1 else layout.picture_rank]]
     source_E, placement_E = torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(placements))
-    return vision_batch(
-        own,
-        features,
+    own = shares[0 if len(shares) == 1 else layout.picture_rank]
+    return replace(
+        vision_batch([pictures[index] for index in own], features),
         units=units,
         units_R=tuple(sum(pictures[index].units for index in part) for part in shares) if len(shares) > 1 else None,
         source_E=source_E,
@@ -296,8 +303,8 @@ def _shown(source_E: torch.Tensor, placement_E: torch.Tensor, share: ContextShar
     return torch.stack((source_E[here], local[here]))
 
 
-def vision_batch(pictures: Sequence[Picture], features: Features | None = None, **fields: Any) -> VisionBatch:
-    """The tower's input for these pictures, in this order; features, where there are any, in place of the patches."""
+def vision_batch(pictures: Sequence[Picture], features: Features | None = None) -> VisionBatch:
+    """The tower's input for these pictures, in this order, shown nowhere; features, where there are any, in place of the patches."""
     windows, frames = (
         [length for picture in pictures for length in getattr(picture, name).tolist()]
         for name in ("window_lengths_W", "frame_lengths_F")
@@ -308,12 +315,17 @@ def vision_batch(pictures: Sequence[Picture], features: Features | None = None, 
 
     contents = "patches_PD" if features is None else "units_UO" if features.merged else "hidden_PH"
     coordinates = [picture.coordinates_P2 for picture in pictures] or [np.zeros((0, 2), dtype=np.int64)]
-    return VisionBatch(
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    batch = VisionBatch(
         coordinates_P2=torch.from_numpy(np.concatenate(coordinates)),
         cu_windows=cumulative(windows),
         cu_frames=cumulative(frames),
         windows=tuple(windows),
         frames=tuple(frames),
-        **{contents: tuple(p.patches_PD if features is None else features.of[p.key] for p in pictures)},
-        **fields,
+        units=sum(picture.units for picture in pictures),
+        source_E=nowhere,
+        placement_E=nowhere,
+    )
+    return replace(
+        batch, **{contents: tuple(p.patches_PD if features is None else features.of[p.key] for p in pictures)}
     )

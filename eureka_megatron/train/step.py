@@ -5,10 +5,10 @@ Gradients are therefore summed over micro-batches and data-parallel ranks and ne
 packing, micro-batch size or data parallelism.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,34 @@ from eureka_megatron.parallel import runtime
 from eureka_megatron.parallel.collectives import gather_rows
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.rl.logprobs import token_logits, token_logprobs
-from eureka_megatron.rl.losses import LossInputs, Metrics
-from eureka_megatron.types import ContextShare, MicroBatch, VisionBatch
+from eureka_megatron.rl.losses import LossInputs, Metrics, policy_loss
+from eureka_megatron.rl.shaping import Shaping
+from eureka_megatron.train.parcel import Update
+from eureka_megatron.types import ContextShare, MicroBatch, Sample, VisionBatch
 
 Record = TypeVar("Record", MicroBatch, VisionBatch, ContextShare)
 # (hidden states [T, H], output weight, micro-batch) → (loss, metrics); called on the last stage only.
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Metrics]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the updates of a rollout step minimise.
+
+    Attributes:
+        loss, options, compat: see rl.losses.policy_loss.
+        passes: how often the step's updates are made.
+        shaping: see rl.shaping; None: the samples' advantages stay.
+        temperature: of the policy softmax(logits / temperature), that which was sampled: all log-probabilities, ratios, KL terms,
+            entropies and gradients are its own.
+    """
+
+    loss: str
+    options: Mapping[str, Any]
+    compat: str | None = None
+    passes: int = 1
+    shaping: Shaping | None = None
+    temperature: float = 1.0
 
 
 def run_schedule(
@@ -158,18 +180,18 @@ def supervised_loss(
     return total / global_tokens, {"loss": pair}
 
 
-def policy_inputs(
+def policy_step_loss(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     batch: MicroBatch,
+    *,
     parallel: Parallel,
-    global_tokens: float,
-    global_sequences: float,
-    temperature: float = 1.0,
-) -> LossInputs:
-    """The record that `rl.losses` takes, of the policy at this temperature. Without old log-probabilities (first update on fresh rollouts) they are the current ones."""
-    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel, temperature)
-    return LossInputs(
+    objective: Objective,
+    update: Update,
+) -> tuple[Tensor, Metrics]:
+    """The policy's loss of one micro-batch. Without old log-probabilities they are the current ones (first update on fresh rollouts)."""
+    logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel, objective.temperature)
+    inputs = LossInputs(
         logprobs_T=logprobs,
         old_logprobs_T=batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs.detach(),
         advantages_T=batch.advantages_T,
@@ -181,9 +203,26 @@ def policy_inputs(
         has_image_T=batch.has_image_T,
         # Each id that a micro-batch holds is below this; rows of an empty one count as sequence 0.
         sequences=max(len(batch.lengths), 1),
-        global_tokens=global_tokens,
-        global_sequences=global_sequences,
+        global_tokens=update.tokens,
+        global_sequences=update.sequences,
     )
+    return policy_loss(objective.loss, inputs, compat=objective.compat, **objective.options)
+
+
+def engine_gap(batches: Sequence[MicroBatch], samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """Largest difference between the trainer's and the engine's log-probabilities on fresh rollouts, of this rank's share; float64.
+
+    The metric of the whole system's health. Rollouts kept from an earlier step were sampled from other weights: they differ, and should.
+    """
+    gap = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        if batch.rollout_logprobs_T is None or batch.old_logprobs_T is None:
+            continue
+        fresh = torch.tensor([*(samples[i].weight_lag == 0 for i in batch.sample_indices), False])  # the last: padding
+        counted = runtime.to_device(batch.mask_T.bool() & fresh[batch.sequence_ids_T], device)
+        old, sampled = (runtime.to_device(v, device) for v in (batch.old_logprobs_T, batch.rollout_logprobs_T))
+        gap = torch.maximum(gap, torch.where(counted, (old - sampled).abs(), 0.0).max().double())
+    return gap
 
 
 def reduce_over_data(parts: Iterable[Metrics], parallel: Parallel) -> Metrics:

@@ -5,12 +5,14 @@ Knows nothing of Ray or vLLM: `actor` puts it into a process, tests run it in pl
 Shapes: T rows of a packed micro-batch, S tokens of one sample.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from eureka_megatron.config import OptimizerSection
@@ -22,14 +24,15 @@ from eureka_megatron.models.qwen2_5_vl.transformer_config import fp8_rows
 from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.release.live import export_hf
-from eureka_megatron.rl.losses import Metrics, policy_loss, reduce_metrics
-from eureka_megatron.rl.shaping import Shaping
+from eureka_megatron.rl.losses import Metrics, reduce_metrics
+from eureka_megatron.rl.shaping import credit_tokens
 from eureka_megatron.sync.check import Fingerprint, fingerprint
 from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
-from eureka_megatron.train import packing, prepare, step
+from eureka_megatron.train import packing, step
 from eureka_megatron.train.freeze import freeze as freeze_parameters
 from eureka_megatron.train.freeze import frozen_tower
 from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
+from eureka_megatron.train.parcel import Rules, Share, shares, unwrap, unwrap_pictures
 from eureka_megatron.train.reference import ReferenceWeights
 from eureka_megatron.types import Batch, MicroBatch, Sample
 from eureka_megatron.weights import iter_hf_weights, load_hf
@@ -73,7 +76,7 @@ class PolicyTrainer:
         self.frozen_tower = frozen_tower(chunks, parallel, max_tokens_per_micro_batch * merge**2)
         self.chunks = wrap(chunks, optimizer or OptimizerSection())
         self.optimizer: Any = None
-        self._frozen_prints: dict[str, Fingerprint] | None = None
+        self._frozen_fingerprints: dict[str, Fingerprint] | None = None
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """A fresh optimizer and schedule on the present weights. `section.name` must be that of the constructor."""
@@ -95,9 +98,13 @@ class PolicyTrainer:
         return self._per_sample(samples, step.full_logits, "logits_TV", packing.split)
 
     def _per_sample(
-        self, samples: Sequence[Sample], loss: Any, name: str, cut: Callable[[Tensor, MicroBatch], list[Tensor]]
+        self,
+        samples: Sequence[Sample],
+        loss: Callable[..., tuple[Tensor, Metrics]],
+        name: str,
+        cut: Callable[[Tensor, MicroBatch], list[Tensor]],
     ) -> list[Tensor] | None:
-        batches = self._micro_batches(samples, range(len(samples)), data_parallel=1)[0]
+        batches = self._micro_batches(shares(Batch.of(samples), replace(self.rules, data_ranks=1))[0])
         parts = self._forward_only(batches, loss)
         if not self.parallel.last_stage or self.parallel.data.rank:
             return None
@@ -106,124 +113,114 @@ class PolicyTrainer:
             found.update(zip(batch.sample_indices, cut(part[name], batch), strict=True))
         return [found[index] for index in range(len(samples))]
 
-    def _forward_only(self, batches: list[MicroBatch], loss: Any) -> list[Metrics]:
+    def _forward_only(self, batches: list[MicroBatch], loss: Callable[..., tuple[Tensor, Metrics]]) -> list[Metrics]:
         for chunk in self.chunks:
             chunk.eval()
-        return step.run_schedule(
-            self.chunks, batches, partial(loss, parallel=self.parallel), self.parallel, forward_only=True
-        )
+        loss = partial(loss, parallel=self.parallel)
+        return step.run_schedule(self.chunks, batches, loss, self.parallel, forward_only=True)
 
     # --- training ---
 
-    def train(
-        self,
-        batch: Batch,
-        loss: str,
-        options: dict[str, Any],
-        compat: str | None = None,
-        passes: int = 1,
-        shaping: Shaping | None = None,
-        temperature: float = 1.0,
-    ) -> list[dict[str, float]]:
-        """All optimizer steps of one rollout step. → the metrics of each, complete on ranks of the last stage.
+    @property
+    def rules(self) -> Rules:
+        """What a plan for these ranks keeps to."""
+        return Rules(
+            data_ranks=self.parallel.data.size,
+            max_tokens=self.max_tokens,
+            rows=self.row_layout,
+            multiple_of=self.parallel.pipeline.size if len(self.chunks) > 1 else 1,
+        )
 
-        The policy is softmax(logits / temperature), that which was sampled: all log-probabilities, ratios, KL terms, entropies and
-        gradients are its own. Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
-        samples bring them; those of the reference likewise, when the trainer has one.
-        """
-        features = self._frozen_features(batch)
-        updates = [
-            self._micro_batches(batch.samples, indices, features=features)[self.parallel.data.rank]
-            for indices in batch.updates
-        ]
-        flat = [one for micro_batches in updates for one in micro_batches]
-        forward = partial(self._forward_only, loss=partial(step.logprobs_only, temperature=temperature))
-        flat = prepare.with_logprobs(flat, batch.samples, forward, "old")
-        if self.reference is not None:
-            with self.reference.swapped_in():
-                flat = prepare.with_logprobs(flat, batch.samples, forward, "ref")
-        gap = prepare.engine_gap(flat, batch.samples, self.parallel.device)
-        gap = reduce_metrics([step.reduce_over_data([{"logprob_abs_diff_max": gap}], self.parallel)])
-        if shaping is not None:
-            flat = prepare.with_shaped_advantages(flat, shaping, self.parallel)
-        if batch.scheduled is not None:
-            self.scheduler.num_steps = batch.scheduled
-        places = iter(flat)
-        updates = [[next(places) for _ in micro_batches] for micro_batches in updates]
-        results = []
-        for _ in range(passes):
-            for micro_batches, indices in zip(updates, batch.updates, strict=True):
-                tokens, sequences = _global_counts([batch.samples[index] for index in indices])
+    @property
+    def tower_ranks(self) -> int:
+        """See `shares`; 0 on stages without a frozen tower."""
+        return self.frozen_tower.ranks if self.frozen_tower else 0
 
-                def policy(
-                    hidden: Tensor,
-                    weight: Tensor,
-                    one: MicroBatch,
-                    tokens: float = tokens,
-                    sequences: float = sequences,
-                ) -> tuple[Tensor, Metrics]:
-                    inputs = step.policy_inputs(hidden, weight, one, self.parallel, tokens, sequences, temperature)
-                    return policy_loss(loss, inputs, compat=compat, **options)
-
-                results.append(self._update(micro_batches, policy) | gap)
-        return results
+    def train(self, batch: Batch, loss: str, options: Mapping[str, Any], **objective: Any) -> list[dict[str, float]]:
+        """`learn` on this rank's share of a whole batch. Keywords are fields of `step.Objective`."""
+        share = shares(batch, self.rules, self.tower_ranks)[self.parallel.data.rank]
+        return self.learn(share, step.Objective(loss, options, **objective))
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """One supervised optimizer step on these samples: token mean over all of them, on all data-parallel ranks."""
-        indices = range(len(samples))
-        tokens, _ = _global_counts(samples)
-        loss = partial(step.supervised_loss, parallel=self.parallel, global_tokens=tokens)
-        return self._update(self._micro_batches(samples, indices)[self.parallel.data.rank], loss)
+        """`supervise` on this rank's share of all samples."""
+        return self.supervise(self._share(samples))
 
     def accumulate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Gradients of the supervised loss without an optimizer step, for parity checks. They stand in `main_grad`."""
-        tokens, _ = _global_counts(samples)
-        loss = partial(step.supervised_loss, parallel=self.parallel, global_tokens=tokens)
-        return self._gradients(self._micro_batches(samples, range(len(samples)))[self.parallel.data.rank], loss)
+        share = self._share(samples)
+        return self._gradients(self._micro_batches(share), self._supervised_loss(share))
 
-    def _frozen_features(self, batch: Batch) -> packing.Features | None:
-        """Of this data-parallel rank's pictures, for all updates and passes of the step; None when the tower learns."""
-        if self.frozen_tower is None or not any(sample.pictures for sample in batch.samples):
+    def learn(self, share: Share, objective: step.Objective) -> list[dict[str, float]]:
+        """All optimizer steps of one rollout step. → the metrics of each, complete on ranks of the last stage.
+
+        Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
+        samples bring them; those of the reference likewise, when the trainer has one.
+        """
+        batches = self._micro_batches(share, self._frozen_features(share))
+        batches = self._with_logprobs(batches, "old", share, objective)
+        if self.reference is not None:
+            with self.reference.swapped_in():
+                batches = self._with_logprobs(batches, "ref", share, objective)
+        gap = self._engine_gap(batches, share)
+        if objective.shaping is not None and self.parallel.last_stage:
+            batches = credit_tokens(batches, objective.shaping, self._sum_over_data)
+        if share.scheduled is not None:
+            self.scheduler.num_steps = share.scheduled
+        results = []
+        for _ in range(objective.passes):
+            for update in share.updates:
+                loss = partial(step.policy_step_loss, parallel=self.parallel, objective=objective, update=update)
+                results.append(self._update(batches[update.start : update.stop], loss) | gap)
+        return results
+
+    def supervise(self, share: Share) -> dict[str, float]:
+        """One supervised optimizer step: token mean over the samples of all data-parallel ranks."""
+        return self._update(self._micro_batches(share), self._supervised_loss(share))
+
+    def _supervised_loss(self, share: Share) -> step.LossFunction:
+        return partial(step.supervised_loss, parallel=self.parallel, global_tokens=share.updates[0].tokens)
+
+    def _share(self, samples: Sequence[Sample]) -> Share:
+        return shares(Batch.of(samples), self.rules)[self.parallel.data.rank]
+
+    def _frozen_features(self, share: Share) -> packing.Features | None:
+        """Of the share's pictures, for all updates and passes of the step; None when the tower learns."""
+        if self.frozen_tower is None or not share.tower:
             return None
-        rank = self.parallel.data.rank
-        mine = {
-            index
-            for indices in batch.updates
-            for places in self._plan(batch.samples, indices)[rank]
-            for index in places
-        }
-        return self.frozen_tower.features(batch.samples, [batch.samples[index] for index in mine])
+        pictures = {picture.key: picture for picture in unwrap_pictures(share.parcel)}
+        return self.frozen_tower.features(share.tower, pictures, wanted=packing.distinct_pictures(unwrap(share.parcel)))
 
-    def _micro_batches(
-        self,
-        samples: Sequence[Sample],
-        indices: Iterable[int],
-        data_parallel: int | None = None,
-        features: packing.Features | None = None,
-    ) -> list[list[MicroBatch]]:
-        mine = self.parallel.data.rank if data_parallel is None else 0
-        # Only this rank's share is laid out; the others are counted, not built.
+    def _micro_batches(self, share: Share, features: packing.Features | None = None) -> list[MicroBatch]:
+        samples = unwrap(share.parcel)
+        return [packing.pack(samples, row, self.row_layout, features, share.brought) for row in share.rows]
+
+    def _with_logprobs(
+        self, batches: list[MicroBatch], which: str, share: Share, objective: step.Objective
+    ) -> list[MicroBatch]:
+        """With the present weights' log-probabilities as "old" or "ref" ones, unless all samples of the batch bring them.
+
+        They exist on ranks of the last stage; elsewhere micro-batches pass unchanged.
+        """
+        if f"{which}_logprobs_S" in share.brought:
+            return batches
+        parts = self._forward_only(batches, partial(step.logprobs_only, temperature=objective.temperature))
+        if not parts:
+            return batches
         return [
-            [packing.pack(samples, places, self.row_layout, features) for places in micro_batches]
-            if rank == mine
-            else []
-            for rank, micro_batches in enumerate(self._plan(samples, indices, data_parallel))
+            replace(batch, **{f"{which}_logprobs_T": part["logprobs_T"]})
+            for batch, part in zip(batches, parts, strict=True)
         ]
 
-    def _plan(
-        self, samples: Sequence[Sample], indices: Iterable[int], data_parallel: int | None = None
-    ) -> list[list[list[int]]]:
-        """`[rank][micro-batch]`: indices into `samples`."""
-        indices, layout = list(indices), self.row_layout
-        plans = packing.plan(
-            [layout.filled(len(samples[index])) for index in indices],
-            [packing.cost(samples[index]) for index in indices],
-            data_parallel or self.parallel.data.size,
-            self.max_tokens,
-            layout.align,
-            multiple_of=self.parallel.pipeline.size if len(self.chunks) > 1 else 1,
-        )
-        return [[[indices[place] for place in places] for places in micro_batches] for micro_batches in plans]
+    def _engine_gap(self, batches: list[MicroBatch], share: Share) -> dict[str, float]:
+        gap = step.engine_gap(batches, share.parcel.samples, self.parallel.device)
+        return reduce_metrics([step.reduce_over_data([{"logprob_abs_diff_max": gap}], self.parallel)])
+
+    def _sum_over_data(self, values: Tensor) -> Tensor:
+        if self.parallel.data.size == 1:
+            return values
+        moved = values.to(self.parallel.device)
+        dist.all_reduce(moved, group=self.parallel.data.group)
+        return moved.to(values.device)
 
     def _gradients(self, micro_batches: list[MicroBatch], loss: step.LossFunction) -> dict[str, float]:
         for chunk in self.chunks:
@@ -271,19 +268,13 @@ class PolicyTrainer:
 
     def frozen_fingerprints(self) -> dict[str, Fingerprint]:
         """Of the weights that do not travel, on rank 0 (elsewhere empty). Collective; computed once, for they do not change."""
-        if self._frozen_prints is None:
+        if self._frozen_fingerprints is None:
             table = table_of(self.chunks).values()
             moving = {row.megatron for row in table} - unsent(table, self.frozen)
             weights = self.hf_weights(skip=frozenset(moving))
-            self._frozen_prints = {name: fingerprint(tensor) for name, tensor in weights if tensor is not None}
-        return self._frozen_prints
+            self._frozen_fingerprints = {name: fingerprint(tensor) for name, tensor in weights if tensor is not None}
+        return self._frozen_fingerprints
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
         """Write a Hugging Face directory (collective; world rank 0 writes)."""
         export_hf([chunk.module for chunk in self.chunks], self.parallel, self.model_path, output, card=card)
-
-
-def _global_counts(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Learned tokens and sequences that have any, over the whole update. At least 1 each, so that an all-masked update is 0, not NaN."""
-    counts = [float(sample.mask_S[1:].sum()) for sample in samples]
-    return max(sum(counts), 1.0), max(float(sum(count > 0 for count in counts)), 1.0)

@@ -46,7 +46,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 METRICS, FEATURES, SHAPED = (
     "rl/losses.py in reduce_metrics",
     "train/freeze.py in features",
-    "train/prepare.py in _on_host",
+    "rl/shaping.py in _on_host",
 )
 
 

@@ -110,15 +110,6 @@ def test_group_weights_are_the_originals(row: dict):
     close(weights, row["expected"]["weights"])
 
 
-def test_the_kl_controller_is_the_originals():
-    (row,) = [row for row in LOSSES if row["kind"] == "kl_controller"]
-    value, values = row["init"], []
-    for kl, steps in row["updates"]:
-        value = advantages.adaptive_kl_coefficient(value, kl, target=row["target"], horizon=row["horizon"], steps=steps)
-        values.append(value)
-    assert values == pytest.approx(row["expected"]["values"], rel=1e-12)
-
-
 def kept(accuracy: list, row: dict, step: int, compat: str | None) -> list[int]:
     if not row["enable_accuracy_filter"] or step <= row["freezing_filter_steps"]:
         return list(range(len(accuracy)))

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eureka_megatron.train.parcel import unwrap, wrap
-from eureka_megatron.types import Sample
+from eureka_megatron.train.packing import RowLayout, distinct_pictures
+from eureka_megatron.train.parcel import Rules, Share, shares, unwrap, unwrap_pictures, wrap
+from eureka_megatron.types import Batch, Sample
 from eureka_megatron.verify.samples import made_up_samples
 
 
@@ -63,3 +64,58 @@ def test_a_picture_is_shared_after_the_journey_too(tiny_dir: Path) -> None:
     samples = made_up_samples(tiny_dir, pictures=[((3, 3),)])
     first, second = unwrap(wrap([*samples, *loaded_anew(samples)]))
     assert first.pictures[0] is second.pictures[0]
+
+
+def two_updates(directory: Path) -> Batch:
+    """Four responses to each of four prompts, two with a picture of their own, two that show the same; numbered by their advantage."""
+    prompts = made_up_samples(directory, pictures=(((8, 8),), ((4, 12), (6, 4)), ((10, 6),), ((10, 6),)))
+    samples = [replace(sample, advantages_S=sample.mask_S) for _ in range(4) for sample in prompts]
+    samples = [replace(sample, advantages_S=sample.mask_S * n) for n, sample in enumerate(samples, 1)]
+    return Batch(tuple(samples), (tuple(range(10)), tuple(range(10, 16))), scheduled=7)
+
+
+def numbers(share: Share) -> list[int]:
+    return [int(sample.advantages_S.max()) - 1 for sample in share.parcel.samples]
+
+
+def test_a_rank_gets_its_own_samples_and_their_distinct_pictures_once(tiny_dir: Path) -> None:
+    batch = two_updates(tiny_dir)
+    longest = max(map(len, batch.samples))
+    parts = shares(batch, Rules(3, 2 * longest, RowLayout()))
+    assert sorted(number for share in parts for number in numbers(share)) == list(range(16)), "each sample on one rank"
+    for share in parts:
+        own = [batch.samples[number] for number in numbers(share)]
+        assert [picture.key for picture in share.parcel.pictures] == list(distinct_pictures(own))
+        patches = sum(picture.patches_PD.nbytes for picture in distinct_pictures(own).values())
+        assert patches <= travelling_bytes(share)[1] <= 1.1 * patches  # measured 1.03
+        for update, indices in zip(share.updates, batch.updates, strict=True):
+            places = [place for row in share.rows[update.start : update.stop] for place in row]
+            assert {numbers(share)[place] for place in places} <= set(indices)
+            learned = [float(batch.samples[index].mask_S[1:].sum()) for index in indices]
+            assert (update.tokens, update.sequences) == (sum(learned), len(learned)), "of all ranks together"
+        assert sorted(place for row in share.rows for place in row) == list(range(len(own)))
+    assert len({(share.updates, share.scheduled, share.brought) for share in parts}) == 1
+
+
+def test_patches_for_a_frozen_tower_go_to_those_who_encode_them(tiny_dir: Path) -> None:
+    batch = two_updates(tiny_dir)
+    every = distinct_pictures(batch.samples)
+    parts = shares(batch, Rules(2, 10_000, RowLayout()), tower_ranks=2)
+    assert sorted(size.key for share in parts[0].tower for size in share) == sorted(every)
+    for rank, share in enumerate(parts):
+        assert share.tower == parts[0].tower
+        to_encode = {size.key for part in share.tower[2 * rank : 2 * rank + 2] for size in part}
+        for picture in unwrap_pictures(share.parcel):
+            expected = every[picture.key].patches_PD if picture.key in to_encode else every[picture.key].patches_PD[:0]
+            assert torch.equal(picture.patches_PD, expected)
+            assert picture.patches == every[picture.key].patches
+        assert to_encode <= {picture.key for picture in share.parcel.pictures}
+
+
+def test_a_rank_without_samples_still_has_its_empty_rows(tiny_dir: Path) -> None:
+    batch = two_updates(tiny_dir)
+    lonely = Batch.of([replace(batch.samples[0], rollout_logprobs_S=batch.samples[0].mask_S)])
+    first, second = shares(lonely, Rules(2, 10_000, RowLayout()))
+    assert (second.rows, second.parcel.samples, second.parcel.pictures) == (((),), (), ())
+    assert second.updates == first.updates
+    assert second.brought == {"rollout_logprobs_S"}
