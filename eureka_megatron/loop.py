@@ -12,7 +12,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import make_batch, mean_return, rewards_differ, rollout_metrics, updates_per_step
 from eureka_megatron.errors import UserError
 from eureka_megatron.run.inputs import settle
-from eureka_megatron.run.resume import Saves, driver_state, restore, starting_point, told_when_stopped
+from eureka_megatron.run.resume import CheckpointSchedule, driver_state, restore, starting_point, told_when_stopped
 from eureka_megatron.run.run import Run
 from eureka_megatron.tracking.tracker import Tracker
 
@@ -26,7 +26,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
     run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
     first = restore(run, checkpoint, tracker) if checkpoint else 0
     before = run.evaluate() if config.training.evaluate_before and run.test and first == 0 else {}
-    saves = Saves(run.trainer, config, config.training.steps, lambda: driver_state(run), tracker)
+    schedule = CheckpointSchedule(run.trainer, config, config.training.steps, lambda: driver_state(run), tracker)
     for step in range(first, config.training.steps):
         with tracker.phase("rollout"):
             groups = run.collector.collect(step)
@@ -43,22 +43,22 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
                 metrics |= {f"eval/{name}": value for name, value in run.evaluate().items()}
         if step == 0:
             metrics |= {f"eval_before/{name}": value for name, value in before.items()}
-        tracker.log(step, metrics | saves.figures())
+        tracker.log(step, metrics | schedule.figures())
         history.append(metrics)
         if _due(config.training.export_every, step):
             try:
                 run.export(config.run.output / f"hf_step_{step + 1:06d}")
             except UserError as error:  # a full disk
                 tracker.say(f"warning: no export of step {step + 1}: {error}")
-        saves.after(step)
-    saves.finish()
+        schedule.after(step)
+    schedule.finish()
     return history
 
 
 def train(config: RunConfig, resume: str | None = None) -> None:
     """`eureka train`: reinforcement learning from `model.path`, then a Hugging Face export in `run.output`/hf.
 
-    `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
+    `resume`: "auto" or the directory of a training checkpoint; see run.resume.choose_checkpoint.
     """
     config = settle(config)
     output = config.run.output / "hf"

@@ -195,7 +195,7 @@ def told_when_stopped(config: RunConfig) -> Iterator[None]:
 DriverState = Callable[[], tuple[dict[str, str], dict[str, Any]]]  # files by name, entries of state.json
 
 
-class Saves:
+class CheckpointSchedule:
     """The checkpoints of a run that goes on meanwhile.
 
     Args:

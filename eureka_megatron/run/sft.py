@@ -17,7 +17,13 @@ from eureka_megatron.run.checks import check_run
 from eureka_megatron.run.cluster import start_ray
 from eureka_megatron.run.inputs import open_dataset, settle
 from eureka_megatron.run.output import replacing
-from eureka_megatron.run.resume import Saves, common_state, starting_point, tell_of_resumption, told_when_stopped
+from eureka_megatron.run.resume import (
+    CheckpointSchedule,
+    common_state,
+    starting_point,
+    tell_of_resumption,
+    told_when_stopped,
+)
 from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.train.actor import TrainerGroup, model_card
@@ -56,14 +62,14 @@ def supervise(
         stream.load_state_dict(found["data"])
         tell_of_resumption(checkpoint, found, config, tracker)
         first = found["step"]
-    saves = Saves(trainer, config, sft.steps, state, tracker)
+    schedule = CheckpointSchedule(trainer, config, sft.steps, state, tracker)
     for step in range(first, sft.steps):
         metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
         metrics["epoch"] = (step + 1) * sft.samples_per_step / rows
-        tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()} | saves.figures())
+        tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()} | schedule.figures())
         if save:
-            saves.after(step)
-    saves.finish()
+            schedule.after(step)
+    schedule.finish()
 
 
 def in_steps(config: RunConfig, rows: int) -> RunConfig:
@@ -78,7 +84,7 @@ def in_steps(config: RunConfig, rows: int) -> RunConfig:
 def run_sft(config: RunConfig, resume: str | None = None) -> None:
     """`eureka sft`: from `model.path`, on the rows of `data.train`, to a Hugging Face export in `run.output`/hf.
 
-    `resume`: "auto" or the directory of a training checkpoint; see run_state.choose_checkpoint.
+    `resume`: "auto" or the directory of a training checkpoint; see run.resume.choose_checkpoint.
     """
     config = settle(config)
     output = config.run.output / "hf"

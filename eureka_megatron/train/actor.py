@@ -18,8 +18,8 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from eureka_megatron.checkpoint.saver import SLOWEST_DISK, Report
 from eureka_megatron.checkpoint.store import CHECKPOINTS
+from eureka_megatron.checkpoint.writer import SLOWEST_DISK, Report
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
@@ -59,7 +59,7 @@ class TrainerRank:
 
     def start(self, address: str) -> dict[str, int]:
         """Join the others and load the weights. → the layout."""
-        from eureka_megatron.train.checkpointing import Checkpointer
+        from eureka_megatron.train.checkpointing import TrainerCheckpoints
         from eureka_megatron.train.trainer import PolicyTrainer
 
         layout, model, algorithm = self.config.layout, self.config.model, self.config.algorithm
@@ -74,7 +74,7 @@ class TrainerRank:
             reference=(algorithm.reference or model.path) if algorithm.kl_coefficient > 0 else None,
         )
         limits = self.config.checkpoint
-        self.checkpoints = Checkpointer(
+        self.checkpoints = TrainerCheckpoints(
             self.trainer,
             self.config.run.output / CHECKPOINTS,
             keep_last=limits.keep_last,
@@ -153,19 +153,19 @@ class TrainerRank:
             self.trainer.export(output, card)
 
     def save(self, step: int, texts: dict[str, str], state: dict[str, Any]) -> None:
-        """See Checkpointer.save."""
+        """See TrainerCheckpoints.save."""
         self.checkpoints.save(step, texts, **state)
 
     def save_ended(self) -> bool:
-        """See Checkpointer.ended."""
+        """See TrainerCheckpoints.ended."""
         return self.checkpoints.ended
 
     def wait_for_save(self) -> Report | None:
-        """See Checkpointer.wait."""
+        """See TrainerCheckpoints.wait."""
         return self.checkpoints.wait()
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """See Checkpointer.load."""
+        """See TrainerCheckpoints.load."""
         return self.checkpoints.load(directory)
 
 
@@ -220,7 +220,7 @@ class TrainerGroup:
         self._all("export", output, card)
 
     def save(self, step: int, texts: dict[str, str], state: dict[str, Any]) -> None:
-        """Begin to write a training checkpoint; returns when a copy of everything is in host memory. See Checkpointer.save."""
+        """Begin to write a training checkpoint; returns when a copy of everything is in host memory. See TrainerCheckpoints.save."""
         self._all("save", step, ray.put(texts), ray.put(state))
 
     def save_ended(self) -> bool:

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from eureka_megatron.checkpoint import store
-from eureka_megatron.checkpoint.saver import Block, Contents, Report, Saver
+from eureka_megatron.checkpoint.writer import Block, CheckpointWriter, Share
 from eureka_megatron.errors import UserError
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.weights.online import (
@@ -48,21 +48,22 @@ SHARED_BYTES = 4 * 2**20  # smaller weights are written by one of their copies, 
 
 
 @dataclass(frozen=True)
-class Piece:
+class Held:
     """Values of one parameter that this rank holds: places start, start+1, … of its flattened shard.
 
-    `kind` is "" for the weight itself, or what the optimizer calls it. `copies` ranks hold the same values, this one is number `copy`.
+    `name` is that of the parameter in the whole model, `kind` "" for the weight itself, or what the optimizer calls it. `values` is flat,
+    on the device, and no copy. `holders` ranks hold the same values, this one is number `holder`.
     """
 
-    name: str  # of the parameter in the whole model
+    name: str
     kind: str
-    values: Tensor  # [len], on the device; not a copy
+    values: Tensor
     start: int
-    copies: int
-    copy: int
+    holders: int
+    holder: int
 
 
-class Checkpointer:
+class TrainerCheckpoints(CheckpointWriter):
     """Saves and loads one rank's share of a run. All methods are collective, like the trainer's.
 
     Args:
@@ -70,9 +71,9 @@ class Checkpointer:
     """
 
     def __init__(self, trainer: PolicyTrainer, folder: Path, *, keep_last: int = 1, keep_every: int = 0) -> None:
+        super().__init__(folder, trainer.parallel, keep_last=keep_last, keep_every=keep_every)
         self.trainer = trainer
         self.staging = Staging(STAGING_BYTES) if trainer.parallel.device.type == "cuda" else None
-        self.saver = Saver(folder, trainer.parallel, keep_last=keep_last, keep_every=keep_every)
 
     def save(self, step: int, texts: Mapping[str, str] | None = None, **state: Any) -> None:
         """Copies everything to host memory and begins to write; training may go on at once.
@@ -93,24 +94,9 @@ class Checkpointer:
             "dtype": str(dtype).removeprefix("torch."),
             "layout": layout_of(trainer.parallel),
         }
-        contents = Contents(
-            step=step,
-            blocks=_blocks(trainer, self.staging),
-            random=random_state(),
-            texts={**(texts or {}), store.STATE_FILE: store.as_json({**ours, **state})},
-            model=trainer.model_path,
-            dtype=dtype,
-        )
-        self.saver.start(contents)
-
-    @property
-    def ended(self) -> bool:
-        """See Saver.ended."""
-        return self.saver.ended
-
-    def wait(self) -> Report | None:
-        """See Saver.wait."""
-        return self.saver.wait()
+        texts = {**(texts or {}), store.STATE_FILE: store.as_json({**ours, **state})}
+        blocks = _blocks(trainer, self.staging)
+        self.start(Share(step, blocks, random_state(), texts, trainer.model_path, dtype))
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Fills weights, optimizer, schedule and (at the same layout) random states. `start_phase` must have run. → state.json
@@ -128,9 +114,9 @@ class Checkpointer:
                     optimizer._init_optimizer_states_with_dummy_values()
         load_hf(trainer.chunks, directory, trainer.parallel)
         table, tensor = table_of(trainer.chunks), trainer.parallel.tensor
-        for piece in optimizer_pieces(trainer, table):
-            if piece.kind in readers:
-                _fill(piece, table[piece.name], readers[piece.kind], tensor.rank, tensor.size)
+        for held in held_states(trainer, table):
+            if held.kind in readers:
+                _fill(held, table[held.name], readers[held.kind], tensor.rank, tensor.size)
         trainer.scheduler.num_steps = 0
         trainer.scheduler.step(state["scheduled"])
         _set_updates(trainer, state["updates"])
@@ -147,31 +133,31 @@ def layout_of(parallel: Parallel) -> dict[str, int]:
 # --- what a rank holds ---
 
 
-def weight_pieces(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[Piece]:
+def held_weights(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[Held]:
     """All weights, whole shards."""
     for name, parameter in own_parameters(trainer.chunks).items():
-        copies = _copies(table[name], trainer.parallel, over_data=True)
-        yield Piece(name, "", parameter.detach().view(-1), 0, *copies)
+        holders = _holders(table[name], trainer.parallel, over_data=True)
+        yield Held(name, "", parameter.detach().view(-1), 0, *holders)
 
 
-def optimizer_pieces(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[Piece]:
+def held_states(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[Held]:
     """Masters, where the weights are not fp32 themselves, and Adam's averages, where they exist already."""
     names = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
     for optimizer in _optimizers(trainer):
         for parameter, main, start in _main_parameters(optimizer, names):
             name = names[parameter]
-            copies = _copies(table[name], trainer.parallel, over_data=not isinstance(optimizer, DistributedOptimizer))
+            holders = _holders(table[name], trainer.parallel, over_data=not isinstance(optimizer, DistributedOptimizer))
             if parameter.dtype != torch.float32:
-                yield Piece(name, MASTER, main.detach().view(-1), start, *copies)
+                yield Held(name, MASTER, main.detach().view(-1), start, *holders)
             for kind in ADAM:
                 if kind in (state := optimizer.optimizer.state.get(main, {})):
-                    yield Piece(name, kind, state[kind].view(-1), start, *copies)
+                    yield Held(name, kind, state[kind].view(-1), start, *holders)
 
 
 def _optimizers(trainer: PolicyTrainer) -> list[Any]:
     """Megatron's optimizers with parameters of this rank; none on a rank where everything is frozen."""
     chained = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
-    return [one for one in chained if getattr(one, "optimizer", None) is not None]
+    return [optimizer for optimizer in chained if getattr(optimizer, "optimizer", None) is not None]
 
 
 def _optimizer_name(trainer: PolicyTrainer) -> str | None:
@@ -192,15 +178,15 @@ def _main_parameters(optimizer: Any, names: Mapping[Tensor, str]) -> Iterator[tu
         yield from ((of_main[main], main, 0) for main in group["params"])
 
 
-def _copies(row: Row, parallel: Parallel, *, over_data: bool) -> tuple[int, int]:
+def _holders(row: Row, parallel: Parallel, *, over_data: bool) -> tuple[int, int]:
     """(ranks that hold the same values of a parameter, which of them this is)."""
     axes = [parallel.data, parallel.context] if over_data else []
-    if row.layout.shards(parallel.tensor.size) == 1:
+    if row.split.shards(parallel.tensor.size) == 1:
         axes.append(parallel.tensor)
-    copies, copy = 1, 0
+    holders, holder = 1, 0
     for axis in axes:
-        copies, copy = copies * axis.size, copy * axis.size + axis.rank
-    return copies, copy
+        holders, holder = holders * axis.size, holder * axis.size + axis.rank
+    return holders, holder
 
 
 # --- saving ---
@@ -212,25 +198,25 @@ def _blocks(trainer: PolicyTrainer, staging: Staging | None) -> list[Block]:
     order = {name: number for number, name in enumerate(stored)}
     table, tensor = table_of(trainer.chunks), trainer.parallel.tensor
     blocks = []
-    for piece in chain(weight_pieces(trainer, table), optimizer_pieces(trainer, table)):
-        if piece.name not in stored:  # a tied head's copy of the embedding
+    for held in chain(held_weights(trainer, table), held_states(trainer, table)):
+        if held.name not in stored:  # a tied head's copy of the embedding
             continue
-        row, place, layers = stored[piece.name]
-        key = STATE_PREFIX.format(kind=piece.kind) + place.key if piece.kind else place.key
-        begin, end = _share(piece, order[piece.name])
-        bounds = piece.start + begin, piece.start + end
+        row, place, layers = stored[held.name]
+        key = STATE_PREFIX.format(kind=held.kind) + place.key if held.kind else place.key
+        begin, end = _share(held, order[held.name])
+        bounds = held.start + begin, held.start + end
         for part, offsets, sizes in rectangles(row, place, tensor.rank, tensor.size, *bounds):
-            values = piece.values[part.start - piece.start : part.stop - piece.start].view(sizes)
+            values = held.values[part.start - held.start : part.stop - held.start].view(sizes)
             blocks.append(Block(key, stored_shape(row, place, layers), offsets, to_host(values, staging)))
     return blocks
 
 
-def _share(piece: Piece, number: int) -> tuple[int, int]:
+def _share(held: Held, number: int) -> tuple[int, int]:
     """Which of the values this copy writes."""
-    count = len(piece.values)
-    if piece.values.nbytes < SHARED_BYTES:
-        return (0, count) if number % piece.copies == piece.copy else (0, 0)
-    return count * piece.copy // piece.copies, count * (piece.copy + 1) // piece.copies
+    count = len(held.values)
+    if held.values.nbytes < SHARED_BYTES:
+        return (0, count) if number % held.holders == held.holder else (0, 0)
+    return count * held.holder // held.holders, count * (held.holder + 1) // held.holders
 
 
 class Staging:
@@ -277,16 +263,13 @@ def _open_states(trainer: PolicyTrainer, directory: Path, state: Mapping[str, An
     readers = {kind: DistReader(directory, trainer.hf_config, STATE_PREFIX.format(kind=kind)) for kind in kinds}
     table, problems = table_of(trainer.chunks), []
     names = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
-    trained = [names[p] for one in _optimizers(trainer) for p, _, _ in _main_parameters(one, names)]
+    trained = [names[p] for optimizer in _optimizers(trainer) for p, _, _ in _main_parameters(optimizer, names)]
+    needed = {hf: shape for name in trained for hf, shape in table[name].hf.items()}
     for kind, reader in readers.items():
-        needed = {hf: shape for name in trained for hf, shape in table[name].hf.items()}
         # Also what model.freeze names no longer: it was not trained, so there is nothing to go on from.
         missing = [hf for hf in needed if hf not in reader]
-        wrong = [
-            f"{hf} {reader.tensors[hf].shape}, not {shape}"
-            for hf, shape in needed.items()
-            if hf in reader and reader.tensors[hf].shape != shape
-        ]
+        found = {hf: info.shape for hf, info in reader.tensors.items() if hf in needed}
+        wrong = [f"{hf} {shape}, not {needed[hf]}" for hf, shape in found.items() if shape != needed[hf]]
         problems += [f"{directory} has no {kind} of {', '.join(missing)}"] if missing else []
         problems += [f"{directory}: {kind} has another shape of {', '.join(wrong)}"] if wrong else []
     if problems:
@@ -294,13 +277,13 @@ def _open_states(trainer: PolicyTrainer, directory: Path, state: Mapping[str, An
     return readers
 
 
-def _fill(piece: Piece, row: Row, reader: DistReader, r: int, n: int) -> None:
-    shape = row.layout.shard_shape(row.shapes, n)
-    width, stop = prod(shape[1:]), piece.start + len(piece.values)
-    first, last = piece.start // width, -(-stop // width)
-    block = torch.empty((last - first, *shape[1:]), dtype=piece.values.dtype)
-    row.layout.fill_rows(block, [reader[name] for name in row.hf], first, r, n)
-    piece.values.copy_(block.view(-1)[piece.start - first * width : stop - first * width])
+def _fill(held: Held, row: Row, reader: DistReader, r: int, n: int) -> None:
+    shape = row.split.shard_shape(row.shapes, n)
+    width, stop = prod(shape[1:]), held.start + len(held.values)
+    first, last = held.start // width, -(-stop // width)
+    block = torch.empty((last - first, *shape[1:]), dtype=held.values.dtype)
+    row.split.fill(block, [reader[name] for name in row.hf], r, n, first)
+    held.values.copy_(block.view(-1)[held.start - first * width : stop - first * width])
 
 
 def _count_updates(trainer: PolicyTrainer) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import UserError
@@ -244,11 +244,11 @@ class PolicyTrainer:
     # --- weights ---
 
     def hf_weights(
-        self, *, to: str = "rank0", select: Callable[[Tensor], Tensor] | None = None, skip: frozenset[str] = frozenset()
+        self, *, select: Callable[[nn.Parameter], Tensor] | None = None, skip: frozenset[str] = frozenset()
     ) -> Iterable[tuple[str, Any]]:
         """(HF name, full tensor) in table order, a collective in lockstep; None in place of the tensor where it is not received."""
         chunks = [chunk.module for chunk in self.chunks]
-        return iter_hf_weights(chunks, self.parallel, to=to, skip=skip, **({"select": select} if select else {}))
+        return iter_hf_weights(chunks, self.parallel, skip=skip, select=select)
 
     def weight_source(self) -> MegatronWeightSource:
         """The weights that learn, as vLLM's weight transfer wants them: declared first, then streamed.

@@ -10,7 +10,6 @@ File format: https://huggingface.co/docs/safetensors (8 bytes header length, JSO
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import mmap
 import os
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.weights.layouts import Shape
+from eureka_megatron.weights.splits import Shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 50 * 10**9  # the default of transformers 5
-COPIED_BYTES = 2**17  # at a time: fits the processor's cache; 16 MiB take twice the time
 MAX_HEADER_BYTES = 100 * 10**6  # the safetensors library's own limit
 
 DTYPES = {
@@ -60,15 +58,6 @@ class TensorInfo:
     dtype: torch.dtype
     file: Path
     offset: int  # bytes from the beginning of the file
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Bytes that follow each other in a file."""
-
-    file: Path
-    offset: int
     nbytes: int
 
 
@@ -156,12 +145,6 @@ class Reader:
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
-
-    def extents(self, name: str, start: int, stop: int) -> list[Extent]:
-        """Where rows start … stop-1 of a tensor lie."""
-        info = self.tensors[name]
-        row_bytes = info.nbytes // info.shape[0]
-        return [Extent(info.file, info.offset + start * row_bytes, (stop - start) * row_bytes)]
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
@@ -317,32 +300,6 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor as they stand in a file (little endian); no copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-
-
-def copy_extent(source: Extent, target: int, at: int) -> None:
-    """Copies bytes to place `at` of an open file. OSError when the source ends early or the disk is full.
-
-    What was read leaves the page cache again: files of this size would only push out what others need, and pages that are used
-    again at once are cheaper than fresh ones.
-    """
-    # Not by copy_file_range: places in the two files differ by fractions of a page, which makes the kernel take twice the time.
-    view, done = memoryview(bytearray(min(source.nbytes, COPIED_BYTES))), 0
-    with source.file.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), source.offset, source.nbytes, os.POSIX_FADV_SEQUENTIAL)
-        while done < source.nbytes:
-            # Up to a round place in the target: the kernel then keeps it in large pages.
-            count = min(source.nbytes - done, len(view), COPIED_BYTES - (at + done) % COPIED_BYTES)
-            read = os.preadv(file.fileno(), [view[:count]], source.offset + done)
-            if not read:
-                raise OSError(errno.EIO, f"ends before byte {source.offset + source.nbytes}", str(source.file))
-            done += os.pwrite(target, view[:read], at + done)
-        os.posix_fadvise(file.fileno(), source.offset, source.nbytes, os.POSIX_FADV_DONTNEED)
-
-
-def settle(file: int) -> None:
-    """Waits until the disk has an open file's content, and takes it out of the page cache."""
-    os.fsync(file)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.weights.hf_files import Reader
-from eureka_megatron.weights.layouts import Rows, Shape
+from eureka_megatron.weights.splits import ByRows
 from eureka_megatron.weights.table import Row, expand, hub_name, rows
 from eureka_megatron.weights.torch_dist import DistReader
 from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
@@ -61,7 +62,7 @@ def load_hf(
     assert reader is not None
     for name, parameter in parameters.items():
         row = table[name]
-        row.layout.fill(parameter.data, [reader[hf] for hf in row.hf], parallel.tensor.rank, parallel.tensor.size)
+        row.split.fill(parameter.data, [reader[hf] for hf in row.hf], parallel.tensor.rank, parallel.tensor.size)
 
 
 def iter_hf_weights(
@@ -69,24 +70,27 @@ def iter_hf_weights(
     parallel: Parallel,
     *,
     select: Select | None = None,
-    to: str = "rank0",
     dtype: torch.dtype | None = None,
     skip: Container[str] = (),
 ) -> Iterator[tuple[str, Tensor | None]]:
     """(HF name, full tensor) of every weight, in table order. Collective, from the call on and in lockstep.
 
     Every rank of a model replica iterates to the end; each replica (data or context parallel) is independent, so it is
-    enough that the first does it. The tensors are new, on this rank's device; at most one row of the table is held.
+    enough that the first does it. Tensor rank 0 of the first stage gets new tensors on its device, the others None; at most one row of
+    the table is held.
+
+    Guaranteed, so that nobody need look again: exactly the names of `tensors_of(table, skip)`, in that order, each once, with those
+    shapes. The model is compared with the table at the call, before the first tensor; shapes are the table's by construction.
 
     Args:
         select: what of a parameter is exported, of the parameter's shape: `lambda p: p.main_grad` exports gradients. It is
             called twice (the first time for the dtype). Tied embeddings come from the embedding's own copy.
-        to: "rank0": only tensor rank 0 of the first stage receives, the others get None. "all": every rank receives.
         dtype: cast before sending.
         skip: Megatron names that are left out, equal on all ranks.
+
+    Raises:
+        UserError: on every rank of the pipeline alike: parameters and table disagree.
     """
-    if to not in ("rank0", "all"):
-        raise ConfigError(f"to={to!r}; valid: rank0, all")
     table = table_of(model_chunks)
     parameters = own_parameters(model_chunks)
     raise_together(check_model(parameters, table, parallel), parallel, parallel.pipeline.group)
@@ -108,8 +112,8 @@ def iter_hf_weights(
             stage, kind = owners[row.megatron]
             parameter = parameters.get(row.megatron)
             shard = None if parameter is None else chosen(parameter).to(kind)
-            shards = _collect(row, shard, stage, kind, parallel, to)
-            merged = [None] * len(row.hf) if shards is None else row.layout.merge(shards, row.shapes)
+            shards = _collect(row, shard, stage, kind, parallel)
+            merged = [None] * len(row.hf) if shards is None else row.split.merge(shards, row.shapes)
             del shard, shards
             yield from zip(row.hf, merged, strict=True)
 
@@ -179,7 +183,7 @@ def check_model(parameters: dict[str, nn.Parameter], table: dict[str, Row], para
     for name in parameters.keys() & table.keys():
         found, expected = tuple(parameters[name].shape), None
         try:
-            expected = table[name].layout.shard_shape(table[name].shapes, n)
+            expected = table[name].split.shard_shape(table[name].shapes, n)
         except UserError as error:
             wrong.append(f"{name} ({error})")
         if expected and found != expected:
@@ -235,7 +239,7 @@ def check_spare_head(reader: Reader | DistReader, table: dict[str, Row], paralle
     for name in _spare_head(table):
         if name in reader and parallel.first_stage and "model.embed_tokens.weight" in reader:
             pair = [reader[name], reader["model.embed_tokens.weight"]]
-            shards = [Rows().split([tensor], parallel.tensor.rank, parallel.tensor.size) for tensor in pair]
+            shards = [ByRows().cut([tensor], parallel.tensor.rank, parallel.tensor.size) for tensor in pair]
             if not torch.equal(*shards):
                 problems.append(f"{reader.directory}: {name} differs from the embedding it should be tied to")
     return problems
@@ -278,52 +282,29 @@ def _gather_objects(value: object, group: dist.ProcessGroup | None) -> list:
     return values
 
 
-def _collect(
-    row: Row, shard: Tensor | None, stage: int, dtype: torch.dtype, parallel: Parallel, to: str
-) -> list[Tensor] | None:
-    """All different shards of a parameter of `stage`, on the ranks that receive it; None on the others."""
-    tensor = parallel.tensor
-    n = row.layout.shards(tensor.size)
-    if to == "rank0" and n == 1 and tensor.rank > 0:  # replicated: tensor rank 0 has it all
+def _collect(row: Row, shard: Tensor | None, stage: int, dtype: torch.dtype, parallel: Parallel) -> list[Tensor] | None:
+    """All different shards of a parameter of `stage`, on tensor rank 0 of the first stage; None on the others."""
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    n = row.split.shards(tensor.size)
+    if n == 1 and tensor.rank > 0:  # replicated: tensor rank 0 has it all
         return None
-    shape = row.layout.shard_shape(row.shapes, tensor.size)
-    shard = _over_pipeline(shard, stage, shape, dtype, parallel, to)
-    if shard is None:
+    shape = row.split.shard_shape(row.shapes, tensor.size)
+    if stage > 0 and pipeline.rank == stage:
+        assert shard is not None
+        dist.send(_as_bytes(shard), group=pipeline.group, group_dst=0)
+    if pipeline.rank > 0:
         return None
+    if stage > 0:
+        data = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8, device=parallel.device)
+        dist.recv(data, group=pipeline.group, group_src=stage)
+        shard = data.view(dtype).view(shape)
+    assert shard is not None
     if n == 1:
         return [shard]
     data = _as_bytes(shard)
-    if to == "all":
-        parts = [torch.empty_like(data) for _ in range(n)]
-        dist.all_gather(parts, data, group=tensor.group)
-    else:
-        parts = [torch.empty_like(data) for _ in range(n)] if tensor.rank == 0 else []
-        dist.gather(data, parts or None, group=tensor.group, group_dst=0)
-    return [part.view(dtype).view(shape) for part in parts] or None
-
-
-def _over_pipeline(
-    shard: Tensor | None, stage: int, shape: Shape, dtype: torch.dtype, parallel: Parallel, to: str
-) -> Tensor | None:
-    """The shard of pipeline rank `stage` on the first stage ("rank0") or on every stage ("all")."""
-    axis = parallel.pipeline
-    if axis.size == 1 or (to == "rank0" and stage == 0):
-        return shard if axis.rank == stage else None
-    if to == "rank0" and axis.rank not in (0, stage):
-        return None
-    if axis.rank == stage:
-        assert shard is not None
-        data = _as_bytes(shard)
-    else:
-        data = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device=parallel.device)
-    if to == "all":
-        dist.broadcast(data, group=axis.group, group_src=stage)
-    elif axis.rank == stage:
-        dist.send(data, group=axis.group, group_dst=0)
-        return None
-    else:
-        dist.recv(data, group=axis.group, group_src=stage)
-    return data.view(dtype).view(shape)
+    parts = [torch.empty_like(data) for _ in range(n)] if tensor.rank == 0 else None
+    dist.gather(data, parts, group=tensor.group, group_dst=0)
+    return parts and [part.view(dtype).view(shape) for part in parts]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""THE TABLE: which HF tensors become which Megatron parameter of Qwen2.5-VL, and by which layout.
+"""THE TABLE: which HF tensors become which Megatron parameter of Qwen2.5-VL, and by which split.
 
 Loading, offline conversion, HF export and online weight sync all read it; nothing else spells a weight's name.
 HF names are the hub's (`visual.*`, `model.layers.*`); `hub_name` turns the newer naming, and vLLM's, into it.
@@ -17,15 +17,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from eureka_megatron.errors import ConfigError
-from eureka_megatron.weights.layouts import (
-    Columns,
+from eureka_megatron.weights.splits import (
+    ByColumns,
+    ByRows,
     FusedQKV,
     GatedUp,
-    Layout,
     Replicated,
-    Reshaped,
-    Rows,
     Shape,
+    Split,
     VisionQKV,
 )
 
@@ -64,8 +63,8 @@ class Row:
     """
 
     megatron: str
-    hf: Mapping[str, Shape]  # name → shape, in the order the layout counts its sources
-    layout: Layout
+    hf: Mapping[str, Shape]  # name → shape, in the order the split counts its sources
+    split: Split
     stack: Stack | None = None
     copy: bool = False  # a further copy of tensors that another row owns: loaded where it exists, never exported
 
@@ -107,7 +106,7 @@ def _text(config: TextConfig, norms: tuple[str, str], *, tied: bool) -> tuple[Ro
     head = {"lm_head.weight": (V, H)}
     # fmt: off
     return (
-        Row("embedding.word_embeddings.weight", embedding, Rows()),
+        Row("embedding.word_embeddings.weight", embedding, ByRows()),
         Row(mcore + norms[0], {hf + "input_layernorm.weight": (H,)}, Replicated(), stack),
         Row(mcore + "self_attention.linear_qkv.weight",
             {hf + "self_attn.q_proj.weight": (q, H),
@@ -117,15 +116,15 @@ def _text(config: TextConfig, norms: tuple[str, str], *, tied: bool) -> tuple[Ro
             {hf + "self_attn.q_proj.bias": (q,),
              hf + "self_attn.k_proj.bias": (kv,),
              hf + "self_attn.v_proj.bias": (kv,)}, qkv, stack),
-        Row(mcore + "self_attention.linear_proj.weight", {hf + "self_attn.o_proj.weight": (H, q)}, Columns(), stack),
+        Row(mcore + "self_attention.linear_proj.weight", {hf + "self_attn.o_proj.weight": (H, q)}, ByColumns(), stack),
         Row(mcore + norms[1], {hf + "post_attention_layernorm.weight": (H,)}, Replicated(), stack),
         Row(mcore + "mlp.linear_fc1.weight",
             {hf + "mlp.gate_proj.weight": (F, H),
              hf + "mlp.up_proj.weight": (F, H)}, GatedUp(), stack),
-        Row(mcore + "mlp.linear_fc2.weight", {hf + "mlp.down_proj.weight": (H, F)}, Columns(), stack),
+        Row(mcore + "mlp.linear_fc2.weight", {hf + "mlp.down_proj.weight": (H, F)}, ByColumns(), stack),
         Row("decoder.final_layernorm.weight", {"model.norm.weight": (H,)}, Replicated()),
         # Tied: the same values stand once more on the last stage when that is not the first; Megatron keeps them equal.
-        Row("output_layer.weight", embedding if tied else head, Rows(), copy=tied),
+        Row("output_layer.weight", embedding if tied else head, ByRows(), copy=tied),
     )
     # fmt: on
 
@@ -137,13 +136,13 @@ def _vision(config: VisionConfig, norms: tuple[str, str], *, whole: bool) -> tup
     stack = Stack("vision", config.depth)
     mcore, hf = "vision.decoder.layers.{i}.", "visual.blocks.{i}."
 
-    def on_ranks(layout: Layout) -> Layout:
-        return Replicated(layout) if whole else layout
+    def on_ranks(split: Split) -> Split:
+        return Replicated(split) if whole else split
 
-    qkv, gated, cut_rows, cut_columns = map(on_ranks, (VisionQKV(config.num_heads), GatedUp(), Rows(), Columns()))
+    qkv, gated, cut_rows, cut_columns = map(on_ranks, (VisionQKV(config.num_heads), GatedUp(), ByRows(), ByColumns()))
     # fmt: off
     return (
-        Row("vision.patch_embed.weight", {"visual.patch_embed.proj.weight": patch}, Replicated(Reshaped())),
+        Row("vision.patch_embed.weight", {"visual.patch_embed.proj.weight": patch}, Replicated()),
         Row(mcore + norms[0], {hf + "norm1.weight": (D,)}, Replicated(), stack),
         Row(mcore + "self_attention.linear_qkv.weight", {hf + "attn.qkv.weight": (3 * D, D)}, qkv, stack),
         Row(mcore + "self_attention.linear_qkv.bias", {hf + "attn.qkv.bias": (3 * D,)}, qkv, stack),

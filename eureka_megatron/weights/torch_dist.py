@@ -5,30 +5,34 @@ each lies; a chunk is one `torch.save` archive inside a `.distcp` file. Names ar
 gives this model: layers of the text decoder are stacked along a leading axis, vision layers are not. Chunks may be cut in any
 way (by the tensor ranks of a training run, or by rows here), so a checkpoint loads at any layout.
 
-`DistReader` offers the HF tensors of such a directory, in the manner of `hf_io.Reader`: slices of them are put together from
+`DistReader` offers the HF tensors of such a directory, in the manner of `hf_files.Reader`: slices of them are put together from
 mapped chunks. Nothing in the files is executed.
 """
 
 from __future__ import annotations
 
 import mmap
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.weights.hf_files import Extent, TensorInfo
-from eureka_megatron.weights.layouts import Shape
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
+from eureka_megatron.weights.hf_files import TensorInfo
+from eureka_megatron.weights.splits import Shape, matrix_shape
 from eureka_megatron.weights.table import Row, rows
 from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE, Chunk, read_metadata
 
 ALIGNMENT = 64  # bytes; torch aligns values within an archive, so archives are aligned too
+TAIL_BYTES = 2**16  # that an archive's own directory fits into
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def places(row: Row) -> list[tuple[Row, Place]]:
 
 def stored_shape(row: Row, place: Place, layers: int) -> Shape:
     """Shape of the stored tensor that holds this parameter."""
-    shape = row.layout.shard_shape(row.shapes, 1)
+    shape = row.split.shard_shape(row.shapes, 1)
     return shape if place.layer is None else (layers, *shape)
 
 
@@ -67,11 +71,16 @@ def rectangles(row: Row, place: Place, r: int, n: int, start: int, stop: int) ->
     """Values start … stop-1 of shard r of n, flattened, as rectangles of the stored tensor.
 
     → (which of the flattened values, offsets, sizes); a rectangle's values follow each other. An optimizer that shards its state
-    cuts parameters anywhere, so a range begins and ends with parts of rows.
+    cuts parameters anywhere, so a range begins and ends with parts of rows. Values 2 … 10 of a shard of width 4 that is the right half
+    of a stored [3, 8]:
+
+        . . . . . . 2 3     2:4  at (0, 6) of size (1, 2)
+        . . . . 4 5 6 7     4:8  at (1, 4) of size (1, 4)
+        . . . . 8 9 10 .    8:11 at (2, 4) of size (1, 3)
     """
-    shape = row.layout.shard_shape(row.shapes, n)
+    shape = row.split.shard_shape(row.shapes, n)
     width, leading = prod(shape[1:]), () if place.layer is None else (place.layer,)
-    runs = row.layout.runs(row.shapes, r, n)
+    runs = row.split.runs(row.shapes, r, n)
     while start < stop:
         at, column = divmod(start, width)
         run = next(run for run in runs if run.row <= at < run.row + run.rows)
@@ -94,14 +103,14 @@ class DistReader:
     With a prefix it offers what the optimizer keeps of every weight instead, under the same HF names.
     """
 
-    def __init__(self, directory: str | Path, hf_config: Any, prefix: str = ""):
+    def __init__(self, directory: str | Path, hf_config: QwenVLConfig, prefix: str = ""):
         self.directory = Path(directory)
         self.stored = read_metadata(self.directory, prefix)
         self.files = sorted({self.directory / chunk.file for t in self.stored.values() for chunk in t.chunks})
         self.tensors: dict[str, TensorInfo] = {}
         self._maps: dict[str, mmap.mmap] = {}
-        self._starts: dict[Chunk, int] = {}  # of the values, in the file
-        self._layers: dict[Place, list[Chunk]] = {}
+        self._values: dict[Chunk, Tensor] = {}
+        self._chunks: dict[Place, list[Chunk]] = {}  # that hold something of a parameter
         self._found: dict[str, tuple[Row, Place, int]] = {}
         used = set()
         # Which backend wrote the checkpoint shows in the names of the norms.
@@ -130,151 +139,86 @@ class DistReader:
     def __getitem__(self, name: str) -> Stored:
         return Stored(self, *self._found[name])
 
-    def _chunks(self, place: Place) -> list[Chunk]:
-        """Those that hold something of a parameter."""
-        if place not in self._layers:
-            self._layers[place] = [
-                chunk
-                for chunk in self.stored[place.key].chunks
-                if place.layer is None or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]
-            ]
-        return self._layers[place]
+    def read(self, place: Place, bounds: Sequence[slice], out: Tensor) -> None:
+        """Writes a part of a parameter, within `bounds` of what one rank alone would hold, into `out`."""
+        if place.layer is not None:
+            bounds, out = (slice(place.layer, place.layer + 1), *bounds), out[None]
+        if place not in self._chunks:
+            layer = bounds[:1] if place.layer is not None else ()
+            self._chunks[place] = [c for c in self.stored[place.key].chunks if _common(layer, c) is not None]
+        for chunk in self._chunks[place]:
+            if parts := _common(bounds, chunk):
+                here = zip(parts, bounds, strict=True)
+                target = out[tuple(slice(part.start - bound.start, part.stop - bound.start) for part, bound in here)]
+                there = zip(parts, chunk.offsets, strict=True)
+                target.copy_(
+                    self._mapped(chunk, out.dtype)[tuple(slice(part.start - at, part.stop - at) for part, at in there)]
+                )
 
-    def _map(self, name: str) -> mmap.mmap:
-        if name not in self._maps:
-            with (self.directory / name).open("rb") as file:
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[name]
-
-    def read(self, place: Place, start: int, stop: int, columns: slice, out: Tensor) -> None:
-        """Rows start … stop-1 and these columns of a parameter, as one rank alone would hold it, into `out`."""
-        layer = () if place.layer is None else (place.layer,)
-        for chunk in self._chunks(place):
-            row, height = chunk.offsets[len(layer)], chunk.sizes[len(layer)]
-            begin, end = max(start, row), min(stop, row + height)
-            if begin >= end:
-                continue
-            block = self._chunk(chunk, out.dtype)
-            if layer:
-                block = block[layer[0] - chunk.offsets[0]]
-            block = block[begin - row : end - row]
-            if out.ndim == 1:
-                out[begin - start : end - start] = block
-                continue
-            first, width = chunk.offsets[len(layer) + 1], chunk.sizes[len(layer) + 1]
-            left, right = max(columns.start, first), min(columns.stop, first + width)
-            if left < right:
-                target = out[begin - start : end - start, left - columns.start : right - columns.start]
-                target.copy_(block[:, left - first : right - first])
-
-    def extents(self, name: str, start: int, stop: int) -> list[Extent] | None:
-        """Where rows start … stop-1 of an HF tensor lie, in order; None when tensor ranks have cut its rows into columns."""
-        row, place, source = self._found[name]
-        found = []
-        for piece in sorted(row.layout.pieces(row.shapes, 0, 1), key=lambda piece: piece.at_source[0].start):
-            rows_, at = piece.at_source[0], piece.at_shard[0].start
-            begin, end = max(rows_.start, start), min(rows_.stop, stop)
-            if piece.source == source and begin < end:
-                found.append(self._row_extents(place, at + begin - rows_.start, at + end - rows_.start))
-        return None if None in found else [extent for extents in found for extent in extents or ()]
-
-    def _row_extents(self, place: Place, start: int, stop: int) -> list[Extent] | None:
-        """The same of rows of a Megatron parameter."""
-        stored, leading = self.stored[place.key], 0 if place.layer is None else 1
-        found = []
-        for chunk in sorted(self._chunks(place), key=lambda chunk: chunk.offsets):
-            row, height = chunk.offsets[leading], chunk.sizes[leading]
-            begin, end = max(start, row), min(stop, row + height)
-            if begin >= end:
-                continue
-            if chunk.sizes[leading + 1 :] != stored.shape[leading + 1 :]:
-                return None
-            before = 0 if place.layer is None else (place.layer - chunk.offsets[0]) * height
-            row_bytes = prod(chunk.sizes[leading + 1 :]) * stored.dtype.itemsize
-            offset = self._start(chunk, stored.dtype) + (before + begin - row) * row_bytes
-            found.append(Extent(self.directory / chunk.file, offset, (end - begin) * row_bytes))
-        return found
-
-    def _start(self, chunk: Chunk, dtype: torch.dtype) -> int:
-        """Where the values of a chunk begin in its file."""
-        if chunk not in self._starts:
-            expected = prod(chunk.sizes) * dtype.itemsize
-            self._starts[chunk] = _data_offset(self._map(chunk.file), chunk, expected, self.directory)
-        return self._starts[chunk]
-
-    def _chunk(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    def _mapped(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         """The values of a chunk, mapped: the archive stores them as they are."""
-        data, expected, start = self._map(chunk.file), prod(chunk.sizes) * dtype.itemsize, self._start(chunk, dtype)
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=expected, offset=start)
-        if start % dtype.itemsize:  # archives follow each other without alignment
-            flat = flat.clone()
-        return flat.view(dtype).view(chunk.sizes)
+        if chunk not in self._values:
+            if chunk.file not in self._maps:
+                with (self.directory / chunk.file).open("rb") as file:
+                    self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            data, nbytes = self._maps[chunk.file], prod(chunk.sizes) * dtype.itemsize
+            start = _data_offset(data, chunk, nbytes, self.directory)
+            flat = torch.frombuffer(data, dtype=torch.uint8, count=nbytes, offset=start)
+            # Archives of other writers may follow each other without alignment.
+            self._values[chunk] = (flat.clone() if start % dtype.itemsize else flat).view(dtype).view(chunk.sizes)
+        return self._values[chunk]
+
+
+def _common(bounds: Sequence[slice], chunk: Chunk) -> list[slice] | None:
+    """The part of a chunk within bounds (of the leading axes), in the stored tensor's coordinates; None when there is none."""
+    found = [
+        slice(max(bound.start, at), min(bound.stop, at + size))
+        for bound, at, size in zip(bounds, chunk.offsets, chunk.sizes, strict=False)
+    ]
+    return found if all(part.start < part.stop for part in found) else None
 
 
 def _data_offset(data: mmap.mmap, chunk: Chunk, expected: int, directory: Path) -> int:
-    """Where the values begin, from the archive's directory."""
-    name = f"{directory / chunk.file} at byte {chunk.offset}"
+    """Where the values begin, from the archive's directory at its end."""
+    name, end = f"{directory / chunk.file} at byte {chunk.offset}", chunk.offset + chunk.nbytes
+    begin = max(chunk.offset, end - TAIL_BYTES)
     try:
-        with zipfile.ZipFile(_Section(data, chunk.offset, chunk.nbytes)) as archive:
+        with zipfile.ZipFile(BytesIO(data[begin:end])) as archive:  # counts from the tail's beginning
             (record,) = [item for item in archive.infolist() if item.filename.endswith("/data/0")]
     except (zipfile.BadZipFile, ValueError) as error:
         raise UserError(f"{name}: no archive of one tensor ({error})") from None
     if record.compress_type != zipfile.ZIP_STORED or record.file_size != expected:
         raise UserError(f"{name}: holds {record.file_size} bytes, the metadata says {expected}")
-    at = chunk.offset + record.header_offset
-    return (
-        at + 30 + int.from_bytes(data[at + 26 : at + 28], "little") + int.from_bytes(data[at + 28 : at + 30], "little")
-    )
-
-
-class _Section:
-    """A part of mapped memory as a file, for `zipfile`."""
-
-    def __init__(self, data: mmap.mmap, start: int, size: int):
-        self.data, self.start, self.size, self.at = data, start, size, 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, count: int = -1) -> bytes:
-        stop = self.size if count < 0 else min(self.size, self.at + count)
-        found = self.data[self.start + self.at : self.start + stop]
-        self.at = max(self.at, stop)
-        return found
+    at = begin + record.header_offset
+    lengths = struct.unpack_from(
+        "<HH", data, at + 26
+    )  # of the record's name and extra field, which stand before its values
+    return at + 30 + sum(lengths)
 
 
 class Stored:
-    """One HF tensor inside a Megatron tensor. Slicing, in the coordinates of `Layout.hf_view`, reads what it needs."""
+    """One HF tensor inside a Megatron tensor. Slicing, in the coordinates of a matrix (see splits), reads what it needs."""
 
     def __init__(self, reader: DistReader, row: Row, place: Place, source: int):
         self.reader, self.row, self.place, self.source = reader, row, place, source
         self.shape: Shape = row.shapes[source]
         self.dtype = reader.stored[place.key].dtype
-        self._flat = row.layout.flat_shapes(row.shapes)[source]
 
     def view(self, *_: int) -> Stored:
-        return self  # `hf_view` asks for what the slices mean already
+        return self  # slices mean a matrix already
 
     def __getitem__(self, index: slice | Sequence[slice]) -> Tensor:
-        bounds = (index,) if isinstance(index, slice) else tuple(index)
-        bounds += tuple(slice(None) for _ in self._flat[len(bounds) :])
-        limits = [slice(*bound.indices(length)[:2]) for bound, length in zip(bounds, self._flat, strict=True)]
-        wanted, columns = limits[0], limits[1] if len(limits) > 1 else slice(0, 1)
-        out = torch.empty([limit.stop - limit.start for limit in limits], dtype=self.dtype)
-        for piece in self.row.layout.pieces(self.row.shapes, 0, 1):
-            rows_, at = piece.at_source[0], piece.at_shard[0].start
-            begin, end = max(rows_.start, wanted.start), min(rows_.stop, wanted.stop)
-            if piece.source == self.source and begin < end:
-                start = at + begin - rows_.start
-                target = out[begin - wanted.start : end - wanted.start]
-                self.reader.read(self.place, start, start + end - begin, columns, target)
+        shape, asked = matrix_shape(self.shape), (index,) if isinstance(index, slice) else tuple(index)
+        bounds = [slice(0, length) for length in shape]
+        for axis, bound in enumerate(asked):
+            bounds[axis] = slice(*bound.indices(shape[axis])[:2])
+        wanted, columns = bounds[0], bounds[1:]
+        out = torch.empty([bound.stop - bound.start for bound in bounds], dtype=self.dtype)
+        for whole in self.row.split.copies(self.row.shapes, 0, 1):
+            copy = whole.clip(wanted.start, wanted.stop)
+            if copy.source == self.source and copy.rows > 0:
+                at = copy.start - wanted.start
+                self.reader.read(self.place, (copy.at_shard, *columns), out[at : at + copy.rows])
         return out
 
 
@@ -295,26 +239,3 @@ def append(file: IO[bytes], values: Tensor, offsets: Shape, name: str) -> Chunk:
             cause = cause.__context__
         raise cause or error from None
     return Chunk(offsets, tuple(values.shape), name, start, file.tell() - start)
-
-
-def append_room(file: IO[bytes], shape: Shape, dtype: torch.dtype, offsets: Shape, name: str) -> tuple[Chunk, int]:
-    """Appends a chunk whose values are written later, in place; → it, and where in the file they belong."""
-    noted = _Noted(file)
-    with torch.serialization.skip_data():
-        # Memory that nothing touches is no memory.
-        chunk = append(noted, torch.empty(shape, dtype=dtype), offsets, name)
-    assert noted.skipped is not None
-    return chunk, noted.skipped
-
-
-class _Noted:
-    """A file that knows where `torch.save` left the room for the values."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.skipped = file, None
-        self.write, self.tell, self.flush = file.write, file.tell, file.flush
-
-    def seek(self, offset: int, whence: int) -> int:
-        assert self.skipped is None, "one tensor, one gap"
-        self.skipped = self.file.tell()
-        return self.file.seek(offset, whence)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.weights.layouts import Shape
+from eureka_megatron.weights.splits import Shape
 
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
@@ -55,27 +56,33 @@ class StoredTensor:
         return sum(prod(chunk.sizes) for chunk in self.chunks) == prod(self.shape)
 
 
-class _Ignored:
-    """In place of what reading weights does not need, such as the plan by which a checkpoint was saved."""
+class KeyedChunk(NamedTuple):
+    """A chunk and the stored tensor it is part of."""
 
-    def __init__(self, *_: object, **__: object): ...
+    key: str
+    shape: Shape
+    dtype: torch.dtype
+    chunk: Chunk
 
-    def __setstate__(self, _: object) -> None: ...
+
+def join_chunks(chunks: Iterable[KeyedChunk]) -> dict[str, StoredTensor]:
+    """Key → stored tensor, of chunks in any order."""
+    together: dict[str, list[KeyedChunk]] = {}
+    for keyed in chunks:
+        together.setdefault(keyed.key, []).append(keyed)
+    return {
+        key: StoredTensor(found[0].shape, found[0].dtype, tuple(keyed.chunk for keyed in found))
+        for key, found in together.items()
+    }
 
 
 class _Record:
-    """In place of torch's record of the same fields: importing those takes a second, and no code of theirs need run."""
+    """In place of any class of the format's libraries: fields, no code. (Importing torch's own would take a second, besides.)"""
 
+    def __init__(self, *_: object, **__: object): ...
 
-class _TensorRecord(_Record):
-    """TensorStorageMetadata: properties, size, chunks."""
-
-
-class _PropertiesRecord(_Record):
-    """TensorProperties, of which only the dtype matters here."""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = state[0]
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state if isinstance(state, dict) else {"state": state})
 
 
 class _IndexRecord(_Record):
@@ -94,15 +101,6 @@ class _IndexRecord(_Record):
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes the records of `.metadata` and nothing else."""
 
-    RECORDS: ClassVar[dict[tuple[str, str], type]] = {
-        ("torch.distributed.checkpoint.metadata", "Metadata"): _Record,
-        ("torch.distributed.checkpoint.metadata", "MetadataIndex"): _IndexRecord,
-        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): _TensorRecord,
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"): _PropertiesRecord,
-        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"): _Record,
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
-        ("torch.serialization", "_get_layout"): _Ignored,
-    }
     ALLOWED = (
         ("torch", "Size"),
         ("collections", "OrderedDict"),
@@ -111,10 +109,11 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if record := self.RECORDS.get((module, name)):
-            return record
-        if module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")):
-            return _Ignored
+        if (module, name) == ("torch.distributed.checkpoint.metadata", "MetadataIndex"):
+            return _IndexRecord
+        ours = module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing."))
+        if ours or (module, name) == ("torch.serialization", "_get_layout"):
+            return _Record
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in self.ALLOWED:
             raise UserError(f"names {module}.{name}, which has no place in a checkpoint's metadata; not loaded")
@@ -141,18 +140,21 @@ def read_metadata(directory: Path, prefix: str = "") -> dict[str, StoredTensor]:
         raise UserError(
             f"{directory / FORMAT_FILE}: sharded_backend is {said.get('sharded_backend')!r}, need 'torch_dist'"
         )
-    tensors, ends = {}, {}
+    tensors: dict[str, StoredTensor] = {}
+    ends: dict[str, int] = {}
     places_ = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}
     for name, entry in metadata.state_dict_metadata.items():
         wanted = name.startswith(prefix) if prefix else not name.startswith(NO_WEIGHTS)
-        if isinstance(entry, _TensorRecord) and wanted:
+        if hasattr(entry, "chunks") and wanted:  # TensorStorageMetadata
             chunks = []
             for chunk in entry.chunks:
                 info = places_[name, chunk.offsets]
                 file = str(info.relative_path)
                 chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
                 ends[file] = max(ends.get(file, 0), info.offset + info.length)
-            tensors[name.removeprefix(prefix)] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
+            tensors[name.removeprefix(prefix)] = StoredTensor(
+                tuple(entry.size), entry.properties.state[0], tuple(chunks)
+            )
     _check_files(directory, ends)
     gaps = [name for name, tensor in tensors.items() if not tensor.covered]
     if gaps:

@@ -55,10 +55,10 @@ def test_a_resumed_course_is_the_uninterrupted_one_bitwise(plain: Course, tmp_pa
 
 def pieces_of(rank: int, course: Course, source: str | None) -> tuple[list[float], str]:
     """Loads (or trains two steps), saves as step 2 of `course.folder`, then takes one more step. → its figures, digest after it"""
-    from eureka_megatron.train.checkpointing import Checkpointer
+    from eureka_megatron.train.checkpointing import TrainerCheckpoints
 
     trainer = make_trainer(rank, course)
-    checkpoints = Checkpointer(trainer, Path(course.folder))
+    checkpoints = TrainerCheckpoints(trainer, Path(course.folder))
     if source:
         checkpoints.load(Path(source))
     else:
@@ -186,10 +186,13 @@ def load_by_megatron(rank: int, course: Course, source: str) -> bool:
     unwrap(trainer.chunks[0]).load_state_dict(state, strict=False)
     assert not [key for key in absent if "_extra_state" not in key]
     reader = DistReader(source, trainer.hf_config)
-    return all(torch.equal(tensor, reader[name][:].view(tensor.shape)) for name, tensor in trainer.hf_weights(to="all"))
+    weights = [(name, tensor) for name, tensor in trainer.hf_weights() if tensor is not None]
+    assert bool(weights) == (rank == 0)
+    return all(torch.equal(tensor, reader[name][:].view(tensor.shape)) for name, tensor in weights)
 
 
 def test_megatrons_own_loader_reads_the_weights(saved: Course) -> None:
+    """Both ranks' shards are sent to the first, which compares."""
     assert run_ranks(load_by_megatron, 2, saved.at(2, pipeline=2), f"{saved.folder}/step_000004") == [True, True]
 
 
@@ -245,11 +248,11 @@ def test_nothing_in_a_checkpoint_is_unpickled(saved: Course, tmp_path: Path) -> 
 
 def saves_that_fail(rank: int, course: Course, where: str) -> dict[str, Any]:
     """Saves of steps 1 (well), 2 (full disk on rank 1), 3 (no permission), 4 (well again), training in between."""
-    from eureka_megatron.train.checkpointing import Checkpointer
+    from eureka_megatron.train.checkpointing import TrainerCheckpoints
 
     trainer = make_trainer(rank, course)
     os.chdir(where)
-    checkpoints = Checkpointer(trainer, Path("checkpoints"))
+    checkpoints = TrainerCheckpoints(trainer, Path("checkpoints"))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     errors, entries = [], []
 
@@ -293,13 +296,13 @@ def test_a_save_that_fails_leaves_the_last_good_one_and_says_why(plain: Course, 
 
 def save_while_training(rank: int, course: Course) -> tuple[str, str, bool]:
     """Trains on while the writing is held up. → digests of the weights when the save began, and of what it holds; whether it was held"""
-    from eureka_megatron.checkpoint import saver
-    from eureka_megatron.train.checkpointing import Checkpointer
+    from eureka_megatron.checkpoint import writer
+    from eureka_megatron.train.checkpointing import TrainerCheckpoints
 
     trainer = make_trainer(rank, course)
     one_step(trainer, course, 0)
-    checkpoints, go, write = Checkpointer(trainer, Path(course.folder)), threading.Event(), saver._write_part
-    saver._write_part = lambda path, contents: go.wait() and write(path, contents)
+    checkpoints, go, write = TrainerCheckpoints(trainer, Path(course.folder)), threading.Event(), writer._write_part
+    writer._write_part = lambda path, share: go.wait() and write(path, share)
     before = weights_digest(trainer)
     checkpoints.save(1)
     one_step(trainer, course, 1)
@@ -320,12 +323,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(p
 
 def save_twice(rank: int, course: Course) -> list[str | None]:
     """Two runs at once into one folder."""
-    from eureka_megatron.train.checkpointing import Checkpointer
+    from eureka_megatron.train.checkpointing import TrainerCheckpoints
 
     trainer = make_trainer(rank, course)
     errors = []
     for _ in range(2):
-        checkpoints = Checkpointer(trainer, Path(course.folder))
+        checkpoints = TrainerCheckpoints(trainer, Path(course.folder))
         checkpoints.save(len(errors))
         errors.append(checkpoints.wait().error)
         trainer.checkpoints = checkpoints  # stays alive, with its lock
@@ -342,10 +345,10 @@ def test_a_second_run_does_not_write_into_the_folder_of_the_first(plain: Course,
 
 
 def load_wrongly(rank: int, course: Course, source: str) -> str:
-    from eureka_megatron.train.checkpointing import Checkpointer
+    from eureka_megatron.train.checkpointing import TrainerCheckpoints
 
     try:
-        Checkpointer(make_trainer(rank, course), Path(course.folder)).load(Path(source))
+        TrainerCheckpoints(make_trainer(rank, course), Path(course.folder)).load(Path(source))
     except UserError as error:
         return str(error)
     return "loaded"

@@ -53,8 +53,9 @@ def load_both_ways(rank: int, hf: str, converted: str, layout: Layout) -> list[s
     wrong = []
 
     def compare(how: str) -> None:
-        weights = iter_hf_weights(chunks, parallel, to="all")
-        wrong.extend(f"{how}: {name}" for name, weight in weights if not torch.equal(weight, source[name]))
+        for name, weight in iter_hf_weights(chunks, parallel):
+            if rank == 0 and not torch.equal(weight, source[name]):
+                wrong.append(f"{how}: {name}")
 
     def forget() -> None:
         for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):

@@ -57,18 +57,17 @@ def build(rank: int, directory: str, layout: tuple, dtype: torch.dtype) -> tuple
     return chunks, parallel
 
 
-def receive(rank: int, directories: list[tuple[str, str]], layout: tuple, dtype: torch.dtype) -> list[tuple]:
-    """For each checkpoint (directory, to): what this rank receives after loading it."""
+def receive(rank: int, directories: list[str], layout: tuple, dtype: torch.dtype) -> list[tuple]:
+    """For each checkpoint: what this rank receives after loading it."""
     results = []
-    for directory, to in directories:
+    for directory in directories:
         chunks, parallel = build(rank, directory, layout, dtype)
         load_hf(chunks, directory, parallel)
         received = [
             (name, None if weight is None else (digest(weight), tuple(weight.shape)))
-            for name, weight in iter_hf_weights(chunks, parallel, to=to)
+            for name, weight in iter_hf_weights(chunks, parallel)
         ]
-        receives = to == "all" or (parallel.tensor.rank == 0 and parallel.pipeline.rank == 0)
-        results.append((received, receives))
+        results.append((received, parallel.tensor.rank == 0 and parallel.pipeline.rank == 0))
     return results
 
 
@@ -76,10 +75,9 @@ def receive(rank: int, directories: list[tuple[str, str]], layout: tuple, dtype:
 def test_round_trip_is_bitwise_at_every_layout(tmp_path, layout):
     options = {"randomize_all": True, "dtype": torch.bfloat16, "max_shard_size": "500KB"}
     tied, untied = (build_published(tmp_path / str(tied), tied=tied, **options) for tied in (True, False))
-    cases = [(tied, "rank0"), (untied, "rank0"), (tied, "all")]
     world = layout[0] * layout[1] * layout[2]
-    ranks = run_ranks(receive, world, [(str(directory), to) for directory, to in cases], layout, torch.bfloat16)
-    for case, (directory, _) in enumerate(cases):
+    ranks = run_ranks(receive, world, [str(tied), str(untied)], layout, torch.bfloat16)
+    for case, directory in enumerate((tied, untied)):
         expected, metadata = digests(directory), hf_metadata(read_hf_config(directory))
         for received, receives in (results[case] for results in ranks):
             assert [name for name, _ in received] == [name for name, _ in metadata]
@@ -96,7 +94,7 @@ def test_both_namings_and_single_or_sharded_files_load_alike(tmp_path):
     renamed = {newer_name(name): tensor for name, tensor in load_file(hub / "model.safetensors").items()}
     save_file(renamed, new / "model.safetensors")
     assert not set(renamed) <= set(digests(hub))
-    (((received, _),),) = run_ranks(receive, 1, [(str(new), "rank0")], LAYOUTS[0], torch.float32)
+    (((received, _),),) = run_ranks(receive, 1, [str(new)], LAYOUTS[0], torch.float32)
     assert {name: found[0] for name, found in received} == digests(hub)
 
 
@@ -122,8 +120,8 @@ def load_narrowed(rank: int, directory: str) -> tuple[str, bool]:
     untouched = all(bool(parameter.isnan().all()) for parameter in own_parameters(chunks).values())
     load_hf(chunks, directory, parallel, allow_narrowing=True)
     source = Reader(directory, rename=hub_name)
-    weights = list(iter_hf_weights(chunks, parallel, to="all"))
-    same = all(torch.equal(weight, source[name].bfloat16()) for name, weight in weights)
+    weights = list(iter_hf_weights(chunks, parallel))
+    same = all(rank > 0 or torch.equal(weight, source[name].bfloat16()) for name, weight in weights)
     return message, untouched and same
 
 
@@ -140,10 +138,10 @@ def iterate_twice(rank: int, directory: str) -> list[tuple[bool, bool]]:
     chunks, parallel = build(rank, directory, (2, 2, 1, False), torch.float32)
     load_hf(chunks, directory, parallel)
     source = Reader(directory, rename=hub_name)
-    doubled = iter_hf_weights(chunks, parallel, select=lambda parameter: parameter.double() * 2, to="all")
-    checks = [(torch.equal(weight, source[name].double() * 2), True) for name, weight in doubled]
-    narrow = iter_hf_weights(chunks, parallel, dtype=torch.bfloat16, to="all")
-    return checks + [(True, torch.equal(weight, source[name].bfloat16())) for name, weight in narrow]
+    doubled = iter_hf_weights(chunks, parallel, select=lambda parameter: parameter.double() * 2)
+    checks = [(rank > 0 or torch.equal(weight, source[name].double() * 2), True) for name, weight in doubled]
+    narrow = iter_hf_weights(chunks, parallel, dtype=torch.bfloat16)
+    return checks + [(True, rank > 0 or torch.equal(weight, source[name].bfloat16())) for name, weight in narrow]
 
 
 def test_select_and_dtype_choose_what_is_exported(tmp_path):
@@ -163,8 +161,8 @@ def wrapped_gradients(rank: int, directory: str) -> bool:
     for parameter in own_parameters(wrapped).values():
         parameter.main_grad.copy_(parameter.data * 3)
     source = Reader(directory, rename=hub_name)
-    gradients = iter_hf_weights(wrapped, parallel, select=lambda parameter: parameter.main_grad, to="all")
-    return all(torch.equal(gradient, source[name] * 3) for name, gradient in gradients)
+    gradients = iter_hf_weights(wrapped, parallel, select=lambda parameter: parameter.main_grad)
+    return all(rank > 0 or torch.equal(gradient, source[name] * 3) for name, gradient in gradients)
 
 
 def test_gradients_come_out_under_hf_names(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from eureka_megatron.checkpoint.store import checksum
 from eureka_megatron.parallel.runtime import init_parallel
-from eureka_megatron.train.checkpointing import Checkpointer, Staging, to_host
+from eureka_megatron.train.checkpointing import TrainerCheckpoints, Staging, to_host
 from tests.helpers.course import Course, course_samples, make_trainer, one_step
 from tests.helpers.ranks import run_ranks
 
@@ -39,7 +39,7 @@ def test_copies_are_bitwise_whatever_the_buffer_holds(nbytes: int) -> None:
 def files_of_a_save(rank: int, course: Course, staging_bytes: int | None) -> dict[str, str]:
     trainer = make_trainer(rank, course)
     one_step(trainer, course, 0)
-    checkpoints = Checkpointer(trainer, Path(course.folder))
+    checkpoints = TrainerCheckpoints(trainer, Path(course.folder))
     assert checkpoints.staging is None  # nothing to stage on a CPU
     checkpoints.staging = None if staging_bytes is None else Staging(staging_bytes)
     checkpoints.save(1)
@@ -60,7 +60,7 @@ def test_a_staged_save_writes_the_files_that_an_unstaged_one_writes(tiny_dir: Pa
 
 def staging_on_a_gpu(rank: int, folder: str) -> int:
     parallel = replace(init_parallel(rank=rank, world_size=1), device=torch.device("cuda"))
-    return Checkpointer(SimpleNamespace(parallel=parallel), Path(folder)).staging.buffer.nbytes
+    return TrainerCheckpoints(SimpleNamespace(parallel=parallel), Path(folder)).staging.buffer.nbytes
 
 
 def test_on_a_gpu_the_buffer_is_small(tmp_path: Path) -> None:

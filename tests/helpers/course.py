@@ -80,11 +80,11 @@ def run_course(rank: int, course: Course, resume: str | None = None, notes: Path
 
     `resume`: "auto", or the directory of a checkpoint. `notes`: a file that gets [step, figures] after each step.
     """
-    from eureka_megatron.train.checkpointing import Checkpointer
+    from eureka_megatron.train.checkpointing import TrainerCheckpoints
 
     trainer = make_trainer(rank, course)
     folder = Path(course.folder)
-    checkpoints = Checkpointer(trainer, folder, keep_last=course.keep_last)
+    checkpoints = TrainerCheckpoints(trainer, folder, keep_last=course.keep_last)
     directory = newest_whole(folder)[0] if resume == "auto" else (Path(resume) if resume else None)
     first = checkpoints.load(directory)["step"] if directory else 0
     losses, reports = {}, []
@@ -106,8 +106,10 @@ def run_course(rank: int, course: Course, resume: str | None = None, notes: Path
 
 
 def weights_digest(trainer: Any) -> str:
-    """Of all weights, on every rank."""
+    """Of all weights, on the first rank of each replica; the others only take part."""
     digest = hashlib.blake2b()
-    for name, tensor in trainer.hf_weights(to="all"):
+    for name, tensor in trainer.hf_weights():
+        if tensor is None:
+            continue
         digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -38,7 +38,7 @@ ALLOWED = {
     "megatron": ("models/", "parallel/", "train/", "weights/online.py", "checkpoint/store.py"),
 }
 # Tested on bare torch, so they may not reach the trainer's or the engine's libraries by any path.
-BARE = ("data", "rewards", "rl", "weights/layouts.py", "weights/table.py")
+BARE = ("data", "rewards", "rl", "weights/splits.py", "weights/table.py")
 
 
 @dataclass(frozen=True)

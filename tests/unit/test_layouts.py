@@ -1,25 +1,24 @@
-"""Layouts are exact bijections at every tensor-parallel size, and agree with independent closed forms."""
+"""Splits are exact bijections at every tensor-parallel size, and agree with independent closed forms."""
 
 import pytest
 import torch
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.weights.layouts import (
-    Columns,
+from eureka_megatron.weights.splits import (
+    ByColumns,
+    ByRows,
     FusedQKV,
     GatedUp,
-    Layout,
     Replicated,
-    Reshaped,
-    Rows,
+    Split,
     VisionQKV,
 )
 
 PARALLEL = (1, 2, 4, 8)
 CASES = [
-    (Rows(), [(16, 3)]),
-    (Rows(), [(24,)]),
-    (Columns(), [(3, 16)]),
+    (ByRows(), [(16, 3)]),
+    (ByRows(), [(24,)]),
+    (ByColumns(), [(3, 16)]),
     (Replicated(), [(5,)]),
     (Replicated(), [(5, 3)]),
     (FusedQKV(8, 8, 4), [(32, 6), (32, 6), (32, 6)]),
@@ -30,11 +29,11 @@ CASES = [
     (GatedUp(), [(24,), (24,)]),
     (VisionQKV(4), [(96, 7)]),
     (VisionQKV(8), [(24,)]),
-    (Reshaped(), [(8, 3, 2, 2, 2)]),
-    (Replicated(Reshaped()), [(5, 3, 2, 2, 2)]),
+    (ByRows(), [(8, 3, 2, 2, 2)]),
+    (Replicated(), [(5, 3, 2, 2, 2)]),
     (Replicated(GatedUp()), [(5, 2), (5, 2)]),
     (Replicated(VisionQKV(3)), [(18, 2)]),
-    (Replicated(Columns()), [(3, 5)]),
+    (Replicated(ByColumns()), [(3, 5)]),
 ]
 
 
@@ -49,25 +48,25 @@ def numbered(shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("n", PARALLEL)
-@pytest.mark.parametrize(("layout", "shapes"), CASES, ids=lambda value: str(value))
-def test_merge_undoes_split_and_every_value_is_in_exactly_one_shard(layout: Layout, shapes, n):
+@pytest.mark.parametrize(("split", "shapes"), CASES, ids=lambda value: str(value))
+def test_merge_undoes_cut_and_every_value_is_in_exactly_one_shard(split: Split, shapes, n):
     tensors = numbered(shapes)
-    shards = [layout.split(tensors, r, n) for r in range(n)]
-    different = shards[: layout.shards(n)]
-    assert all(tuple(shard.shape) == layout.shard_shape(shapes, n) for shard in shards)
+    shards = [split.cut(tensors, r, n) for r in range(n)]
+    different = shards[: split.shards(n)]
+    assert all(tuple(shard.shape) == split.shard_shape(shapes, n) for shard in shards)
     values = torch.cat([shard.flatten() for shard in different]).sort().values
     assert torch.equal(values, torch.cat([tensor.flatten() for tensor in tensors]))
-    for merged, tensor in zip(layout.merge(different, shapes), tensors, strict=True):
+    for merged, tensor in zip(split.merge(different, shapes), tensors, strict=True):
         assert torch.equal(merged, tensor)
-    if layout.shards(n) == 1:
+    if split.shards(n) == 1:
         assert all(torch.equal(shard, shards[0]) for shard in shards)
 
 
 @pytest.mark.parametrize("n", PARALLEL)
-@pytest.mark.parametrize(("layout", "shapes"), CASES, ids=lambda value: str(value))
-def test_spans_cover_every_row_once(layout: Layout, shapes, n):
+@pytest.mark.parametrize(("split", "shapes"), CASES, ids=lambda value: str(value))
+def test_spans_cover_every_row_once(split: Split, shapes, n):
     rows = [shape[0] for shape in shapes]
-    covered = [(span.source, row) for span in layout.spans(rows, n) for row in range(span.start, span.stop)]
+    covered = [(span.source, row) for span in split.spans(rows, n) for row in range(span.start, span.stop)]
     assert sorted(covered) == [(source, row) for source, count in enumerate(rows) for row in range(count)]
 
 
@@ -76,21 +75,21 @@ def test_fused_qkv_puts_each_key_and_value_after_its_query_heads(heads, kv_heads
     q, k, v = tensors = numbered([(heads * head_dim, 5), (kv_heads * head_dim, 5), (kv_heads * head_dim, 5)])
     grouped = [part.reshape(kv_heads, -1, head_dim, 5) for part in (q, k, v)]
     expected = torch.cat(grouped, dim=1).reshape(-1, 5)
-    assert torch.equal(FusedQKV(heads, kv_heads, head_dim).split(tensors, 0, 1), expected)
+    assert torch.equal(FusedQKV(heads, kv_heads, head_dim).cut(tensors, 0, 1), expected)
 
 
 @pytest.mark.parametrize("n", PARALLEL)
 def test_fused_qkv_shards_are_plain_chunks_even_with_fewer_kv_heads_than_shards(n):
     tensors = numbered([(32, 3), (8, 3), (8, 3)])
-    layout = FusedQKV(8, 2, 4)
-    chunks = layout.split(tensors, 0, 1).chunk(n)
-    assert all(torch.equal(layout.split(tensors, r, n), chunks[r]) for r in range(n))
+    split = FusedQKV(8, 2, 4)
+    chunks = split.cut(tensors, 0, 1).chunk(n)
+    assert all(torch.equal(split.cut(tensors, r, n), chunks[r]) for r in range(n))
 
 
 def test_vision_qkv_interleaves_heads():
     (qkv,) = numbered([(3 * 4 * 2, 5)])
     expected = qkv.reshape(3, 4, 2, 5).transpose(0, 1).reshape(-1, 5)
-    assert torch.equal(VisionQKV(4).split([qkv], 0, 1), expected)
+    assert torch.equal(VisionQKV(4).cut([qkv], 0, 1), expected)
 
 
 @pytest.mark.parametrize("n", PARALLEL)
@@ -98,17 +97,17 @@ def test_gated_up_shard_is_its_gate_rows_then_its_up_rows(n):
     gate, up = numbered([(16, 3), (16, 3)])
     for r in range(n):
         expected = torch.cat([gate.chunk(n)[r], up.chunk(n)[r]])
-        assert torch.equal(GatedUp().split([gate, up], r, n), expected)
+        assert torch.equal(GatedUp().cut([gate, up], r, n), expected)
 
 
 def test_columns_cut_the_input_axis():
     (weight,) = numbered([(3, 8)])
-    assert torch.equal(Columns().split([weight], 1, 4), weight[:, 2:4])
+    assert torch.equal(ByColumns().cut([weight], 1, 4), weight[:, 2:4])
 
 
-def test_reshaped_is_a_view_of_the_convolution():
+def test_a_convolution_is_seen_as_a_matrix():
     (kernel,) = numbered([(4, 3, 2, 5, 5)])
-    assert torch.equal(Reshaped().split([kernel], 0, 1), kernel.reshape(4, -1))
+    assert torch.equal(ByRows().cut([kernel], 0, 1), kernel.reshape(4, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -127,21 +126,21 @@ def test_merged_tensors_never_share_memory_with_the_shards():
 
 
 @pytest.mark.parametrize(
-    ("layout", "shapes", "message"),
+    ("split", "shapes", "message"),
     [
-        (Rows(), [(7, 2)], "7 rows do not divide into 2 shards"),
-        (Columns(), [(2, 9)], "9 columns do not divide into 2 shards"),
+        (ByRows(), [(7, 2)], "7 rows do not divide into 2 shards"),
+        (ByColumns(), [(2, 9)], "9 columns do not divide into 2 shards"),
         (GatedUp(), [(5, 2), (5, 2)], "5 rows do not divide into 2 shards"),
     ],
 )
-def test_what_does_not_divide_is_refused(layout, shapes, message):
+def test_what_does_not_divide_is_refused(split, shapes, message):
     with pytest.raises(UserError, match=message):
-        layout.split(numbered(shapes), 0, 2)
+        split.cut(numbered(shapes), 0, 2)
 
 
 def test_sixteen_bit_patterns_survive_bitwise():
     bits = torch.randint(-(2**15), 2**15, (24, 8), dtype=torch.int16)
     tensors = list(bits.view(torch.bfloat16).split([16, 4, 4]))  # NaN payloads included
-    layout = FusedQKV(4, 1, 4)
-    merged = layout.merge([layout.split(tensors, r, 4) for r in range(4)], [(16, 8), (4, 8), (4, 8)])
+    split = FusedQKV(4, 1, 4)
+    merged = split.merge([split.cut(tensors, r, 4) for r in range(4)], [(16, 8), (4, 8), (4, 8)])
     assert torch.equal(torch.cat([tensor.view(torch.int16) for tensor in merged]), bits)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.weights.layouts import Replicated
+from eureka_megatron.weights.splits import Replicated
 from eureka_megatron.weights.table import Row, expand, frozen_rows, hf_metadata, hub_name, rows, unsent
 
 HUB_3B = Qwen2_5_VLConfig(  # the numbers of the published 3B model
@@ -66,14 +66,14 @@ def test_every_name_stands_once(tied, backend, vision_parallel):
 def test_every_row_of_the_real_shapes_divides(n):
     for vision_parallel in ("replicated", "tensor") if n <= 4 else ("replicated",):  # 3420 / 8 is no whole number
         for row in rows(HUB_3B, vision_parallel=vision_parallel):
-            shape = row.layout.shard_shape(row.shapes, n)
+            shape = row.split.shard_shape(row.shapes, n)
             elements = sum(torch.Size(hf).numel() for hf in row.shapes)
-            assert torch.Size(shape).numel() * row.layout.shards(n) == elements
+            assert torch.Size(shape).numel() * row.split.shards(n) == elements
 
 
 def test_the_vision_tower_is_whole_on_every_rank_unless_tensor_parallel():
-    whole = {row.megatron: row.layout for row in rows(HUB_3B) if row.megatron.startswith("vision.")}
-    cut = {row.megatron: row.layout for row in rows(HUB_3B, vision_parallel="tensor")}
+    whole = {row.megatron: row.split for row in rows(HUB_3B) if row.megatron.startswith("vision.")}
+    cut = {row.megatron: row.split for row in rows(HUB_3B, vision_parallel="tensor")}
     assert all(isinstance(layout, Replicated) for layout in whole.values())
     for name, layout in whole.items():
         assert cut[name] in (layout, layout.inner)

@@ -14,8 +14,10 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,25 +29,25 @@ from eureka_megatron.checkpoint import store
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.weights.companions import copy_companions
 from eureka_megatron.weights.hf_files import sync_file
-from eureka_megatron.weights.layouts import Shape
+from eureka_megatron.weights.splits import Shape
 from eureka_megatron.weights.torch_dist import append
-from eureka_megatron.weights.torch_dist_metadata import Chunk, StoredTensor, write_metadata
+from eureka_megatron.weights.torch_dist_metadata import KeyedChunk, join_chunks, write_metadata
 
 SLOWEST_DISK = timedelta(hours=6)  # that a rank waits for the others to have written
 
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of a stored tensor. `values` lie in host memory and own it."""
+    """A rectangle of a stored tensor of `shape`. `values` lie in host memory and own it."""
 
     key: str
-    shape: Shape  # of the whole stored tensor
+    shape: Shape
     offsets: Shape
     values: Tensor
 
 
 @dataclass(frozen=True)
-class Contents:
+class Share:
     """What one rank adds to a checkpoint. `texts` (file name → content) and `model` count on rank 0 only.
 
     `random` are the random states of this rank, plain values. `model` is where config.json and the tokenizer's files come from.
@@ -70,8 +72,8 @@ class Report:
     error: str | None
 
 
-class Saver:
-    """One rank's part of saving. `start` returns at once; one save is under way at a time. Constructing it is a collective.
+class CheckpointWriter:
+    """One rank's part of a save. `start` returns at once; one save is under way at a time. Constructing it is a collective.
 
     One run at a time writes into a folder: rank 0 holds a lock from the first save on. What is half-written there is removed then.
     """
@@ -80,58 +82,51 @@ class Saver:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.rank, self.world = parallel.world.rank, parallel.world.size
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)
-        self._thread: threading.Thread | None = None
-        self._report: Report | None = None
-        self._defect: BaseException | None = None
+        self._saving: Future[Report] | None = None
         self._lock: IO[bytes] | None = None
         torch.serialization.set_crc32_options(False)  # of the archives: the checksums cover them
 
-    def start(self, contents: Contents) -> None:
+    def start(self, share: Share) -> None:
         """Begins to write. The report of the save before must have been fetched."""
-        assert self._thread is None, "the last save has not been waited for"
-        self._thread = threading.Thread(target=self._run, args=(contents,), name="saver", daemon=True)
-        self._thread.start()
+        assert self._saving is None, "the last save has not been waited for"
+        saving = self._saving = Future()
+
+        def run() -> None:
+            try:
+                saving.set_result(self._save(share))
+            except BaseException as error:
+                saving.set_exception(error)
+
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
 
     @property
     def ended(self) -> bool:
         """Whether there is a report to fetch without waiting."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._saving is not None and self._saving.done()
 
     def wait(self) -> Report | None:
         """The report of the last save, once; None when there is none to wait for. Raises what is no fault of the disk: a defect."""
-        if self._thread is None:
-            return None
-        self._thread.join()
-        self._thread, report, defect = None, self._report, self._defect
-        self._report = self._defect = None
-        if defect is not None:
-            raise defect
-        return report
+        saving, self._saving = self._saving, None
+        return saving and saving.result()
 
-    def _run(self, contents: Contents) -> None:
-        try:
-            self._report = self._save(contents)
-        except BaseException as error:
-            self._defect = error
-
-    def _save(self, contents: Contents) -> Report:
+    def _save(self, share: Share) -> Report:
         started = time.perf_counter()
-        directory = self.folder / store.directory_name(contents.step)
+        directory = self.folder / store.directory_name(share.step)
         temporary = directory.with_name(directory.name + ".tmp")
 
         def report(nbytes: int, error: str | None = None) -> Report:
-            return Report(contents.step, directory, nbytes, time.perf_counter() - started, error)
+            return Report(share.step, directory, nbytes, time.perf_counter() - started, error)
 
         # Each step is done by whom it concerns, then everybody hears whether it went well.
         _, problem = self._step(lambda: self._prepare(temporary), on=0)
         if problem:
             return report(0, problem)
-        part, problem = self._step(lambda: _write_part(temporary / f"__{self.rank}_0.distcp", contents))
+        part, problem = self._step(lambda: _write_part(temporary / f"__{self.rank}_0.distcp", share))
         parts: list[Any] = [None] * self.world
         dist.gather_object(part, parts if self.rank == 0 else None, group=self._group, group_dst=0)
         nbytes = None
         if not problem:
-            nbytes, problem = self._step(lambda: self._complete(temporary, directory, contents, parts), on=0)
+            nbytes, problem = self._step(lambda: self._complete(temporary, directory, share, parts), on=0)
         if problem:
             self._step(lambda: shutil.rmtree(temporary, ignore_errors=True), on=0)
         return report(nbytes or 0, problem)
@@ -171,18 +166,14 @@ class Saver:
             self._lock = lock
         temporary.mkdir()
 
-    def _complete(self, temporary: Path, directory: Path, contents: Contents, parts: list[_Part]) -> int:
+    def _complete(self, temporary: Path, directory: Path, share: Share, parts: list[_Part]) -> int:
         """Rank 0, when every rank has written: index, state, checksums, the name; → bytes."""
-        tensors: dict[str, StoredTensor] = {}
-        for part in parts:
-            for key, tensor in part.tensors.items():
-                before = tensors[key].chunks if key in tensors else ()
-                tensors[key] = StoredTensor(tensor.shape, tensor.dtype, before + tensor.chunks)
+        tensors = join_chunks(chain.from_iterable(part.chunks for part in parts))
         gaps = [key for key, tensor in tensors.items() if not tensor.covered]
         assert not gaps, f"the ranks' parts do not cover {', '.join(gaps)}"
         write_metadata(temporary, tensors)
-        copy_companions(contents.model, temporary, contents.dtype)
-        texts = {**contents.texts, store.RANDOM_FILE: store.as_json([part.random for part in parts])}
+        copy_companions(share.model, temporary, share.dtype)
+        texts = {**share.texts, store.RANDOM_FILE: store.as_json([part.random for part in parts])}
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         checksums = {part.file: part.checksum for part in parts}
@@ -204,15 +195,16 @@ class _Part:
 
     file: str
     checksum: str
-    tensors: Mapping[str, StoredTensor]
+    chunks: Sequence[KeyedChunk]
     random: Mapping[str, Any]
 
 
-class _Hashed:
+class HashedFile:
     """A file that is written once, from beginning to end, and knows its checksum."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self._at = file, hashlib.blake2b(), 0
+        self.flush = file.flush
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
@@ -223,23 +215,21 @@ class _Hashed:
     def tell(self) -> int:
         return self._at
 
-    def flush(self) -> None:
-        self.file.flush()
 
-
-def _write_part(path: Path, contents: Contents) -> _Part:
-    tensors: dict[str, StoredTensor] = {}
+def _write_part(path: Path, share: Share) -> _Part:
     try:
         with path.open("wb") as raw:
-            file = _Hashed(raw)
-            for block in contents.blocks:
-                chunk: Chunk = append(file, block.values, block.offsets, path.name)
-                before = tensors[block.key].chunks if block.key in tensors else ()
-                tensors[block.key] = StoredTensor(block.shape, block.values.dtype, (*before, chunk))
+            file = HashedFile(raw)
+            chunks = [
+                KeyedChunk(
+                    block.key, block.shape, block.values.dtype, append(file, block.values, block.offsets, path.name)
+                )
+                for block in share.blocks
+            ]
         sync_file(path)
     except OSError as error:  # a full disk shows when writing, and then names no file
         raise OSError(error.errno, error.strerror, str(path)) from error
-    return _Part(path.name, file.digest.hexdigest(), tensors, contents.random)
+    return _Part(path.name, file.digest.hexdigest(), chunks, share.random)
 
 
 def _await_files(directory: Path, names: Iterable[str], seconds: float = 60.0) -> None:
