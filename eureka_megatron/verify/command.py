@@ -104,10 +104,10 @@ def describe(report: dict[str, Any]) -> str:
 
 def _engine_lines(report: dict[str, Any]) -> list[str]:
     lines = ["  log-probabilities, absolute differences in nats:"]
-    for kind, one in report["figures"].items():
-        verdict = "ok" if all(one[name] <= bar for name, bar in report["bars"].items()) else "TOO LARGE"
-        numbers = "  ".join(f"{name} {one[name]:.2e} (bar {bar:.0e})" for name, bar in report["bars"].items())
-        lines.append(f"    {kind:<14} {numbers}  {verdict}  {one['tokens']} tokens")
+    for kind, figures in report["figures"].items():
+        verdict = "ok" if all(figures[name] <= bar for name, bar in report["bars"].items()) else "TOO LARGE"
+        numbers = "  ".join(f"{name} {figures[name]:.2e} (bar {bar:.0e})" for name, bar in report["bars"].items())
+        lines.append(f"    {kind:<14} {numbers}  {verdict}  {figures['tokens']} tokens")
     return lines
 
 

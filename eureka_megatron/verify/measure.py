@@ -9,6 +9,7 @@ Every figure is max |a − b| / max |b| over one tensor; `BARS` says how large i
 """
 
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def on_host(weights: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, tor
     return {name: tensor.to("cpu", copy=True) for name, tensor in weights if tensor is not None}
 
 
+def gradients_of(trainer: PolicyTrainer) -> Iterable[tuple[str, torch.Tensor | None]]:
+    """Those that the last step was made with, by hub name; None where this rank does not receive them."""
+    return trainer.hf_weights(select=attrgetter("main_grad"))
+
+
 def largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
     """Ranks of the last stage know the figures; everyone else learns them."""
     table = torch.tensor([values.get(name, -1.0) for name in names], dtype=torch.float64)
@@ -100,10 +106,11 @@ def _rate_and_norm(model_path: Path, reference: Reference) -> tuple[float, float
 
 def _gradient_errors(trainer: PolicyTrainer, reference: Reference) -> dict[str, float]:
     """Of the gradients that the last step was made with."""
-    errors = {}
-    for name, gradient in trainer.hf_weights(select=lambda parameter: parameter.main_grad):
-        if gradient is not None:
-            errors[name] = relative(gradient.cpu(), reference[f"grad.{name}"])
+    errors = {
+        name: relative(gradient.cpu(), reference[f"grad.{name}"])
+        for name, gradient in gradients_of(trainer)
+        if gradient is not None
+    }
     missing = set(reference.gradient_names) - errors.keys()
     return errors | dict.fromkeys(missing if errors else (), float("inf"))
 
