@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from eureka_megatron.layout import Execution
 from tests.helpers.ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark" / "gpu.py"
