@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.train.trainer import PolicyTrainer
-from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, first_above, relative
+from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, relative
 from eureka_megatron.verify.job import Job
 from eureka_megatron.verify.reference import Reference
 from eureka_megatron.weights.table import hub_name
@@ -69,7 +69,7 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         "worst": worst,
         "bars": {name: BARS[name] for name in figures},
         "depths": depths,
-        "begins": first_above(depths, BARS["logits"]),
+        "begins": next((name for name, error in depths.items() if error > BARS["logits"]), None),
         "passed": all(figures[name] <= BARS[name] for name in figures),
     }
 

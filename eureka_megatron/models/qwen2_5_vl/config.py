@@ -19,10 +19,6 @@ from eureka_megatron.layout import Layout
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
 # Where text sizes stand in a file without `text_config`. Class defaults are the 72B model's: silence about all of them is a mistake.
 _FLAT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-
-# Fields of the records below that are no numbers, or not always there, or (those of rotary positions) stand elsewhere in the file.
-_NO_NUMBERS = {"text_config", "vision_config", "tie_word_embeddings", "vision_token_id", "eos_token_ids"}
-_NO_NUMBERS |= {"rope_theta", "mrope_section", "fullatt_block_indexes"}
 # Keys of rope_scaling and rope_parameters that change what is computed, and what they say where nothing is changed.
 _PLAIN_ROPE = {
     "rope_type": ("default", "mrope", None),
@@ -241,8 +237,9 @@ def _not_numbers(hf: Any, rope: dict[str, Any]) -> list[str]:
         ("text_config.", hf.text_config, TextConfig),
         ("vision_config.", hf.vision_config, VisionConfig),
     ):
-        kinds = {name: kind for name, kind in record.__annotations__.items() if name not in _NO_NUMBERS}
-        values |= {f"{part}{name}": (getattr(owner, name, None), kind) for name, kind in kinds.items()}
+        for name, kind in record.__annotations__.items():
+            if kind in (int, float) and name != "rope_theta":
+                values[f"{part}{name}"] = (getattr(owner, name, None), kind)
     problems = [
         f"{name} is {value!r}; needs a positive number{', a whole one' if kind is int and type(value) is float else ''}"
         for name, (value, kind) in values.items()
