@@ -8,7 +8,7 @@ The weights must also come back bitwise through the table. Along the depth of th
 Every figure is max |a − b| / max |b| over one tensor; `BARS` says how large it may be.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,19 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         return None
     figures["round_trip"] = round_trip(job.hf_dir, before)
     depths["lm_head"] = figures["logits"]
+    begins = next((name for name, error in depths.items() if error > BARS["logits"]), None)
+    return report_of(job, figures, BARS, worst=worst, depths=depths, begins=begins)
+
+
+def report_of(job: Job, figures: Mapping[str, float], bars: Mapping[str, float], **further: Any) -> dict[str, Any]:
+    """The figures beside the bars that none of them may exceed, and whatever else is told."""
     return {
         "hf": job.hf_dir,
         "dtype": job.execution.dtype,
         "figures": figures,
-        "worst": worst,
-        "bars": {name: BARS[name] for name in figures},
-        "depths": depths,
-        "begins": next((name for name, error in depths.items() if error > BARS["logits"]), None),
-        "passed": all(figures[name] <= BARS[name] for name in figures),
+        "bars": {name: bars[name] for name in figures},
+        **further,
+        "passed": all(figures[name] <= bars[name] for name in figures),
     }
 
 

@@ -27,7 +27,7 @@ from eureka_megatron.config import OptimizerSection
 from eureka_megatron.types import Sample
 from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, distance
 from eureka_megatron.verify.job import Job
-from eureka_megatron.verify.measure import gradients_of, largest_over_ranks, on_host, round_trip
+from eureka_megatron.verify.measure import gradients_of, largest_over_ranks, on_host, report_of, round_trip
 from eureka_megatron.verify.reference import Reference, write_reference
 
 # In merge units. Some are long, for what bf16 does to the angle of a rotary embedding grows with the position.
@@ -98,18 +98,16 @@ def measure_rounding(rank: int, job: Job, address: str) -> dict[str, Any] | None
     bars = {name: FACTORS[name] * theirs[name] for name in ours} | {"round_trip": 0.0}
     figures = ours | {"round_trip": round_trip(job.hf_dir, weights)}
     allowed = FACTORS["worst_module"]
-    return {
-        "hf": job.hf_dir,
-        "dtype": job.execution.dtype,
-        "figures": figures,
-        "transformers": theirs,
-        "bars": bars,
-        "worst": worst,
-        "depths": depths,
-        "depths_transformers": of_depths,
-        "begins": next((name for name in names if depths[name] > allowed * of_depths[name]), None),
-        "passed": all(figures[name] <= bars[name] for name in figures),
-    }
+    return report_of(
+        job,
+        figures,
+        bars,
+        transformers=theirs,
+        worst=worst,
+        depths=depths,
+        depths_transformers=of_depths,
+        begins=next((name for name in names if depths[name] > allowed * of_depths[name]), None),
+    )
 
 
 def _forward_errors(logits: Sequence[Tensor], logprobs: Sequence[Tensor], exact: Reference) -> dict[str, float]:

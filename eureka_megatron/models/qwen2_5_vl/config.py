@@ -306,8 +306,13 @@ def check_layout(config: QwenVLConfig, layout: Layout) -> None:
         ConfigError: names the number that does not divide and the sizes that would.
     """
     _check_tensor(config.text_config, layout.tensor)
-    if layout.vision_parallel == "tensor":
-        _check_vision_tensor(config.vision_config, layout.tensor)
+    names, vision = ("num_heads", "intermediate_size"), config.vision_config
+    wrong = [f"{name}={getattr(vision, name)}" for name in names if getattr(vision, name) % layout.tensor]
+    if wrong and layout.vision_parallel == "tensor":
+        raise ConfigError(
+            f"model.vision_parallel='tensor': parallel.tensor={layout.tensor} does not divide the vision tower's {', '.join(wrong)}; "
+            "use 'data' or 'replicated'"
+        )
     layers, pipeline = config.text_config.num_hidden_layers, layout.pipeline
     given = layout.model_dump(include={"layers_first_stage", "layers_last_stage"}, exclude_none=True)
     if given and pipeline == 1:
@@ -344,12 +349,3 @@ def _check_tensor(text: TextConfig, tensor: int) -> None:
     if wrong := undivided(tensor):
         fits = [ranks for ranks in range(1, text.num_attention_heads + 1) if not undivided(ranks)]
         raise ConfigError(f"parallel.tensor={tensor} does not divide {', '.join(wrong)}; possible: {fits}")
-
-
-def _check_vision_tensor(vision: VisionConfig, tensor: int) -> None:
-    names = ("num_heads", "intermediate_size")
-    if wrong := [f"{name}={getattr(vision, name)}" for name in names if getattr(vision, name) % tensor]:
-        raise ConfigError(
-            f"model.vision_parallel='tensor': parallel.tensor={tensor} does not divide the vision tower's {', '.join(wrong)}; "
-            "use 'data' or 'replicated'"
-        )
