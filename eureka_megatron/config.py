@@ -20,14 +20,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from eureka_megatron.errors import ConfigError, nearest
 from eureka_megatron.layout import Execution, Layout, ParallelSection, Section, VisionParallel
 from eureka_megatron.places import from_home
-from eureka_megatron.yaml_values import read_override, read_yaml
+from eureka_megatron.yaml_values import is_section, read_override, read_yaml
 
-Place = Annotated[
-    Path,  # also of a number, which a reference such as ${run.seed} may be
-    BeforeValidator(
-        lambda path: from_home(str(path)) if type(path) in (int, float) or isinstance(path, str | Path) else path
-    ),
-]
+
+def _place(path: Any) -> Any:
+    """Also of a number, which a reference such as ${run.seed} may be."""
+    return from_home(str(path)) if type(path) in (int, float) or isinstance(path, str | Path) else path
+
+
+Place = Annotated[Path, BeforeValidator(_place)]
 # Text that begins with a path, or with several behind commas.
 Places = Annotated[str, AfterValidator(lambda text: ",".join(map(from_home, text.split(","))))]
 # Where `eureka sft` has another default: imitation bears, and needs, a higher rate than reinforcement learning.
@@ -356,43 +357,32 @@ def load_config(
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-        ) from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{path} cannot be read: {reason}") from error
     given = read_yaml(text, RunConfig, str(path))
     if not isinstance(given, dict | None):
         raise ConfigError(f"{path} must be a mapping of sections, found {type(given).__name__}")
     layers = [(str(path), given or {})]
     layers += [(f"override {line!r}", read_override(line, RunConfig)) for line in overrides or []]
-    merged = OmegaConf.merge(_declared_defaults(), dict(defaults or {}))
-    for origin, values in layers:
-        if any(_RESOLVER.search(text) for text in _texts(values)):
-            raise ConfigError(f"{origin}: resolvers such as ${{oc.env:…}} are not allowed; write the value")
-        try:
-            merged = OmegaConf.merge(merged, values)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {_reason(error)}") from error
+    origin, merged = str(path), OmegaConf.merge(_defaults_of(RunConfig), dict(defaults or {}))
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        for origin, values in layers:
+            if any(_RESOLVER.search(text) for text in _texts(values)):
+                raise ConfigError(f"{origin}: resolvers such as ${{oc.env:…}} are not allowed; write the value")
+            merged = OmegaConf.merge(merged, values)
+        origin = str(path)
+        whole = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_reason(error)}") from error
-    return make_config(values, origin=str(path))
+        raise ConfigError(f"{origin}: {_reason(error)}") from error
+    return make_config(whole, origin=str(path))
 
 
-def _declared_defaults() -> dict[str, Any]:
+def _defaults_of(section: type[BaseModel]) -> dict[str, Any]:
     """Every key that has one, as plain values: keys may refer to them."""
-
-    def of(section: type[BaseModel]) -> dict[str, Any]:
-        fields = section.model_fields.items()
-        found = {name: of(f.annotation) for name, f in fields if _is_section(f.annotation)}
-        left = [name for name, field in fields if name not in found and not field.is_required()]
-        return found | section.model_construct().model_dump(mode="json", include=set(left))
-
-    return of(RunConfig)
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    annotations = {name: field.annotation for name, field in section.model_fields.items()}
+    inner = {name: _defaults_of(kind) for name, kind in annotations.items() if is_section(kind)}
+    left = {name for name, field in section.model_fields.items() if name not in inner and not field.is_required()}
+    return inner | section.model_construct().model_dump(mode="json", include=left)
 
 
 def _texts(values: Any) -> Iterator[str]:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from eureka_megatron.errors import ConfigError, UserError
@@ -75,24 +76,22 @@ def _snapshot(repository: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    options = {"revision": revision, "allow_patterns": list(FILES)}
+    download = partial(snapshot_download, repository, revision=revision, allow_patterns=list(FILES))
     try:
-        cached = snapshot_download(repository, local_files_only=True, **options)
-    except (
-        LocalEntryNotFoundError,
-        HFValidationError,
-    ) as error:  # the first also where only files lack that nobody needs
+        cached: str | None = download(local_files_only=True)
+    # The first also where only files lack that nobody needs.
+    except (LocalEntryNotFoundError, HFValidationError) as error:
         cached = getattr(error, "snapshot_path", None)
     lacking = "it is not in the cache"
     if cached:
         missing = missing_files(Path(cached))
         if not missing:
-            return _told(repository, Path(cached))
+            return _told(repository, cached)
         lacking = f"the cache lacks {', '.join(missing)} of it"
     reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
         try:
-            return _told(repository, Path(snapshot_download(repository, **options)))
+            return _told(repository, download())
         except Exception as error:  # of many kinds: names the hub does not know, tokens, proxies, networks, disks
             reason = " ".join(str(error).split())[:200]
     wanted = f" --revision {revision}" if revision else ""
@@ -102,9 +101,9 @@ def _snapshot(repository: str, revision: str | None) -> Path:
     )
 
 
-def _told(repository: str, snapshot: Path) -> Path:
+def _told(repository: str, snapshot: str) -> Path:
     print(f"{repository}: {snapshot}", file=sys.stderr, flush=True)
-    return snapshot
+    return Path(snapshot)
 
 
 def missing_files(snapshot: Path) -> list[str]:
@@ -115,5 +114,5 @@ def missing_files(snapshot: Path) -> list[str]:
         return []
     if not (snapshot / _INDEX).is_file():
         return [_INDEX]
-    shards = json.loads((snapshot / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-    return sorted(name for name in set(shards) if not (snapshot / name).is_file())
+    shards = set(json.loads((snapshot / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(name for name in shards if not (snapshot / name).is_file())

@@ -6,9 +6,10 @@ paths and choices, they stay here what was written. Elsewhere numbers are those 
 """
 
 import re
+from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -17,7 +18,7 @@ from eureka_megatron.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
 _NOTHING = ("", "~", "null", "Null", "NULL")  # how YAML spells that there is no value
-_WORDS = ("str", "value", "merge")  # `=` and `<<` have kinds of their own
+_TEXTS = ("str", "value", "merge")  # `=` and `<<` have kinds of their own
 _SIGNS_AND_DIGITS = list("-+.0123456789")
 
 
@@ -57,16 +58,14 @@ def read_override(line: str, schema: type[BaseModel]) -> dict[str, Any]:
     key, equals, text = line.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {line!r} is not of the form section.key=value")
-    origin, annotation = f"override {line!r}", schema
-    for part in key.split("."):
-        annotation = _inside(annotation, part)
-    if _is_text(annotation) and text[:1] not in ("'", '"'):
-        value: Any = _nothing(text, annotation, key, origin) if text in _NOTHING else text
-    else:
+    origin, parts = f"override {line!r}", key.split(".")
+    annotation: Any = reduce(_inside, parts, schema)
+    quoted_or_no_text = not _is_text(annotation) or text[:1] in ("'", '"')
+    if quoted_or_no_text:
         value = _parse(text, annotation, key, origin)
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    else:
+        value = _nothing(text, annotation, key, origin) if text in _NOTHING else text
+    return reduce(lambda inner, part: {part: inner}, reversed(parts), value)
 
 
 def _parse(text: str, annotation: Any, key: str, origin: str) -> Any:
@@ -86,32 +85,31 @@ def _parse(text: str, annotation: Any, key: str, origin: str) -> Any:
 
 
 def _value(node: yaml.Node, annotation: Any, key: str, origin: str, loader: Any) -> Any:
-    if node.tag.removeprefix(_TAG) not in ("map", "seq", *_WORDS, "int", "float", "bool", "null"):
+    if node.tag.removeprefix(_TAG) not in ("map", "seq", *_TEXTS, "int", "float", "bool", "null"):
         raise ConfigError(f"{origin}: {key}: the tag {node.tag.removeprefix(_TAG)!r} is not understood")
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node, annotation, key, origin)
     if isinstance(node, yaml.SequenceNode):
         inner = _inside(annotation, "")
-        return [_value(one, inner, f"{key}.{place}", origin, loader) for place, one in enumerate(node.value)]
+        return [_value(item, inner, f"{key}.{place}", origin, loader) for place, item in enumerate(node.value)]
     names = [str(name.value) for name, _ in node.value if name.tag != _TAG + "merge"]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{origin}: found duplicate key {f'{key}.{twice}'.lstrip('.')}")
     loader.flatten_mapping(node)  # what `<<` brings in comes first
+    entries = [(str(name.value), entry) for name, entry in node.value]
     return {
-        str(name.value): _value(
-            one, _inside(annotation, str(name.value)), f"{key}.{name.value}".lstrip("."), origin, loader
-        )
-        for name, one in node.value
+        name: _value(entry, _inside(annotation, name), f"{key}.{name}".lstrip("."), origin, loader)
+        for name, entry in entries
     }
 
 
 def _scalar(node: yaml.ScalarNode, annotation: Any, key: str, origin: str) -> Any:
     kind, text = node.tag.removeprefix(_TAG), node.value
-    if kind == "null" and _is_section(annotation) and not text:
+    if kind == "null" and is_section(annotation) and not text:
         return {}  # a section whose keys are all commented out
     if kind == "null":
         return _nothing(text, annotation, key, origin) if _is_text(annotation) else None
-    if kind in _WORDS or _is_text(annotation):
+    if kind in _TEXTS or _is_text(annotation):
         return text
     if kind == "bool":
         return yaml.SafeLoader.bool_values[text.lower()]
@@ -122,14 +120,15 @@ def _scalar(node: yaml.ScalarNode, annotation: Any, key: str, origin: str) -> An
         return text
 
 
-def _nothing(text: str, annotation: Any, key: str, origin: str) -> None:
-    """Nothing, where that is a value; text must be written, and quoted when YAML takes it for nothing."""
+def _nothing(text: str, annotation: Any, key: str, origin: str) -> Any:
+    """None, where that is a value; text must be written, and quoted when YAML takes it for nothing."""
     if NoneType not in get_args(annotation):
         quoted = f'; quote it if that is meant: "{text}"' if text else ""
         raise ConfigError(f"{origin}: {key}: needs a value, found {text or 'nothing'}{quoted}")
+    return None
 
 
-def _is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
@@ -141,13 +140,13 @@ def _is_text(annotation: Any) -> bool:
     if kind is Literal:
         return all(isinstance(choice, str) for choice in inner)
     if kind in (Union, UnionType):
-        return all(_is_text(one) for one in inner if one is not NoneType)
+        return all(_is_text(choice) for choice in inner if choice is not NoneType)
     return annotation in (str, Path)
 
 
 def _inside(annotation: Any, key: str) -> Any:
     """The annotation of an entry; None of what the schema does not know."""
-    if _is_section(annotation):
+    if is_section(annotation):
         field = annotation.model_fields.get(key)
         return None if field is None else field.annotation
     inner = get_args(annotation)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from eureka_megatron import config
+from eureka_megatron.yaml_values import is_section
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -59,7 +60,7 @@ def render() -> str:
         rows = [
             f"| `{name}` | {_type(field)} | {_default(field)} | {comments.get(name, '')} |"
             for name, field in fields
-            if not _is_section(field.annotation)
+            if not is_section(field.annotation)
         ]
         parts.append("\n".join([f"## {path}\n", "| key | type | default | |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
@@ -69,13 +70,9 @@ def _sections(parent: type[BaseModel], prefix: str) -> list[tuple[str, type[Base
     """Sections in the order of declaration, `algorithm.filter` after `algorithm`."""
     found = []
     for name, field in parent.model_fields.items():
-        if _is_section(field.annotation):
+        if is_section(field.annotation):
             found += [(prefix + name, field.annotation), *_sections(field.annotation, f"{prefix}{name}.")]
     return found
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _comments(section: type[BaseModel]) -> dict[str, str]:

@@ -116,7 +116,7 @@ def cuda_type_names() -> Iterator[None]:
         answer = original(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = type_name  # type: ignore[method-assign]
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

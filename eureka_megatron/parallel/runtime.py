@@ -155,5 +155,5 @@ def patient(parallel: Parallel, limit: timedelta) -> Iterator[None]:
             dist.distributed_c10d._set_pg_timeout(usual, group)
 
 
-def _axis(group: dist.ProcessGroup) -> Axis:
+def _axis(group: dist.ProcessGroup | None) -> Axis:
     return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)

@@ -1,5 +1,7 @@
 """What can be refused before any process starts, is refused here."""
 
+from typing import Any
+
 import torch
 
 from eureka_megatron.config import RunConfig
@@ -27,13 +29,11 @@ def check_run(config: RunConfig) -> None:
 
 def check_rollout(config: RunConfig) -> None:
     """Refuse rollouts longer than the checkpoint's positions, or than training could take. Raises ConfigError."""
-    asked, known = (
-        config.rollout.max_model_tokens,
-        read_hf_config(config.model.path).text_config.max_position_embeddings,
-    )
+    asked, model = config.rollout.max_model_tokens, config.model.path
+    known = read_hf_config(model).text_config.max_position_embeddings
     if asked > known:
         raise ConfigError(
-            f"rollout.max_model_tokens={asked} is more than max_position_embeddings={known} in {config.model.path / 'config.json'}"
+            f"rollout.max_model_tokens={asked} is more than max_position_embeddings={known} in {model / 'config.json'}"
         )
     check_lengths(config)
 
@@ -58,7 +58,7 @@ def check_algorithm(config: RunConfig) -> None:
             raise ConfigError(f"algorithm.loss_options.{key}: set algorithm.{key} instead (and algorithm.kl_in)")
     if algorithm.reference is not None and algorithm.kl_coefficient == 0:
         raise ConfigError("algorithm.reference is set but algorithm.kl_coefficient is 0: no reference would be built")
-    options = {**algorithm.advantage_options, "compat": algorithm.compat}
+    options: dict[str, Any] = {**algorithm.advantage_options, "compat": algorithm.compat}
     try:
         resolve_options(algorithm.loss, algorithm.compat, **algorithm.all_loss_options())
         advantages.compute(algorithm.advantage, torch.zeros(1, 2), lengths_GN=torch.ones(1, 2), **options)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -104,10 +103,10 @@ def describe(report: dict[str, Any]) -> str:
 
 def _engine_lines(report: dict[str, Any]) -> list[str]:
     lines = ["  log-probabilities, absolute differences in nats:"]
-    for kind, one in report["figures"].items():
-        verdict = "ok" if all(one[name] <= bar for name, bar in report["bars"].items()) else "TOO LARGE"
-        numbers = "  ".join(f"{name} {one[name]:.2e} (bar {bar:.0e})" for name, bar in report["bars"].items())
-        lines.append(f"    {kind:<14} {numbers}  {verdict}  {one['tokens']} tokens")
+    for kind, figures in report["figures"].items():
+        verdict = "ok" if all(figures[name] <= bar for name, bar in report["bars"].items()) else "TOO LARGE"
+        numbers = "  ".join(f"{name} {figures[name]:.2e} (bar {bar:.0e})" for name, bar in report["bars"].items())
+        lines.append(f"    {kind:<14} {numbers}  {verdict}  {figures['tokens']} tokens")
     return lines
 
 
@@ -150,9 +149,8 @@ def _on_ranks(body: Callable[[int, Job, str], Any], job: Job, folder: Path) -> A
     What a rank says to the user, it says to the user of this process.
     """
     try:
-        torch.multiprocessing.spawn(
-            _spawned, args=(body, job, f"tcp://127.0.0.1:{_free_port()}", folder), nprocs=job.layout.world_size
-        )
+        address = f"file://{folder / 'rendezvous'}"
+        torch.multiprocessing.spawn(_spawned, args=(body, job, address, folder), nprocs=job.layout.world_size)
     except torch.multiprocessing.ProcessExitedException:
         if complaint := next(folder.glob("error-*"), None):
             raise UserError(complaint.read_text()) from None
@@ -170,9 +168,3 @@ def _spawned(rank: int, body: Callable[[int, Job, str], Any], job: Job, address:
         sys.exit(error.exit_code)
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -16,6 +16,7 @@ modules it has.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -55,15 +56,10 @@ def watch_reference(model: Any) -> Iterator[dict[str, Tensor]]:
     """
     seen: dict[str, Tensor] = {}
     text, visual = model.model.language_model, model.model.visual
-    modules = {
-        "visual.patch_embed": visual.patch_embed,
-        **{f"visual.blocks.{number}": block for number, block in enumerate(visual.blocks)},
-        **{f"visual.blocks.{number}.attn": block.attn for number, block in enumerate(visual.blocks)},
-        "visual.merger": visual.merger,
-        **{f"model.layers.{number}": layer for number, layer in enumerate(text.layers)},
-        **{f"model.layers.{number}.self_attn": layer.self_attn for number, layer in enumerate(text.layers)},
-        "model.norm": text.norm,
-    }
+    modules = {"visual.patch_embed": visual.patch_embed, "visual.merger": visual.merger, "model.norm": text.norm}
+    for kind, layers, own in (("visual.blocks", visual.blocks, "attn"), ("model.layers", text.layers, "self_attn")):
+        for number, layer in enumerate(layers):
+            modules |= {f"{kind}.{number}": layer, f"{kind}.{number}.{own}": getattr(layer, own)}
 
     def keep(name: str, output: Tensor) -> None:
         seen[name] = torch.cat([seen[name], output.detach()]) if name in seen else output.detach()
@@ -95,6 +91,17 @@ def reference_depths(seen: Mapping[str, Tensor], sample: Sample) -> dict[str, Te
 # ---- native ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Recorded:
+    """Of one pipeline chunk: how many values its modules have a row or a merge unit, and each forward's batch and outputs."""
+
+    widths: dict[str, int] = field(default_factory=dict)
+    forwards: list[tuple[MicroBatch, dict[str, Tensor]]] = field(default_factory=list)
+
+    def keep(self, name: str, output: Tensor) -> None:
+        self.forwards[-1][1][name] = output.detach()
+
+
 class NativeDepths:
     """Hooks on the chunks of this rank for as long as it is entered; forwards meanwhile are recorded.
 
@@ -107,64 +114,39 @@ class NativeDepths:
         self.chunks, self.parallel = [unwrap(chunk) for chunk in chunks], parallel
         self._attention = attention
         self._stack = ExitStack()
-        self._widths: list[dict[str, int]] = []  # of each chunk's modules: values a row or a merge unit
-        self._batches: list[list[MicroBatch]] = []
-        self._seen: list[list[dict[str, Tensor]]] = []  # [chunk][forward]
+        self._recorded: list[_Recorded] = []
 
     def __enter__(self) -> "NativeDepths":
-        for chunk in self.chunks:
-            batches: list[MicroBatch] = []
-            seen: list[dict[str, Tensor]] = []
-            self._batches.append(batches)
-            self._seen.append(seen)
-            self._hook_chunk(chunk, batches, seen)
+        self._recorded = [self._watch(chunk) for chunk in self.chunks]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _hook_chunk(self, chunk: Any, batches: list[MicroBatch], seen: list[dict[str, Tensor]]) -> None:
-        text, vision = chunk.hf_config.text_config, chunk.hf_config.vision_config
-        merged = vision.hidden_size * vision.spatial_merge_size**2
-        widths: dict[str, int] = {}
-        self._widths.append(widths)
-
-        def begin(batch: MicroBatch) -> None:
-            batches.append(batch)
-            seen.append({})
-
-        def keep(name: str, width: int) -> Callable[[Tensor], None]:
-            widths[name] = width
-            return lambda output: seen[-1].__setitem__(name, output.detach())
-
-        def keep_layer(layer: Any, name: str, width: int, attention: str) -> None:
-            _hook(self._stack, layer, keep(name, width))
-            if self._attention:
-                _hook(self._stack, layer.self_attention, keep(f"{name}.{attention}", width), with_bias=True)
-
-        _hook_input(self._stack, chunk, begin)
+    def _watch(self, chunk: Any) -> _Recorded:
+        recorded = _Recorded()
+        _hook_input(self._stack, chunk, lambda batch: recorded.forwards.append((batch, {})))
         if chunk.pre_process:
-            tower = chunk.vision
-            _hook(self._stack, tower.patch_embed, keep("visual.patch_embed", merged))
-            for number, layer in enumerate(tower.decoder.layers):
-                keep_layer(layer, f"visual.blocks.{number}", merged, "attn")
-            _hook(self._stack, tower.merger, keep("visual.merger", vision.out_hidden_size))
-            _hook_input(self._stack, chunk.decoder, keep("model.embed_tokens", text.hidden_size))
-        for layer in chunk.decoder.layers:  # Megatron counts them over all stages, from 1
-            keep_layer(layer, f"model.layers.{layer.layer_number - 1}", text.hidden_size, "self_attn")
-        if chunk.post_process:
-            _hook(self._stack, chunk.decoder.final_layernorm, keep("model.norm", text.hidden_size))
+            recorded.widths["model.embed_tokens"] = chunk.hf_config.text_config.hidden_size
+            _hook_input(self._stack, chunk.decoder, partial(recorded.keep, "model.embed_tokens"))
+        for name, module, width in _modules(chunk):
+            recorded.widths[name] = width
+            _hook(self._stack, module, partial(recorded.keep, name))
+            if self._attention and (attention := getattr(module, "self_attention", None)) is not None:
+                own = f"{name}.{'attn' if name.startswith('visual.') else 'self_attn'}"
+                recorded.widths[own] = width
+                _hook(self._stack, attention, partial(recorded.keep, own), with_bias=True)
+        return recorded
 
     def whole(self) -> Iterator[tuple[str, int, Tensor]]:
         """(depth, sample, tensor) of this rank's modules; collective over the tensor- and context-parallel ranks of a stage."""
-        for widths, batches, seen in zip(self._widths, self._batches, self._seen, strict=True):
-            for batch, values in zip(batches, seen, strict=True):
-                for name, width in widths.items():
-                    pieces = (
-                        self._units(values.get(name), width, batch)
-                        if name.startswith("visual.")
-                        else packing.split(self._rows(values[name], batch), batch)
-                    )
+        for recorded in self._recorded:
+            for batch, values in recorded.forwards:
+                for name, width in recorded.widths.items():
+                    if name.startswith("visual."):
+                        pieces = self._units(values.get(name), width, batch)
+                    else:
+                        pieces = packing.split(self._rows(values[name], batch), batch)
                     for index, piece in zip(batch.sample_indices, pieces, strict=True):
                         if len(piece):
                             yield name, index, piece
@@ -187,6 +169,21 @@ class NativeDepths:
         unit_of_row = torch.full((batch.tokens,), -1, device=units.device)
         unit_of_row[vision.placement_E] = vision.source_E
         return [units[places[places >= 0]] for places in packing.split(unit_of_row, batch)]
+
+
+def _modules(chunk: Any) -> Iterator[tuple[str, torch.nn.Module, int]]:
+    """(depth, module, values a row or a merge unit) of what the chunk has."""
+    text, vision = chunk.hf_config.text_config, chunk.hf_config.vision_config
+    if chunk.pre_process:
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        yield "visual.patch_embed", chunk.vision.patch_embed, merged
+        for number, layer in enumerate(chunk.vision.decoder.layers):
+            yield f"visual.blocks.{number}", layer, merged
+        yield "visual.merger", chunk.vision.merger, vision.out_hidden_size
+    for layer in chunk.decoder.layers:  # Megatron counts them over all stages, from 1
+        yield f"model.layers.{layer.layer_number - 1}", layer, text.hidden_size
+    if chunk.post_process:
+        yield "model.norm", chunk.decoder.final_layernorm, text.hidden_size
 
 
 def _hook(
@@ -241,12 +238,6 @@ def depth_errors(
     for name, index, value in native.whole():
         expected = reference[f"depth.{index}.{name}"]
         own[name] = max(own.get(name, 0.0), measure(value.float().cpu().view_as(expected), expected))
-    parts: list[dict[str, float] | None] = [None] * dist.get_world_size()
+    parts: list[dict[str, float]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, own)
-    known = [{} if part is None else part for part in parts]
-    return {name: max([part[name] for part in known if name in part], default=float("inf")) for name in names}
-
-
-def first_above(errors: Mapping[str, float], bar: float) -> str | None:
-    """The depth at which the difference begins."""
-    return next((name for name, error in errors.items() if error > bar), None)
+    return {name: max([part[name] for part in parts if name in part], default=float("inf")) for name in names}

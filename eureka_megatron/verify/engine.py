@@ -119,5 +119,5 @@ def engine_report(job: Job, native: Sequence[Sequence[float]]) -> dict[str, Any]
         "against": "vllm",
         "figures": figures,
         "bars": {"max": largest, "mean": mean},
-        "passed": all(one["max"] <= largest and one["mean"] <= mean for one in figures.values()),
+        "passed": all(gaps["max"] <= largest and gaps["mean"] <= mean for gaps in figures.values()),
     }

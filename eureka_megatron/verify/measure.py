@@ -8,7 +8,8 @@ The weights must also come back bitwise through the table. Along the depth of th
 Every figure is max |a − b| / max |b| over one tensor; `BARS` says how large it may be.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.train.trainer import PolicyTrainer
-from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, first_above, relative
+from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, relative
 from eureka_megatron.verify.job import Job
 from eureka_megatron.verify.reference import Reference
 from eureka_megatron.weights.table import hub_name
@@ -61,21 +62,30 @@ def measure(rank: int, job: Job, address: str) -> dict[str, Any] | None:
         return None
     figures["round_trip"] = round_trip(job.hf_dir, before)
     depths["lm_head"] = figures["logits"]
+    begins = next((name for name, error in depths.items() if error > BARS["logits"]), None)
+    return report_of(job, figures, BARS, worst=worst, depths=depths, begins=begins)
+
+
+def report_of(job: Job, figures: Mapping[str, float], bars: Mapping[str, float], **further: Any) -> dict[str, Any]:
+    """The figures beside the bars that none of them may exceed, and whatever else is told."""
     return {
         "hf": job.hf_dir,
         "dtype": job.execution.dtype,
         "figures": figures,
-        "worst": worst,
-        "bars": {name: BARS[name] for name in figures},
-        "depths": depths,
-        "begins": first_above(depths, BARS["logits"]),
-        "passed": all(figures[name] <= BARS[name] for name in figures),
+        "bars": {name: bars[name] for name in figures},
+        **further,
+        "passed": all(figures[name] <= bars[name] for name in figures),
     }
 
 
 def on_host(weights: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
     """Copies of the tensors that this rank receives, in host memory: a whole model in fp32 has no room beside its share on the GPU."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in weights if tensor is not None}
+
+
+def gradients_of(trainer: PolicyTrainer) -> Iterable[tuple[str, torch.Tensor | None]]:
+    """Those that the last step was made with, by hub name; None where this rank does not receive them."""
+    return trainer.hf_weights(select=attrgetter("main_grad"))
 
 
 def largest_over_ranks(values: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
@@ -100,10 +110,11 @@ def _rate_and_norm(model_path: Path, reference: Reference) -> tuple[float, float
 
 def _gradient_errors(trainer: PolicyTrainer, reference: Reference) -> dict[str, float]:
     """Of the gradients that the last step was made with."""
-    errors = {}
-    for name, gradient in trainer.hf_weights(select=lambda parameter: parameter.main_grad):
-        if gradient is not None:
-            errors[name] = relative(gradient.cpu(), reference[f"grad.{name}"])
+    errors = {
+        name: relative(gradient.cpu(), reference[f"grad.{name}"])
+        for name, gradient in gradients_of(trainer)
+        if gradient is not None
+    }
     missing = set(reference.gradient_names) - errors.keys()
     return errors | dict.fromkeys(missing if errors else (), float("inf"))
 

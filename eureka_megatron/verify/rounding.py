@@ -27,7 +27,7 @@ from eureka_megatron.config import OptimizerSection
 from eureka_megatron.types import Sample
 from eureka_megatron.verify.depths import NativeDepths, depth_errors, depth_names, distance
 from eureka_megatron.verify.job import Job
-from eureka_megatron.verify.measure import largest_over_ranks, on_host, round_trip
+from eureka_megatron.verify.measure import gradients_of, largest_over_ranks, on_host, report_of, round_trip
 from eureka_megatron.verify.reference import Reference, write_reference
 
 # In merge units. Some are long, for what bf16 does to the angle of a rotary embedding grows with the position.
@@ -69,7 +69,7 @@ def measure_rounding(rank: int, job: Job, address: str) -> dict[str, Any] | None
     logprobs = trainer.logprobs(samples)
     ours: dict[str, float] = {}
     if logits is not None and logprobs is not None:
-        ours = _forward_errors([one.cpu() for one in logits], [one.cpu()[1:] for one in logprobs], exact)
+        ours = _forward_errors([rows.cpu() for rows in logits], [rows.cpu()[1:] for rows in logprobs], exact)
     if job.grads:
         trainer.start_phase(section, 1)
         metrics = trainer.sft(samples)
@@ -78,12 +78,11 @@ def measure_rounding(rank: int, job: Job, address: str) -> dict[str, Any] | None
     if "loss" in metrics:
         ours["loss"] = abs(metrics["loss"] - exact["loss"].item())
     ours = largest_over_ranks(ours, ("logits", "logprobs", "loss"))
-    gradients = _squares(trainer.hf_weights(select=lambda parameter: parameter.main_grad), exact) if job.grads else {}
+    gradients = _squares(gradients_of(trainer), exact) if job.grads else {}
     if rank:
         return None
-    theirs = _forward_errors(
-        *([rounded[f"{kind}.{i}"] for i in range(len(samples))] for kind in ("logits", "logprobs")), exact
-    )
+    outputs = {kind: [rounded[f"{kind}.{i}"] for i in range(len(samples))] for kind in ("logits", "logprobs")}
+    theirs = _forward_errors(outputs["logits"], outputs["logprobs"], exact)
     theirs["loss"] = _learned_tokens_error(rounded, exact, samples)
     of_depths = {name: _depth_error(name, rounded, exact, len(samples)) for name in names}
     worst = {"worst_module": _furthest(depths, of_depths)}
@@ -99,18 +98,16 @@ def measure_rounding(rank: int, job: Job, address: str) -> dict[str, Any] | None
     bars = {name: FACTORS[name] * theirs[name] for name in ours} | {"round_trip": 0.0}
     figures = ours | {"round_trip": round_trip(job.hf_dir, weights)}
     allowed = FACTORS["worst_module"]
-    return {
-        "hf": job.hf_dir,
-        "dtype": job.execution.dtype,
-        "figures": figures,
-        "transformers": theirs,
-        "bars": bars,
-        "worst": worst,
-        "depths": depths,
-        "depths_transformers": of_depths,
-        "begins": next((name for name in names if depths[name] > allowed * of_depths[name]), None),
-        "passed": all(figures[name] <= bars[name] for name in figures),
-    }
+    return report_of(
+        job,
+        figures,
+        bars,
+        transformers=theirs,
+        worst=worst,
+        depths=depths,
+        depths_transformers=of_depths,
+        begins=next((name for name in names if depths[name] > allowed * of_depths[name]), None),
+    )
 
 
 def _forward_errors(logits: Sequence[Tensor], logprobs: Sequence[Tensor], exact: Reference) -> dict[str, float]:
@@ -126,7 +123,7 @@ def _learned_tokens_error(rounded: Reference, exact: Reference, samples: Sequenc
     """Root of the mean square over the tokens that the loss counts, in nats."""
     masks = [torch.from_numpy(sample.mask_S[1:]).double() for sample in samples]
     off = [(rounded[f"logprobs.{i}"] - exact[f"logprobs.{i}"]).double().square() @ mask for i, mask in enumerate(masks)]
-    return (sum(one.item() for one in off) / sum(mask.sum().item() for mask in masks)) ** 0.5
+    return (sum(square.item() for square in off) / sum(mask.sum().item() for mask in masks)) ** 0.5
 
 
 def _depth_error(name: str, rounded: Reference, exact: Reference, samples: int) -> float:

@@ -76,7 +76,7 @@ def load_both_ways(rank: int, hf: str, converted: str, layout: Layout) -> list[s
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_converted_checkpoint_loads_at_any_layout(tmp_path, layout):
-    source = build_published(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
+    source = build_published(tmp_path / "hf", tied=layout.pipeline == 2, randomize_all=True)
     hf_to_megatron(source, tmp_path / "megatron")
     world = layout.world_size
     assert run_ranks(load_both_ways, world, str(source), str(tmp_path / "megatron"), layout) == [[]] * world
@@ -153,7 +153,7 @@ def save_by_megatron(rank: int, hf: str, output: str, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", [LAYOUTS[4], LAYOUTS[5], *LAYOUTS[-2:]], ids=str)
 def test_what_megatron_saves_at_any_layout_converts_back_bitwise(tmp_path, layout):
-    source = build_published(tmp_path / "hf", tied=layout.get("pipeline") == 2, randomize_all=True)
+    source = build_published(tmp_path / "hf", tied=layout.pipeline == 2, randomize_all=True)
     run_ranks(save_by_megatron, layout.world_size, str(source), str(tmp_path / "saved"), layout)
     shutil.copyfile(source / "config.json", tmp_path / "saved" / "config.json")
     megatron_to_hf(tmp_path / "saved", tmp_path / "back", verify=True)

@@ -84,7 +84,7 @@ def distinct_patches(samples: tuple[Sample, ...]) -> int:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_frozen_tower_sees_each_picture_once_in_a_whole_step(tiny_dir: Path, batch: Batch, name: str) -> None:
     layout = LAYOUTS[name]
-    world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1) * layout.get("data", 1)
+    world = Layout(**layout).world_size
     found = run_ranks(step, world, str(tiny_dir), batch, layout, FREEZE)
     # Over all ranks; ranks that split the tower's weights work on each picture together.
     together = layout["tensor"] if layout.get("vision_parallel") == "tensor" else 1

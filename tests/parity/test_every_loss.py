@@ -84,7 +84,7 @@ def test_one_update_at_every_layout(
     plain: tuple[str, Batch, dict[str, Any]], layout: dict[str, Any], max_tokens: int
 ) -> None:
     directory, batch, expected = plain
-    world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1) * layout.get("data", 1)
+    world = Layout(**layout).world_size
     found = run_ranks(updates, world, directory, batch, layout, max_tokens, timeout_seconds=400)[0]
     worst = {name: compare(found[name], expected[name]) for name in expected}
     print(layout, f"largest {max(worst.values()):.1e} at {max(worst, key=worst.get)}")

@@ -101,7 +101,7 @@ def gradients(rank: int, directory: str, samples: list[Sample], layout: dict, fr
     ],
 )
 def test_recomputation_changes_no_gradient_and_keeps_less(tiny_dir: Path, layout: dict, freeze: tuple) -> None:
-    world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
+    world = Layout(**layout).world_size
     samples = made_up_samples(tiny_dir, pictures=[((4, 8),), ((6, 6), (3, 5)), ((4, 6),)])
     for found in run_ranks(gradients, world, str(tiny_dir), samples, layout, freeze):
         plain, _ = found["none"]

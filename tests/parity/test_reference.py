@@ -95,7 +95,7 @@ def test_an_update_with_kl_does_not_depend_on_the_layout(tiny_dir: Path, referen
     one = run_ranks(update, 1, *arguments, {}, 4096, case)[0]
     assert one["kl"] is None or one["kl"] > 0
     for layout, max_tokens in LAYOUTS:
-        world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1) * layout.get("data", 1)
+        world = Layout(**layout).world_size
         other = run_ranks(update, world, *arguments, layout, max_tokens, case)[0]
         assert compare(other, one) <= 1e-5
 

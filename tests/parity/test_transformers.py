@@ -124,7 +124,7 @@ def measure_all(rank: int, jobs: list[Job], folder: str) -> list[dict[str, Any] 
         try:
             reports.append(measure(rank, job, f"file://{folder}/{number}"))
         except Exception as error:
-            raise RuntimeError(f"at layout: {Layout.__str__(job)}") from error
+            raise RuntimeError(f"at layout: {job.layout}") from error
     return reports
 
 

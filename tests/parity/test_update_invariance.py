@@ -105,7 +105,7 @@ def test_a_frozen_tower_stays_and_the_rest_moves_as_if_it_did_not(
     plain: tuple[str, Batch, dict], layout: dict, freeze: tuple[str, ...]
 ) -> None:
     directory, batch, expected = plain
-    world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
+    world = Layout(**layout).world_size
     frozen = run_ranks(update, world, directory, batch, {**layout, "freeze": freeze}, 160, "ppo_clip", {})[0]
     still = ("visual.",) if "merger" in freeze else ("visual.patch_embed.", "visual.blocks.")
     for name, step in frozen["steps"].items():

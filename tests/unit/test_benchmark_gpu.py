@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from eureka_megatron.layout import Execution
 from tests.helpers.ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark" / "gpu.py"
@@ -29,7 +30,7 @@ def counted(rank: int, folder: str) -> dict[str, tuple[float, float]]:
     gpu = benchmark()
     text = gpu.Tower(heads=4, groups=2, size=16, hidden=64, ffn=96, layers=2)
     vision = gpu.Tower(heads=2, groups=2, size=16, hidden=32, ffn=48, layers=3)
-    model = gpu.build(text, vision, Path(folder) / "rendezvous", dtype=torch.float32)
+    model = gpu.build(text, vision, Path(folder) / "rendezvous", Execution())
     found = {}
     for name, stack, tower, lengths in (
         ("text", gpu.text_layers, text, [32, 32]),

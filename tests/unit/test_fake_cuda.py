@@ -27,7 +27,7 @@ from tests.helpers.ranks import run_ranks
 
 FROZEN, BLOCKS = {"freeze": ("vision", "merger")}, {"freeze": ("vision",)}
 TP2 = {"world_size": 2, "tensor": 2, "rank": 1}
-# Arguments of fake_rank; "freeze", and fields of Execution.
+# Arguments of fake_rank; fields of Execution and further arguments of PolicyTrainer.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one rank": ({}, {}),
     "fp32": ({}, {"dtype": "float32"}),
@@ -77,9 +77,9 @@ def make_trainer(directory: str, parallel: Any, options: dict[str, Any]) -> Any:
 
     trainer.load_hf = lambda *_, **__: None
     torch.nn.Module.bfloat16 = already_bf16  # Float16Module's; torch cannot put new tensors into fake parameters
-    how = {"dtype": "bfloat16"} | options
-    freeze = how.pop("freeze", ())
-    policy = trainer.PolicyTrainer(directory, parallel, Execution(**how), freeze=freeze)
+    how = {"dtype": "bfloat16"} | {name: options[name] for name in options.keys() & set(Execution.model_fields)}
+    others = {name: options[name] for name in options.keys() - how.keys()}
+    policy = trainer.PolicyTrainer(directory, parallel, Execution(**how), **others)
     policy.scheduler = SimpleNamespace()
 
     def forward_only(micro_batches: list, loss: Any) -> dict[str, float]:

@@ -19,10 +19,6 @@ from eureka_megatron.layout import Layout
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
 # Where text sizes stand in a file without `text_config`. Class defaults are the 72B model's: silence about all of them is a mistake.
 _FLAT_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-
-# Fields of the records below that are no numbers, or not always there, or (those of rotary positions) stand elsewhere in the file.
-_NO_NUMBERS = {"text_config", "vision_config", "tie_word_embeddings", "vision_token_id", "eos_token_ids"}
-_NO_NUMBERS |= {"rope_theta", "mrope_section", "fullatt_block_indexes"}
 # Keys of rope_scaling and rope_parameters that change what is computed, and what they say where nothing is changed.
 _PLAIN_ROPE = {
     "rope_type": ("default", "mrope", None),
@@ -241,8 +237,9 @@ def _not_numbers(hf: Any, rope: dict[str, Any]) -> list[str]:
         ("text_config.", hf.text_config, TextConfig),
         ("vision_config.", hf.vision_config, VisionConfig),
     ):
-        kinds = {name: kind for name, kind in record.__annotations__.items() if name not in _NO_NUMBERS}
-        values |= {f"{part}{name}": (getattr(owner, name, None), kind) for name, kind in kinds.items()}
+        for name, kind in record.__annotations__.items():
+            if kind in (int, float) and name != "rope_theta":
+                values[f"{part}{name}"] = (getattr(owner, name, None), kind)
     problems = [
         f"{name} is {value!r}; needs a positive number{', a whole one' if kind is int and type(value) is float else ''}"
         for name, (value, kind) in values.items()
@@ -305,12 +302,19 @@ def _impossible(config: QwenVLConfig) -> list[str]:
 def check_layout(config: QwenVLConfig, layout: Layout) -> None:
     """Refuse a layout the model cannot have, before anything starts.
 
+    Example: 8 layers on 4 stages are 2 each; with layers_first_stage=1 and layers_last_stage=1 they are 1, 3, 3, 1.
+
     Raises:
         ConfigError: names the number that does not divide and the sizes that would.
     """
     _check_tensor(config.text_config, layout.tensor)
-    if layout.vision_parallel == "tensor":
-        _check_vision_tensor(config.vision_config, layout.tensor)
+    names, vision = ("num_heads", "intermediate_size"), config.vision_config
+    wrong = [f"{name}={getattr(vision, name)}" for name in names if getattr(vision, name) % layout.tensor]
+    if wrong and layout.vision_parallel == "tensor":
+        raise ConfigError(
+            f"model.vision_parallel='tensor': parallel.tensor={layout.tensor} does not divide the vision tower's {', '.join(wrong)}; "
+            "use 'data' or 'replicated'"
+        )
     layers, pipeline = config.text_config.num_hidden_layers, layout.pipeline
     given = layout.model_dump(include={"layers_first_stage", "layers_last_stage"}, exclude_none=True)
     if given and pipeline == 1:
@@ -347,12 +351,3 @@ def _check_tensor(text: TextConfig, tensor: int) -> None:
     if wrong := undivided(tensor):
         fits = [ranks for ranks in range(1, text.num_attention_heads + 1) if not undivided(ranks)]
         raise ConfigError(f"parallel.tensor={tensor} does not divide {', '.join(wrong)}; possible: {fits}")
-
-
-def _check_vision_tensor(vision: VisionConfig, tensor: int) -> None:
-    names = ("num_heads", "intermediate_size")
-    if wrong := [f"{name}={getattr(vision, name)}" for name in names if getattr(vision, name) % tensor]:
-        raise ConfigError(
-            f"model.vision_parallel='tensor': parallel.tensor={tensor} does not divide the vision tower's {', '.join(wrong)}; "
-            "use 'data' or 'replicated'"
-        )

@@ -62,14 +62,11 @@ def query_plan(segments: Sequence[int], share: ContextShare) -> QueryPlan:
     return QueryPlan(tuple(queries), tuple(keys), torch.cat(rows), spans(queries), spans(keys))
 
 
-def gather_context(rows_t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' rows end to end [T, …]; the gradient of each is summed over the ranks, for each uses them for its own queries."""
-    return gather_from_sequence_parallel_region(rows_t, tensor_parallel_output_grad=True, group=group)
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: QueryPlan, group: dist.ProcessGroup) -> Tensor:
     """query [t, N, D], key and value [t, K, D] of this rank's rows → [t, N, D]. Causal within each sequence of the plan."""
-    pair = gather_context(torch.cat((key, value), dim=-1), group)  # one collective for both
+    # All ranks' rows end to end, in one collective for both; the gradient of each row is summed over the ranks that use it.
+    pair = torch.cat((key, value), dim=-1)
+    pair = gather_from_sequence_parallel_region(pair, tensor_parallel_output_grad=True, group=group)
     if query.is_cuda and query.dtype != torch.float32:
         return _flash(query, pair, plan)
     parts = []

@@ -38,7 +38,9 @@ class QwenVLModel(LanguageModule):
     Args:
         config, vision_config: shared by all chunks of this rank.
         backend: what the layers are made of; "local" or "te".
-        chunk: which of `parallel.layout.virtual_pipeline` chunks of this stage.
+        chunk: v of `parallel.layout.virtual_pipeline`. On stage p of P it is part v·P + p of the model. Example, 8 layers, P 2, two chunks:
+
+            stage 0   embed 0 1 │ 4 5            stage 1   2 3 │ 6 7 head
     """
 
     def __init__(
