@@ -191,14 +191,14 @@ class TrainerGroup:
         self.config = config
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        actor = ray.remote(TrainerRank).options(
+        actor: Any = ray.remote(TrainerRank).options(
             num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)}
         )
-        self.ranks = [actor.remote(config, rank) for rank in range(world)]
+        self.ranks: list[ActorHandle] = [actor.remote(config, rank) for rank in range(world)]
 
     def start(self) -> dict[str, int]:
         """Load the model on all ranks. → {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"}."""
-        address = ray.get(self.ranks[0].address.remote())
+        address: str = ray.get(self.ranks[0].address.remote())
         layout = self._all("start", address)[0]
         self.places: list[Place] = self._all("place")
         return layout
@@ -236,7 +236,7 @@ class TrainerGroup:
 
     def save_ended(self) -> bool:
         """Whether `wait_for_save` has something to tell and need not wait."""
-        return ray.get(self.ranks[0].save_ended.remote())
+        return bool(ray.get(self.ranks[0].save_ended.remote()))
 
     def wait_for_save(self) -> Report | None:
         """How the last save ended, once; None when there is none to wait for."""

@@ -221,10 +221,8 @@ class PolicyTrainer:
         parts = self._forward_only(batches, partial(step.logprobs_only, temperature=objective.temperature))
         if not parts:
             return batches
-        return [
-            replace(batch, **{f"{which}_logprobs_T": part["logprobs_T"]})
-            for batch, part in zip(batches, parts, strict=True)
-        ]
+        known: list[dict[str, Any]] = [{f"{which}_logprobs_T": part["logprobs_T"]} for part in parts]
+        return [replace(batch, **values) for batch, values in zip(batches, known, strict=True)]
 
     def _engine_gap(self, batches: list[MicroBatch], share: Share) -> dict[str, float]:
         gap = step.engine_gap(batches, share.parcel.samples, self.parallel.device)
@@ -263,7 +261,7 @@ class PolicyTrainer:
     ) -> Iterable[tuple[str, Any]]:
         """(HF name, full tensor) in table order, a collective in lockstep; None in place of the tensor where it is not received."""
         chunks = [chunk.module for chunk in self.chunks]
-        return iter_hf_weights(chunks, self.parallel, to=to, skip=skip, **({"select": select} if select else {}))
+        return iter_hf_weights(chunks, self.parallel, to=to, skip=skip, select=select)
 
     def weight_source(self) -> MegatronWeightSource:
         """The weights that learn, as vLLM's weight transfer wants them: declared first, then streamed.
