@@ -145,7 +145,8 @@ def policy_loss(
     loss = batch.aggregate(pg_T)
     metrics["pg_loss"] = batch.aggregate_pair(pg_T)
     if chosen.drift_coefficient:
-        drift_T = _drift(batch, log_ratio_T)
+        # The k3-like pull towards the old policy, bounded above only, as in the paper and the original.
+        drift_T = (log_ratio_T.detach().exp() - 1).clamp(max=chosen.drift_clip) * inputs.logprobs_T
         loss = loss + chosen.drift_coefficient * batch.aggregate(drift_T, chosen.drift_aggregation)
         metrics["policy_drift"] = batch.aggregate_pair(drift_T, chosen.drift_aggregation)
     if inputs.ref_logprobs_T is not None:
@@ -224,11 +225,13 @@ def reduce_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
         return {}
     # All in one copy: a GPU is waited for once, not once a number.
     numbers = iter(torch.cat([value.reshape(-1).double() for value in total.values()]).tolist())
-    return {key: next(numbers) if key.endswith("_max") else _ratio(next(numbers), next(numbers)) for key in total}
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0
+    found = {}
+    for key in total:
+        found[key] = next(numbers)
+        if not key.endswith("_max"):
+            denominator = next(numbers)
+            found[key] = found[key] / denominator if denominator else 0.0
+    return found
 
 
 class _Batch:
@@ -250,22 +253,16 @@ class _Batch:
         """Response tokens of each token's sequence, float64; at least 1, to divide by."""
         return self.sequence_sums(self.valid_T.double()).clamp(min=1)
 
-    def masked(self, value_T: Tensor) -> Tensor:
-        return torch.where(self.valid_T, value_T, 0.0)
-
     def sequence_sums(self, value_T: Tensor) -> Tensor:
         """Detached sums over each whole sequence, spread back over its tokens."""
         ids_T, sequences = self.ids_T, self.inputs.sequences
         if sequences is None:
             sequences = int(ids_T.max()) + 1 if ids_T.numel() else 0
-        sums_S = value_T.new_zeros(sequences).index_add(0, ids_T, self.masked(value_T.detach()))
+        sums_S = value_T.new_zeros(sequences).index_add(0, ids_T, torch.where(self.valid_T, value_T.detach(), 0.0))
         return sums_S[ids_T]
 
-    def sequence_means(self, value_T: Tensor) -> Tensor:
-        return self.sequence_sums(value_T) / self.counts_T.to(value_T.dtype)
-
     def _numerator(self, value_T: Tensor, kind: str) -> Tensor:
-        value_T = self.masked(value_T)
+        value_T = torch.where(self.valid_T, value_T, 0.0)
         return (value_T / self.counts_T.to(value_T.dtype) if kind == "seq_mean" else value_T).sum()
 
     def _denominator(self, kind: str) -> Tensor:
@@ -290,10 +287,13 @@ class _Batch:
         kind = kind or self.options.aggregation
         return torch.stack([self._numerator(value_T.detach().double(), kind), self._denominator(kind)])
 
-    def pair(self, value_T: Tensor, where_T: Tensor | None = None) -> Tensor:
-        """[sum, count] over valid tokens."""
-        chosen_T = self.valid_T if where_T is None else self.valid_T & where_T
-        return torch.stack([torch.where(chosen_T, value_T.detach().double(), 0.0).sum(), chosen_T.double().sum()])
+    def pair(self, value_T: Tensor) -> Tensor:
+        return _pair(value_T, self.valid_T)
+
+
+def _pair(value_T: Tensor, chosen_T: Tensor) -> Tensor:
+    """[sum, count] over the chosen tokens."""
+    return torch.stack([torch.where(chosen_T, value_T.detach().double(), 0.0).sum(), chosen_T.double().sum()])
 
 
 # --- the losses: (batch, log_ratio_T) -> (loss_T, ratio_T to report); one function each ---
@@ -318,9 +318,8 @@ def _ppo_clip(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gspo(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequence's geometric mean ratio, in the paper's token form: its value from the sequence, its gradient from
-    the token."""
-    sequence_T = batch.sequence_means(log_ratio_T)
+    """The sequence's geometric mean ratio, in the paper's token form: its value from the sequence, its gradient from the token."""
+    sequence_T = batch.sequence_sums(log_ratio_T) / batch.counts_T.to(log_ratio_T.dtype)
     ratio_T = (sequence_T + log_ratio_T - log_ratio_T.detach()).exp()
     return _clipped(batch, ratio_T), ratio_T
 
@@ -351,30 +350,16 @@ LOSSES: dict[str, Callable[[_Batch, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def _drift(batch: _Batch, log_ratio_T: Tensor) -> Tensor:
-    """CPGD's drift: the k3-like pull towards the old policy, bounded above only, as in the paper and the original."""
-    weight_T = (log_ratio_T.detach().exp() - 1).clamp(max=batch.options.drift_clip)
-    return weight_T * batch.inputs.logprobs_T
-
-
 # --- rollout correction ---
-
-
-def _rollout_gap(batch: _Batch) -> Tensor | None:
-    """log of old policy over rollout policy, 0 outside the mask."""
-    rollout_T = batch.inputs.rollout_logprobs_T
-    if rollout_T is None:
-        return None
-    return (batch.inputs.old_logprobs_T - rollout_T).detach()
 
 
 def _correction_weights(batch: _Batch) -> Tensor | None:
     kind, bound = batch.options.correction, batch.options.correction_bound
     if kind == "off":
         return None
-    gap_T = _rollout_gap(batch)
-    if gap_T is None:
+    if batch.inputs.rollout_logprobs_T is None:
         raise ValueError(f"correction {kind!r} needs rollout_logprobs_T in the record")
+    gap_T = (batch.inputs.old_logprobs_T - batch.inputs.rollout_logprobs_T).detach()
     if kind == "sequence_tis":
         gap_T = batch.sequence_sums(gap_T)
     weight_T = gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -388,22 +373,23 @@ def _correction_weights(batch: _Batch) -> Tensor | None:
 
 def _rollout_metrics(batch: _Batch) -> Metrics:
     """Trainer against rollout engine: mean and max of exp|log-ratio|, and the share of tokens beyond 1.05."""
-    gap_T = _rollout_gap(batch)
-    if gap_T is None:
+    if batch.inputs.rollout_logprobs_T is None:
         return {}
+    gap_T = (batch.inputs.old_logprobs_T - batch.inputs.rollout_logprobs_T).detach()
     error_T = gap_T.double().abs().clamp(max=LOG_RATIO_LIMIT).exp()
     far_T = (error_T > _PROB_ERROR_ALARM).double()
-    parts: dict[str, Tensor | None] = {"": None}
+    parts = {"": batch.valid_T}
     if batch.inputs.has_image_T is not None:
         has_image_T = batch.inputs.has_image_T.bool()
-        parts |= {"_text": ~has_image_T, "_image": has_image_T}
+        parts |= {"_text": batch.valid_T & ~has_image_T, "_image": batch.valid_T & has_image_T}
     metrics: Metrics = {}
-    for suffix, where_T in parts.items():
-        chosen_T = batch.valid_T if where_T is None else batch.valid_T & where_T
-        metrics[f"mult_prob_error{suffix}"] = batch.pair(error_T, where_T)
-        metrics[f"mult_prob_error_share{suffix}"] = batch.pair(far_T, where_T)
+    for suffix, chosen_T in parts.items():
         worst = torch.where(chosen_T, error_T, 0.0).amax() if error_T.numel() else error_T.new_zeros(())
-        metrics[f"mult_prob_error{suffix}_max"] = worst
+        metrics |= {
+            f"mult_prob_error{suffix}": _pair(error_T, chosen_T),
+            f"mult_prob_error_share{suffix}": _pair(far_T, chosen_T),
+            f"mult_prob_error{suffix}_max": worst,
+        }
     return metrics
 
 

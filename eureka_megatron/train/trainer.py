@@ -146,14 +146,10 @@ class PolicyTrainer:
             multiple_of=self.parallel.pipeline.size if len(self.chunks) > 1 else 1,
         )
 
-    @property
-    def tower_ranks(self) -> int:
-        """See `shares`; 0 on stages without a frozen tower."""
-        return self.frozen_tower.ranks if self.frozen_tower else 0
-
     def train(self, batch: Batch, loss: str, options: Mapping[str, Any], **objective: Any) -> list[dict[str, float]]:
         """`learn` on this rank's share of a whole batch. Keywords are fields of `step.Objective`."""
-        share = shares(batch, self.rules, self.tower_ranks)[self.parallel.data.rank]
+        tower_ranks = self.frozen_tower.ranks if self.frozen_tower else 0
+        share = shares(batch, self.rules, tower_ranks)[self.parallel.data.rank]
         return self.learn(share, step.Objective(loss, options, **objective))
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
