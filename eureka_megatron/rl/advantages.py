@@ -89,7 +89,7 @@ def compute(
         # Equal rewards carry no signal; without this, rounding noise in the mean is divided by 1e-9.
         equal_G = reward_GN.amax(dim=1) == reward_GN.amin(dim=1)
         shaped_GN = torch.where(equal_G[:, None], 0.0, shaped_GN)
-    adora, clip_filter, reward_clip = (options.get(key) for key in ("adora", "clip_filter", "reward_clip"))
+    adora, clip_filter, reward_clip = options.get("adora"), options.get("clip_filter"), options.get("reward_clip")
     if name != "dr_grpo" and adora is not None:
         if lengths_GN is None:
             raise ValueError("adora compares response lengths: give lengths_GN")

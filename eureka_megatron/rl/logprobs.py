@@ -2,10 +2,11 @@
 
 Works through the vocabulary in blocks, forward and backward: [tokens, vocabulary] never exists, only [tokens, block]. The backward
 computes each block's logits again, as in Cut Cross-Entropy (arXiv:2411.09009, section 3), without its sparsification: gradients are
-exact. Blocks of words rather than of tokens: a block's gradient of the weight is then finished at once, with no sum over blocks to hold.
-tools/benchmark/logprobs.py measures it: with 8,192 tokens and 152,064 words 0.15 GiB beyond inputs and results, where the naive way takes 13.
+exact. Blocks of the vocabulary rather than of rows: a block's gradient of the weight is then finished at once, with no sum over blocks to
+hold. tools/benchmark/logprobs.py measures it: with 8,192 rows and a vocabulary of 152,064 tokens 0.15 GiB beyond inputs and results, where the
+naive way takes 13.
 
-Shapes: T rows, H hidden, V' = vocabulary / tensor-parallel size (this rank's rows of the weight), B words of a block.
+Shapes: T rows, H hidden, V' = vocabulary / tensor-parallel size (this rank's rows of the weight), B tokens of a block of the vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ def token_logprobs(
     Args:
         hidden_TH: final hidden states, equal on all ranks of `group`. Its gradient is this rank's partial sum: the caller's
             gather or copy into the tensor-parallel region adds the parts.
-        weight_VH: this rank's rows of the output weight; rank r holds words r·V' … (r+1)·V'.
+        weight_VH: this rank's rows of the output weight; rank r holds tokens r·V' … (r+1)·V'.
         labels_T: int64, the taken tokens.
         group: tensor-parallel group; None: the weight is whole.
         temperature: of the policy, > 0. Logits are divided by it in fp32, as engines do when they sample.
@@ -42,7 +43,7 @@ def token_logprobs(
 
 
 class _Sums(NamedTuple):
-    """Of the words seen so far, for each row: the largest logit m, Σ exp(x − m) and Σ exp(x − m) · (x − m)."""
+    """Of the part of the vocabulary seen so far, for each row: the largest logit m, Σ exp(x − m) and Σ exp(x − m) · (x − m)."""
 
     largest_T: Tensor
     total_T: Tensor
@@ -62,14 +63,15 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Any:
         labels = labels - (dist.get_rank(group) * len(weight) if group is not None else 0)
         taken = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        sums = None
+        sums: _Sums | None = None
         blocks = _blocks(len(weight), len(hidden), logits_at_once)
-        for words in blocks:
-            logits = token_logits(hidden, weight[words], temperature)
-            here, places = _labels_in(labels, words)
+        for block in blocks:
+            logits = token_logits(hidden, weight[block], temperature)
+            here, places = _labels_in(labels, block)
             taken = torch.where(here, logits.gather(1, places[:, None])[:, 0], taken)
             sums = _add(sums, logits)
             del logits
+        assert sums is not None  # a vocabulary has tokens
         logprobs, entropies, log_total = _finish(sums, taken, group)
         ctx.save_for_backward(hidden, weight, labels, log_total, entropies)
         ctx.blocks, ctx.temperature = blocks, temperature
@@ -86,26 +88,27 @@ class _TokenLogprobs(torch.autograd.Function):
             )
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if learns_hidden else None
         grad_weight = torch.empty_like(weight) if learns_weight else None
-        for words in ctx.blocks:
-            log_p = token_logits(hidden, weight[words], ctx.temperature).sub_(log_total[:, None])
+        for block in ctx.blocks:
+            log_p = token_logits(hidden, weight[block], ctx.temperature).sub_(log_total[:, None])
             grad = _logit_gradients(log_p, entropies, grad_logprobs, grad_entropies)
             if grad_logprobs is not None:
-                here, places = _labels_in(labels, words)
+                here, places = _labels_in(labels, block)
                 grad.scatter_add_(1, places[:, None], torch.where(here, grad_logprobs, 0.0)[:, None])
             # bf16 operands for tensor cores. Each element is rounded in proportion to itself, and the sums stay in fp32: the gradients
             # are off by little more than their own rounding to bf16 (3.6e-3 against 2.5e-3 of the largest, test_logprobs).
             grad = grad.to(weight.dtype)
-            if learns_hidden:
-                grad_hidden += _product(grad, weight[words])
-            if learns_weight:
-                torch.mm(grad.T, hidden, out=grad_weight[words])
+            if grad_hidden is not None:
+                grad_hidden += _product(grad, weight[block])
+            if grad_weight is not None:
+                torch.mm(grad.T, hidden, out=grad_weight[block])
             del log_p, grad  # before the next block's are made
-        return grad_hidden.to(hidden.dtype) if learns_hidden else None, grad_weight, None, None, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _blocks(words: int, rows: int, logits_at_once: int) -> list[slice]:
-    size = max(1, min(words, logits_at_once // max(rows, 1)))
-    return [slice(start, min(start + size, words)) for start in range(0, words, size)]
+def _blocks(vocabulary: int, rows: int, logits_at_once: int) -> list[slice]:
+    size = max(1, min(vocabulary, logits_at_once // max(rows, 1)))
+    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
 def token_logits(hidden_TH: Tensor, weight_VH: Tensor, temperature: float = 1.0) -> Tensor:
@@ -121,10 +124,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def _labels_in(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Whether each row's label is one of these words, and which of them (any, if it is not): [T] both, so that nobody need count them."""
-    here = (labels >= words.start) & (labels < words.stop)
-    return here, (labels - words.start).clamp(0, words.stop - words.start - 1)
+def _labels_in(labels: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Whether each row's label is in this block, and where in it (anywhere, if it is not): [T] both, so that nobody need count them."""
+    here = (labels >= block.start) & (labels < block.stop)
+    return here, (labels - block.start).clamp(0, block.stop - block.start - 1)
 
 
 def _logit_gradients(
@@ -133,6 +136,7 @@ def _logit_gradients(
     """What reaches the logits, but for the labels' own part: −p · (g + h (log p + entropy)) of the gradients g, h of a row's log-probability
     and entropy. Overwrites log p."""
     if grad_entropies is None:
+        assert grad_logprobs is not None  # else nothing would ask for gradients
         return log_p.exp_().mul_(grad_logprobs[:, None]).neg_()
     p = log_p.exp()
     factor = log_p.add_(entropies[:, None]).mul_(grad_entropies[:, None])
@@ -142,7 +146,7 @@ def _logit_gradients(
 
 
 def _add(sums: _Sums | None, logits: Tensor) -> _Sums:
-    """The sums with these words too; overwrites the logits."""
+    """The sums with this block too; overwrites the logits."""
     largest = logits.amax(-1) if sums is None else torch.maximum(sums.largest_T, logits.amax(-1))
     shifted = logits.sub_(largest[:, None])
     weights = shifted.exp()
@@ -154,7 +158,7 @@ def _add(sums: _Sums | None, logits: Tensor) -> _Sums:
 
 
 def _finish(sums: _Sums, taken: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """→ log-probability of the label, entropy and log Σ exp of all logits, over the words of all ranks."""
+    """→ log-probability of the label, entropy and log Σ exp of all logits, over the vocabulary of all ranks."""
     if group is not None and dist.get_world_size(group) > 1:
         largest = sums.largest_T.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)

@@ -11,9 +11,7 @@ does both. Names follow MM-EUREKA: policy_loss, kl, ratio, ratio_clip_upper, rat
 Log-ratios are bounded to ±20 nats before any exponential (`advantages.LOG_RATIO_LIMIT` says why): importance ratios of every loss, GSPO's of
 sequences, drift, rollout correction, k3, metrics. Beyond, values stay finite and the gradient through the ratio is zero.
 
-A sequence lies whole inside one call. Under context parallelism a rank holds only part of each sequence: pass
-`sequence_all_reduce`, which sums a per-sequence tensor over those ranks (everything it sees is detached), and give
-`sequences`, so that the tensor has one size on all of them.
+A sequence lies whole inside one call.
 
 Sources: PPO arXiv:1707.06347, dual clip arXiv:1912.09729, DAPO arXiv:2503.14476, Dr. GRPO arXiv:2503.20783, GSPO
 arXiv:2507.18071, CISPO arXiv:2506.13585, CPGD arXiv:2505.12504, truncated importance sampling between rollout engine
@@ -25,6 +23,8 @@ Shape suffixes: T packed tokens, S sequences.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from torch import Tensor
 from eureka_megatron.rl.advantages import LOG_RATIO_LIMIT, kl_estimate
 
 Metrics = dict[str, Tensor]
-SequenceAllReduce = Callable[[Tensor], Tensor]
 
 _PROB_ERROR_ALARM = 1.05
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum_norm")
@@ -58,7 +57,7 @@ class LossInputs:
     rollout_logprobs_T: Tensor | None = None  # the engine that sampled, for the rollout correction
     entropy_T: Tensor | None = None  # entropy in nats; with gradient when it is rewarded
     has_image_T: Tensor | None = None  # bool, the token's sequence has an image; splits the diagnostics
-    # S; default: the largest id + 1, for which a GPU has to be waited for. Needed when ranks hold parts of the sequences.
+    # S; default: the largest id + 1, for which a GPU has to be waited for.
     sequences: int | None = None
     global_tokens: float | None = None  # response tokens of the global batch
     global_sequences: float | None = None  # sequences with at least one response token in the global batch
@@ -68,15 +67,16 @@ class LossInputs:
 class LossOptions:
     """Options shared by the losses; `DEFAULTS` holds what each loss changes.
 
-    clip_low, clip_high       the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    dual_clip                 bound c > 1 of the ratio for negative advantages
-    ratio_cap                 MM-EUREKA's cap on the ratio for every sign (3.0)
-    aggregation               token_mean | seq_mean (mean of per-sequence means) | seq_sum_norm (sums / a constant)
-    sequence_norm_tokens      that constant: usually the longest response allowed, in tokens
-    kl_coefficient, kl_estimator, kl_aggregation   KL to the reference; aggregation None: the loss's own
-    entropy_coefficient       subtracts coefficient * entropy
-    drift_coefficient, drift_clip, drift_aggregation   CPGD policy drift: coefficient * min(sg(ratio) - 1, clip) logprob
-    correction, correction_bound   rollout correction: off | token_tis | sequence_tis | mask
+    Attributes:
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: bound c > 1 of the ratio for negative advantages.
+        ratio_cap: MM-EUREKA's cap on the ratio for every sign (3.0).
+        aggregation: token_mean | seq_mean (mean of per-sequence means) | seq_sum_norm (sums / a constant).
+        sequence_norm_tokens: that constant: usually the longest response allowed, in tokens.
+        kl_coefficient, kl_estimator, kl_aggregation: KL to the reference; aggregation None: the loss's own.
+        entropy_coefficient: subtracts coefficient * entropy.
+        drift_coefficient, drift_clip, drift_aggregation: CPGD policy drift: coefficient * min(sg(ratio) - 1, clip) logprob.
+        correction, correction_bound: rollout correction: off | token_tis | sequence_tis | mask.
     """
 
     clip_low: float = 0.2
@@ -96,7 +96,7 @@ class LossOptions:
     correction_bound: float = 2.0
 
 
-DEFAULTS: dict[str, dict[str, object]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo_clip": {},
     "dapo": {"clip_high": 0.28},
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq_mean"},  # section 5.1 of the paper
@@ -104,12 +104,12 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "cpgd": {"drift_coefficient": 0.01},
 }
 # The original's choices: ratio capped at 3, sequence means unless dapo, token-mean drift, KL by sequence means.
-_MM_EUREKA: dict[str, dict[str, object]] = {
+_MM_EUREKA: dict[str, dict[str, Any]] = {
     "ppo_clip": {"ratio_cap": 3.0, "aggregation": "seq_mean"},
     "dapo": {"ratio_cap": 3.0, "clip_high": 0.2},
     "cpgd": {},
 }
-_MM_EUREKA_COMMON: dict[str, object] = {"kl_aggregation": "seq_mean", "drift_aggregation": "token_mean"}
+_MM_EUREKA_COMMON: dict[str, Any] = {"kl_aggregation": "seq_mean", "drift_aggregation": "token_mean"}
 
 
 def policy_loss(
@@ -117,17 +117,21 @@ def policy_loss(
     inputs: LossInputs,
     *,
     compat: str | None = None,
-    sequence_all_reduce: SequenceAllReduce | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, Metrics]:
     """Loss of one micro-batch, already divided by the global denominator, and its metrics (see the module's docstring).
 
-    name: one of LOSSES. options: fields of LossOptions. `compat="mm_eureka"` starts from the original's choices.
-    Raises ValueError for an unknown name or option, or an input that an option needs and the record lacks.
+    Args:
+        name: one of LOSSES.
+        compat: "mm_eureka" starts from the original's choices.
+        options: fields of LossOptions.
+
+    Raises:
+        ValueError: an unknown name or option, or an input that an option needs and the record lacks.
     """
     chosen = resolve_options(name, compat, **options)
     inputs = _without_outside(inputs)
-    batch = _Batch(inputs, chosen, sequence_all_reduce)
+    batch = _Batch(inputs, chosen)
     log_ratio_T = (inputs.logprobs_T - inputs.old_logprobs_T.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     pg_T, ratio_T = LOSSES[name](batch, log_ratio_T)
     weight_T = _correction_weights(batch)
@@ -141,7 +145,8 @@ def policy_loss(
     loss = batch.aggregate(pg_T)
     metrics["pg_loss"] = batch.aggregate_pair(pg_T)
     if chosen.drift_coefficient:
-        drift_T = _drift(batch, log_ratio_T)
+        # The k3-like pull towards the old policy, bounded above only, as in the paper and the original.
+        drift_T = (log_ratio_T.detach().exp() - 1).clamp(max=chosen.drift_clip) * inputs.logprobs_T
         loss = loss + chosen.drift_coefficient * batch.aggregate(drift_T, chosen.drift_aggregation)
         metrics["policy_drift"] = batch.aggregate_pair(drift_T, chosen.drift_aggregation)
     if inputs.ref_logprobs_T is not None:
@@ -167,16 +172,15 @@ def _without_outside(inputs: LossInputs) -> LossInputs:
     """The record with zeros outside the mask. There values may be anything, NaN included, and a product with a zero
     mask would still carry a NaN into the gradient; `where` at the entrance keeps it out of everything that follows."""
     valid_T = inputs.mask_T.bool()
-    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    clean = {
+    clean: dict[str, Any] = {
         name: torch.where(valid_T, value, 0.0)
-        for name, value in values.items()
+        for name, value in vars(inputs).items()
         if isinstance(value, Tensor) and value.shape == valid_T.shape and value.is_floating_point()
     }
     return replace(inputs, **clean)
 
 
-def resolve_options(name: str, compat: str | None = None, **options: object) -> LossOptions:
+def resolve_options(name: str, compat: str | None = None, **options: Any) -> LossOptions:
     """LossOptions of a loss: its defaults, then the original's choices under compat, then the caller's options."""
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}; known: {', '.join(LOSSES)}")
@@ -196,115 +200,100 @@ def resolve_options(name: str, compat: str | None = None, **options: object) -> 
             raise ValueError(f"unknown aggregation {kind!r}; known: {', '.join(AGGREGATIONS)}")
     if chosen.correction not in CORRECTIONS:
         raise ValueError(f"unknown correction {chosen.correction!r}; known: {', '.join(CORRECTIONS)}")
-    if "seq_sum_norm" in (chosen.aggregation, chosen.kl_aggregation) and not chosen.sequence_norm_tokens:
+    if (
+        "seq_sum_norm" in (chosen.aggregation, chosen.kl_aggregation, chosen.drift_aggregation)
+        and not chosen.sequence_norm_tokens
+    ):
         raise ValueError("aggregation seq_sum_norm needs sequence_norm_tokens, e.g. the longest response allowed")
     return chosen
 
 
-def global_counts(mask_T: Tensor, sequence_ids_T: Tensor) -> tuple[int, int]:
-    """(response tokens, sequences with at least one): sum both over all micro-batches and ranks before the forward."""
-    valid_T = mask_T.bool()
-    return int(valid_T.sum()), int(torch.unique(sequence_ids_T[valid_T]).numel())
-
-
-def reduce_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
-    """Metrics of several micro-batches (or ranks) in plain numbers: pairs are added, then divided; `_max` by max."""
+def add_metrics(parts: Iterable[Metrics]) -> Metrics:
+    """Metrics of several micro-batches (or ranks) together: pairs are added, of `_max` the larger stays."""
     total: Metrics = {}
     for part in parts:
         for key, value in part.items():
-            if key not in total:
-                total[key] = value
-            else:
-                total[key] = torch.maximum(total[key], value) if key.endswith("_max") else total[key] + value
+            combine = torch.maximum if key.endswith("_max") else torch.add
+            total[key] = combine(total[key], value) if key in total else value
+    return total
+
+
+def reduce_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
+    """Metrics of several micro-batches (or ranks) in plain numbers: pairs are added, then divided."""
+    total = add_metrics(parts)
     if not total:
         return {}
     # All in one copy: a GPU is waited for once, not once a number.
     numbers = iter(torch.cat([value.reshape(-1).double() for value in total.values()]).tolist())
-    return {key: next(numbers) if key.endswith("_max") else _ratio(next(numbers), next(numbers)) for key in total}
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0
+    found = {}
+    for key in total:
+        found[key] = next(numbers)
+        if not key.endswith("_max"):
+            denominator = next(numbers)
+            found[key] = found[key] / denominator if denominator else 0.0
+    return found
 
 
 class _Batch:
     """The record with what several parts of a loss share: the mask, per-sequence counts, aggregation."""
 
-    def __init__(self, inputs: LossInputs, options: LossOptions, sequence_all_reduce: SequenceAllReduce | None) -> None:
+    def __init__(self, inputs: LossInputs, options: LossOptions) -> None:
         self.inputs, self.options = inputs, options
         self.valid_T = inputs.mask_T.bool()
-        self._all_reduce = sequence_all_reduce or (lambda values_S: values_S)
-        self._counts_S: Tensor | None = None
-        self._ids_T: Tensor | None = None
 
-    @property
+    @cached_property
     def ids_T(self) -> Tensor:
-        if self._ids_T is None:
-            if self.inputs.sequence_ids_T is None:
-                raise ValueError("this loss, aggregation or correction works per sequence: give sequence_ids_T")
-            ids_T = self.inputs.sequence_ids_T.long()
-            # Padding may carry any id; 0 is always in range and the mask keeps it out of every sum.
-            self._ids_T = torch.where(self.valid_T, ids_T, 0)
-            self._sequences = self.inputs.sequences
-            if self._sequences is None:
-                self._sequences = int(self._ids_T.max()) + 1 if ids_T.numel() else 0
-        return self._ids_T
+        if self.inputs.sequence_ids_T is None:
+            raise ValueError("this loss, aggregation or correction works per sequence: give sequence_ids_T")
+        # Padding may carry any id; 0 is always in range and the mask keeps it out of every sum.
+        return torch.where(self.valid_T, self.inputs.sequence_ids_T.long(), 0)
 
-    @property
-    def counts_S(self) -> Tensor:
-        """Response tokens of each sequence, over all context-parallel ranks; at least 1, to divide by."""
-        if self._counts_S is None:
-            self._counts_S = self._all_reduce(self._local_sums(self.valid_T.double())).clamp(min=1)
-        return self._counts_S
-
-    def masked(self, value_T: Tensor) -> Tensor:
-        return torch.where(self.valid_T, value_T, 0.0)
-
-    def _local_sums(self, value_T: Tensor) -> Tensor:
-        ids_T = self.ids_T
-        sums_S = torch.zeros(self._sequences, dtype=value_T.dtype, device=value_T.device)
-        return sums_S.index_add(0, ids_T, self.masked(value_T))
+    @cached_property
+    def counts_T(self) -> Tensor:
+        """Response tokens of each token's sequence, float64; at least 1, to divide by."""
+        return self.sequence_sums(self.valid_T.double()).clamp(min=1)
 
     def sequence_sums(self, value_T: Tensor) -> Tensor:
         """Detached sums over each whole sequence, spread back over its tokens."""
-        return self._all_reduce(self._local_sums(value_T.detach()))[self.ids_T]
-
-    def sequence_means(self, value_T: Tensor) -> Tensor:
-        return self.sequence_sums(value_T) / self.counts_S.to(value_T.dtype)[self.ids_T]
+        ids_T, sequences = self.ids_T, self.inputs.sequences
+        if sequences is None:
+            sequences = int(ids_T.max()) + 1 if ids_T.numel() else 0
+        sums_S = value_T.new_zeros(sequences).index_add(0, ids_T, torch.where(self.valid_T, value_T.detach(), 0.0))
+        return sums_S[ids_T]
 
     def _numerator(self, value_T: Tensor, kind: str) -> Tensor:
-        value_T = self.masked(value_T)
-        if kind == "seq_mean":
-            value_T = value_T / self.counts_S.to(value_T.dtype)[self.ids_T]
-        return value_T.sum()
+        value_T = torch.where(self.valid_T, value_T, 0.0)
+        return (value_T / self.counts_T.to(value_T.dtype) if kind == "seq_mean" else value_T).sum()
 
-    def _local_denominator(self, kind: str) -> Tensor:
+    def _denominator(self, kind: str) -> Tensor:
+        """Of this micro-batch alone."""
         if kind == "token_mean":
             return self.valid_T.double().sum()
-        # Each token counts 1/length of its sequence: whole sequences here, their right share under context parallelism.
-        sequences = self._numerator(self.valid_T.double(), "seq_mean")
-        return sequences * self.options.sequence_norm_tokens if kind == "seq_sum_norm" else sequences
+        # Each token counts 1/length of its sequence.
+        return self._numerator(self.valid_T.double(), "seq_mean") * self._norm(kind)
+
+    def _norm(self, kind: str) -> float:
+        return (self.options.sequence_norm_tokens or 0.0) if kind == "seq_sum_norm" else 1.0
 
     def aggregate(self, value_T: Tensor, kind: str | None = None) -> Tensor:
         """The share of this micro-batch in the aggregate over the global batch."""
         kind = kind or self.options.aggregation
-        if kind == "token_mean":
-            given = self.inputs.global_tokens
-        else:
-            given = self.inputs.global_sequences
-            if given is not None and kind == "seq_sum_norm":
-                given = given * self.options.sequence_norm_tokens
-        denominator = given if given is not None else self._local_denominator(kind).clamp(min=1e-9)
-        return self._numerator(value_T, kind) / denominator
+        given = self.inputs.global_tokens if kind == "token_mean" else self.inputs.global_sequences
+        if given is None:
+            return self._numerator(value_T, kind) / self._denominator(kind).clamp(min=1e-9)
+        return self._numerator(value_T, kind) / (given * self._norm(kind))
 
     def aggregate_pair(self, value_T: Tensor, kind: str | None = None) -> Tensor:
         kind = kind or self.options.aggregation
-        return torch.stack([self._numerator(value_T.detach().double(), kind), self._local_denominator(kind)])
+        return torch.stack([self._numerator(value_T.detach().double(), kind), self._denominator(kind)])
 
-    def pair(self, value_T: Tensor, where_T: Tensor | None = None) -> Tensor:
-        """[sum, count] over valid tokens."""
-        chosen_T = self.valid_T if where_T is None else self.valid_T & where_T
-        return torch.stack([torch.where(chosen_T, value_T.detach().double(), 0.0).sum(), chosen_T.double().sum()])
+    def pair(self, value_T: Tensor) -> Tensor:
+        return _pair(value_T, self.valid_T)
+
+
+def _pair(value_T: Tensor, chosen_T: Tensor) -> Tensor:
+    """[sum, count] over the chosen tokens."""
+    return torch.stack([torch.where(chosen_T, value_T.detach().double(), 0.0).sum(), chosen_T.double().sum()])
 
 
 # --- the losses: (batch, log_ratio_T) -> (loss_T, ratio_T to report); one function each ---
@@ -329,9 +318,8 @@ def _ppo_clip(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gspo(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequence's geometric mean ratio, in the paper's token form: its value from the sequence, its gradient from
-    the token."""
-    sequence_T = batch.sequence_means(log_ratio_T)
+    """The sequence's geometric mean ratio, in the paper's token form: its value from the sequence, its gradient from the token."""
+    sequence_T = batch.sequence_sums(log_ratio_T) / batch.counts_T.to(log_ratio_T.dtype)
     ratio_T = (sequence_T + log_ratio_T - log_ratio_T.detach()).exp()
     return _clipped(batch, ratio_T), ratio_T
 
@@ -353,8 +341,7 @@ def _cpgd(batch: _Batch, log_ratio_T: Tensor) -> tuple[Tensor, Tensor]:
     return -inputs.advantages_T * bounded_T, log_ratio_T.detach().exp()
 
 
-LossFunction = Callable[[_Batch, Tensor], tuple[Tensor, Tensor]]
-LOSSES: dict[str, LossFunction] = {
+LOSSES: dict[str, Callable[[_Batch, Tensor], tuple[Tensor, Tensor]]] = {
     "ppo_clip": _ppo_clip,
     "dapo": _ppo_clip,
     "gspo": _gspo,
@@ -363,30 +350,16 @@ LOSSES: dict[str, LossFunction] = {
 }
 
 
-def _drift(batch: _Batch, log_ratio_T: Tensor) -> Tensor:
-    """CPGD's drift: the k3-like pull towards the old policy, bounded above only, as in the paper and the original."""
-    weight_T = (log_ratio_T.detach().exp() - 1).clamp(max=batch.options.drift_clip)
-    return weight_T * batch.inputs.logprobs_T
-
-
 # --- rollout correction ---
-
-
-def _rollout_gap(batch: _Batch) -> Tensor | None:
-    """log of old policy over rollout policy, 0 outside the mask."""
-    rollout_T = batch.inputs.rollout_logprobs_T
-    if rollout_T is None:
-        return None
-    return (batch.inputs.old_logprobs_T - rollout_T).detach()
 
 
 def _correction_weights(batch: _Batch) -> Tensor | None:
     kind, bound = batch.options.correction, batch.options.correction_bound
     if kind == "off":
         return None
-    gap_T = _rollout_gap(batch)
-    if gap_T is None:
+    if batch.inputs.rollout_logprobs_T is None:
         raise ValueError(f"correction {kind!r} needs rollout_logprobs_T in the record")
+    gap_T = (batch.inputs.old_logprobs_T - batch.inputs.rollout_logprobs_T).detach()
     if kind == "sequence_tis":
         gap_T = batch.sequence_sums(gap_T)
     weight_T = gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -400,22 +373,23 @@ def _correction_weights(batch: _Batch) -> Tensor | None:
 
 def _rollout_metrics(batch: _Batch) -> Metrics:
     """Trainer against rollout engine: mean and max of exp|log-ratio|, and the share of tokens beyond 1.05."""
-    gap_T = _rollout_gap(batch)
-    if gap_T is None:
+    if batch.inputs.rollout_logprobs_T is None:
         return {}
+    gap_T = (batch.inputs.old_logprobs_T - batch.inputs.rollout_logprobs_T).detach()
     error_T = gap_T.double().abs().clamp(max=LOG_RATIO_LIMIT).exp()
     far_T = (error_T > _PROB_ERROR_ALARM).double()
-    parts: dict[str, Tensor | None] = {"": None}
+    parts = {"": batch.valid_T}
     if batch.inputs.has_image_T is not None:
         has_image_T = batch.inputs.has_image_T.bool()
-        parts |= {"_text": ~has_image_T, "_image": has_image_T}
+        parts |= {"_text": batch.valid_T & ~has_image_T, "_image": batch.valid_T & has_image_T}
     metrics: Metrics = {}
-    for suffix, where_T in parts.items():
-        chosen_T = batch.valid_T if where_T is None else batch.valid_T & where_T
-        metrics[f"mult_prob_error{suffix}"] = batch.pair(error_T, where_T)
-        metrics[f"mult_prob_error_share{suffix}"] = batch.pair(far_T, where_T)
+    for suffix, chosen_T in parts.items():
         worst = torch.where(chosen_T, error_T, 0.0).amax() if error_T.numel() else error_T.new_zeros(())
-        metrics[f"mult_prob_error{suffix}_max"] = worst
+        metrics |= {
+            f"mult_prob_error{suffix}": _pair(error_T, chosen_T),
+            f"mult_prob_error_share{suffix}": _pair(far_T, chosen_T),
+            f"mult_prob_error{suffix}_max": worst,
+        }
     return metrics
 
 

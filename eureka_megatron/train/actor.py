@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,11 +94,12 @@ class TrainerRank:
         """Where this rank stands, for the driver."""
         parallel = self.trainer.parallel
         complete = parallel.last_stage and parallel.tensor.rank == 0 and parallel.data.rank == 0
-        return Place(parallel.data.rank, complete, self.trainer.rules, self.trainer.tower_ranks)
+        tower = self.trainer.frozen_tower
+        return Place(parallel.data.rank, complete, self.trainer.rules, tower.ranks if tower else 0)
 
-    def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
-        """See PolicyTrainer.start_phase."""
-        self.trainer.start_phase(section, total_updates)
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A method of this rank, or of its trainer or checkpoints by a dotted name."""
+        return attrgetter(name)(self)(*arguments)
 
     def train(self, share: Share) -> list[dict[str, float]]:
         """One rollout step's updates with the configured loss."""
@@ -113,10 +115,6 @@ class TrainerRank:
             temperature=self.config.rollout.temperature,
         )
         return self.trainer.learn(share, objective)
-
-    def sft(self, share: Share) -> dict[str, float]:
-        """See PolicyTrainer.supervise."""
-        return self.trainer.supervise(share)
 
     def send_weights(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool) -> SyncReport | None:
         """Stream the weights that learn into the engines; → a report on the sending rank."""
@@ -160,14 +158,6 @@ class TrainerRank:
         """See TrainerCheckpoints.ended."""
         return self.checkpoints.ended
 
-    def wait_for_save(self) -> Report | None:
-        """See TrainerCheckpoints.wait."""
-        return self.checkpoints.wait()
-
-    def load(self, directory: Path) -> dict[str, Any]:
-        """See TrainerCheckpoints.load."""
-        return self.checkpoints.load(directory)
-
 
 class TrainerGroup:
     """All trainer ranks. Needs `ray.init` to have happened.
@@ -180,21 +170,21 @@ class TrainerGroup:
         self.config = config
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        actor = ray.remote(TrainerRank).options(
+        actor: Any = ray.remote(TrainerRank).options(
             num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)}
         )
-        self.ranks = [actor.remote(config, rank) for rank in range(world)]
+        self.ranks: list[ActorHandle] = [actor.remote(config, rank) for rank in range(world)]
 
     def start(self) -> dict[str, int]:
         """Load the model on all ranks. → {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"}."""
-        address = ray.get(self.ranks[0].address.remote())
+        address = str(ray.get(self.ranks[0].address.remote()))
         layout = self._all("start", address)[0]
         self.places: list[Place] = self._all("place")
         return layout
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """Fresh optimizer and schedule with this horizon (optimizer steps)."""
-        self._all("start_phase", section, total_updates)
+        self._all("trainer.start_phase", section, total_updates)
 
     def train(self, batch: Batch) -> list[dict[str, float]]:
         """Metrics of each optimizer step of this rollout step."""
@@ -203,7 +193,7 @@ class TrainerGroup:
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
-        return self._shared("sft", shares(Batch.of(samples), self.places[0].rules))
+        return self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
 
     def _shared(self, method: str, parts: Sequence[Share]) -> Any:
         """The reporting rank's answer. Ranks of one data-parallel rank read the same object of Ray's store."""
@@ -225,15 +215,15 @@ class TrainerGroup:
 
     def save_ended(self) -> bool:
         """Whether `wait_for_save` has something to tell and need not wait."""
-        return ray.get(self.ranks[0].save_ended.remote())
+        return bool(ray.get(self.ranks[0].save_ended.remote()))
 
     def wait_for_save(self) -> Report | None:
         """How the last save ended, once; None when there is none to wait for."""
-        return self._all("wait_for_save")[0]
+        return self._all("checkpoints.wait")[0]
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Fill weights, optimizer and schedule from a training checkpoint; after `start_phase`. → its state.json"""
-        return self._all("load", directory)[0]
+        return self._all("checkpoints.load", directory)[0]
 
     def close(self) -> None:
         """End the rank processes."""
@@ -245,11 +235,11 @@ class TrainerGroup:
 
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call the method on every rank with its arguments. → the answers, by rank; the first failure is raised at once."""
-        calls = [getattr(rank, method).remote(*own) for rank, own in zip(self.ranks, arguments, strict=True)]
-        waiting = list(calls)
-        while (
-            waiting
-        ):  # after a failure the other ranks may wait for ever in a collective that the failed one never joins
+        calls: list[ray.ObjectRef] = [
+            rank.call.remote(method, *own) for rank, own in zip(self.ranks, arguments, strict=True)
+        ]
+        waiting = calls
+        while waiting:  # after a failure the others may wait for ever, in a collective that the failed rank never joins
             done, waiting = ray.wait(waiting, num_returns=1)
             rank = calls.index(done[0])
             try:

@@ -5,11 +5,13 @@ sees every distinct picture once a rollout step; its outputs serve all samples, 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eureka_megatron.models.qwen2_5_vl.model import QwenVLModel
 from eureka_megatron.parallel.collectives import gather_units
 from eureka_megatron.parallel.runtime import Axis, Parallel
 from eureka_megatron.train.packing import Features, vision_batch
@@ -41,7 +43,7 @@ class FrozenTower:
         max_patches: patches of one call of the tower, unless a single picture has more.
     """
 
-    def __init__(self, model: torch.nn.Module, parallel: Parallel, max_patches: int) -> None:
+    def __init__(self, model: QwenVLModel, parallel: Parallel, max_patches: int) -> None:
         self.tower, self.parallel, self.max_patches = model.vision, parallel, max_patches
         self.merged = not _learns(self.tower.merger)
         whole = model.vision_parallel != "tensor"  # else all tensor-parallel ranks compute each picture together
@@ -104,7 +106,7 @@ def _calls(pictures: Sequence[Picture], max_patches: int) -> list[list[Picture]]
 
 def frozen_tower(chunks: Sequence[torch.nn.Module], parallel: Parallel, max_patches: int) -> FrozenTower | None:
     """Where this rank holds a vision tower whose blocks are frozen."""
-    model = unwrap(chunks[0])
+    model = cast(QwenVLModel, unwrap(chunks[0]))
     if not model.pre_process or _learns(model.vision.patch_embed) or _learns(model.vision.decoder):
         return None
     return FrozenTower(model, parallel, max_patches)

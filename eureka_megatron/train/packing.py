@@ -18,6 +18,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -313,7 +314,8 @@ def vision_batch(pictures: Sequence[Picture], features: Features | None = None) 
     def cumulative(lengths: list[int]) -> torch.Tensor:
         return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
 
-    contents = "patches_PD" if features is None else "units_UO" if features.merged else "hidden_PH"
+    name = "patches_PD" if features is None else "units_UO" if features.merged else "hidden_PH"
+    contents: dict[str, Any] = {name: tuple(p.patches_PD if features is None else features.of[p.key] for p in pictures)}
     coordinates = [picture.coordinates_P2 for picture in pictures] or [np.zeros((0, 2), dtype=np.int64)]
     nowhere = torch.zeros(0, dtype=torch.int64)
     batch = VisionBatch(
@@ -326,6 +328,4 @@ def vision_batch(pictures: Sequence[Picture], features: Features | None = None) 
         source_E=nowhere,
         placement_E=nowhere,
     )
-    return replace(
-        batch, **{contents: tuple(p.patches_PD if features is None else features.of[p.key] for p in pictures)}
-    )
+    return replace(batch, **contents)

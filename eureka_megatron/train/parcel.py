@@ -17,6 +17,7 @@ Example: samples 0 … 5, updates (0, 1, 2, 3) and (4, 5), two data-parallel ran
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -154,22 +155,22 @@ def shares(batch: Batch, rules: Rules, tower_ranks: int = 0) -> list[Share]:
     tower = tuple(
         tuple(PictureSize(pictures[i].key, pictures[i].patches, pictures[i].units) for i in part) for part in encoded
     )
+    stops = list(accumulate((len(plan[0]) for plan in plans), initial=0))  # as many rows on every rank
+    updates = tuple(
+        Update(start, stop, *_denominators([samples[index] for index in indices]))
+        for (start, stop), indices in zip(pairwise(stops), batch.updates, strict=True)
+    )
     found = []
     for rank in range(rules.data_ranks):
         rows = [row for plan in plans for row in plan[rank]]
         own = sorted({index for row in rows for index in row})
         place = {index: number for number, index in enumerate(own)}
-        updates, start = [], 0
-        for plan, indices in zip(plans, batch.updates, strict=True):
-            stop = start + len(plan[rank])
-            updates.append(Update(start, stop, *_denominators([samples[index] for index in indices])))
-            start = stop
         mine = encoded[rank * tower_ranks : (rank + 1) * tower_ranks]
         found.append(
             Share(
                 wrap([samples[i] for i in own], [pictures[i] for part in mine for i in part] if tower else None),
                 rows=tuple(tuple(place[index] for index in row) for row in rows),
-                updates=tuple(updates),
+                updates=updates,
                 scheduled=batch.scheduled,
                 brought=brought,
                 tower=tower,

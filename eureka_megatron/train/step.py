@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -22,12 +22,12 @@ from eureka_megatron.parallel import runtime
 from eureka_megatron.parallel.collectives import gather_rows
 from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.rl.logprobs import token_logits, token_logprobs
-from eureka_megatron.rl.losses import LossInputs, Metrics, policy_loss
+from eureka_megatron.rl.losses import LossInputs, Metrics, add_metrics, policy_loss
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.train.parcel import Update
 from eureka_megatron.types import ContextShare, MicroBatch, Sample, VisionBatch
 
-Record = TypeVar("Record", MicroBatch, VisionBatch, ContextShare)
+Record = TypeVar("Record", bound=MicroBatch | VisionBatch | ContextShare)
 # (hidden states [T, H], output weight, micro-batch) → (loss, metrics); called on the last stage only.
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Metrics]]
 
@@ -53,7 +53,7 @@ class Objective:
 
 
 def run_schedule(
-    chunks: list[torch.nn.Module],
+    chunks: list[DistributedDataParallel],
     micro_batches: list[MicroBatch],
     loss: LossFunction,
     parallel: Parallel,
@@ -117,7 +117,7 @@ def _finalize(
 
 def to_device(record: Record, device: torch.device, dtype: torch.dtype) -> Record:
     """The record with all its tensors on the device and what pictures are made of end to end; patches in `dtype`, the tower's."""
-    moved = {}
+    moved: dict[str, Any] = {}
     for name in record.__dataclass_fields__:
         value = getattr(record, name)
         if isinstance(value, Tensor):
@@ -144,7 +144,8 @@ def row_logprobs(
     )
     if share is None:
         return logprobs, entropy
-    return gather_rows(torch.stack((logprobs, entropy), dim=1), share.order_T, parallel.context).unbind(1)
+    logprobs, entropy = gather_rows(torch.stack((logprobs, entropy), dim=1), share.order_T, parallel.context).unbind(1)
+    return logprobs, entropy
 
 
 def logprobs_only(
@@ -227,11 +228,7 @@ def engine_gap(batches: Sequence[MicroBatch], samples: Sequence[Sample], device:
 
 def reduce_over_data(parts: Iterable[Metrics], parallel: Parallel) -> Metrics:
     """Add the metrics of all micro-batches and data-parallel ranks (`_max`: maximum); the keys must agree over ranks."""
-    total: Metrics = {}
-    for part in parts:
-        for key, value in part.items():
-            combine = torch.maximum if key.endswith("_max") else torch.add
-            total[key] = combine(total[key], value) if key in total else value.clone()
+    total = {key: value.clone() for key, value in add_metrics(parts).items()}
     if parallel.data.size > 1:
         for key in sorted(total):
             operation = dist.ReduceOp.MAX if key.endswith("_max") else dist.ReduceOp.SUM

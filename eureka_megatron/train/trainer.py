@@ -131,14 +131,10 @@ class PolicyTrainer:
             multiple_of=self.parallel.pipeline.size if len(self.chunks) > 1 else 1,
         )
 
-    @property
-    def tower_ranks(self) -> int:
-        """See `shares`; 0 on stages without a frozen tower."""
-        return self.frozen_tower.ranks if self.frozen_tower else 0
-
     def train(self, batch: Batch, loss: str, options: Mapping[str, Any], **objective: Any) -> list[dict[str, float]]:
         """`learn` on this rank's share of a whole batch. Keywords are fields of `step.Objective`."""
-        share = shares(batch, self.rules, self.tower_ranks)[self.parallel.data.rank]
+        tower_ranks = self.frozen_tower.ranks if self.frozen_tower else 0
+        share = shares(batch, self.rules, tower_ranks)[self.parallel.data.rank]
         return self.learn(share, step.Objective(loss, options, **objective))
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
@@ -206,10 +202,8 @@ class PolicyTrainer:
         parts = self._forward_only(batches, partial(step.logprobs_only, temperature=objective.temperature))
         if not parts:
             return batches
-        return [
-            replace(batch, **{f"{which}_logprobs_T": part["logprobs_T"]})
-            for batch, part in zip(batches, parts, strict=True)
-        ]
+        known: list[dict[str, Any]] = [{f"{which}_logprobs_T": part["logprobs_T"]} for part in parts]
+        return [replace(batch, **values) for batch, values in zip(batches, known, strict=True)]
 
     def _engine_gap(self, batches: list[MicroBatch], share: Share) -> dict[str, float]:
         gap = step.engine_gap(batches, share.parcel.samples, self.parallel.device)

@@ -4,15 +4,19 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.train.parcel import Parcel, unwrap, wrap
+from eureka_megatron.types import Batch
 from eureka_megatron.verify.samples import made_up_samples
 from tests.helpers.engines import run_config
+from tests.helpers.ranks import run_ranks
 
 EXPANDABLE = "expandable_segments:True"
 
@@ -102,6 +106,7 @@ def test_a_rank_maps_a_batchs_patches_instead_of_copying_them(ray_with_gpus: Any
 STORE = """
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 import ray
 from eureka_megatron.run.cluster import start_ray
 with ExitStack() as stack:
@@ -129,3 +134,34 @@ def test_the_object_store_is_a_share_of_the_machine_or_what_rays_environment_say
         assert found == pytest.approx(limit, rel=0.01)
     else:
         assert 512 << 20 < found < 0.5 * memory  # Ray takes 30 % of what is free at the start
+
+
+def plain_updates(rank: int, directory: str, config: Any, batch: Batch) -> list[dict[str, float]]:
+    """The same in ranks without Ray, each of which has the whole batch."""
+    from eureka_megatron.parallel.runtime import init_parallel
+    from eureka_megatron.train.trainer import PolicyTrainer
+
+    parallel = init_parallel(rank=rank, world_size=2)
+    trainer = PolicyTrainer(directory, parallel, freeze=config.model.freeze)
+    trainer.start_phase(config.optimizer, 4)
+    return trainer.train(batch, config.algorithm.loss, {}, shaping=shaping_of(config.algorithm))
+
+
+def test_ranks_that_get_their_share_make_the_updates_of_ranks_that_have_everything(
+    ray_with_gpus: Any, tiny_dir: Path
+) -> None:
+    from eureka_megatron.train.actor import TrainerGroup
+
+    prompts = made_up_samples(tiny_dir, pictures=(((3, 3),), ((2, 5), (1, 1)), ()))
+    samples = [replace(sample, advantages_S=sample.mask_S * (n - 1)) for n in range(3) for sample in prompts]
+    batch = Batch(tuple(samples), ((0, 2, 4, 6, 8), (1, 3, 5, 7)))
+    config = run_config(tiny_dir, {"parallel": {"data": 2}})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"freeze": ("vision", "merger")})})
+    group = TrainerGroup(config)
+    try:
+        assert group.start()["dp"] == 2
+        group.start_phase(config.optimizer, 4)
+        found = group.train(batch)
+    finally:
+        group.close()
+    assert found == run_ranks(plain_updates, 2, str(tiny_dir), config, batch)[0]
