@@ -70,7 +70,7 @@ def export(
             megatron_to_hf(checkpoint, output, dtype=options.dtype, progress=progress, texts=texts)
         lines.append(f"{output} written")
     if options.push:
-        lines.append(_push(output or checkpoint, options))
+        lines.append(_push(output or checkpoint, options.push, private=not options.public))
     return lines
 
 
@@ -139,7 +139,7 @@ def _quantize(
 
     prompts = _prompts(checkpoint, options, state)
     image_token = read_hf_config(checkpoint).image_token_id
-    inputs = [model_inputs(prompt, image_token) for prompt in prompts]
+    inputs = [model_inputs(prompt, image_token) for prompt in prompts]  # type: ignore[arg-type]  # has what is taken
     cut = min(CHECKED_PROMPTS, len(inputs) // 2)
 
     def text(quality: Quality) -> str:
@@ -203,18 +203,16 @@ def _run_config(state: Mapping[str, Any], checkpoint: Path, options: ExportOptio
 # --- the hub ---
 
 
-def _push(directory: Path, options: ExportOptions) -> str:
+def _push(directory: Path, repository: str, *, private: bool) -> str:
     """Uploads the release to exactly the repository that was named. → a line with its address"""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         api = HfApi()
-        api.create_repo(options.push, private=not options.public, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=options.push, folder_path=directory, commit_message="Release by eureka export"
-        )
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Release by eureka export")
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory} is not pushed to {options.push}: {first}; the directory stays") from error
+        raise UserError(f"{directory} is not pushed to {repository}: {first}; the directory stays") from error
     return f"pushed to {commit.repo_url}"

@@ -33,6 +33,7 @@ from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.weights.companions import copy_companions
 from eureka_megatron.weights.hf_files import (
     MAX_SHARD_BYTES,
+    Announced,
     Reader,
     as_bytes,
     encode_header,
@@ -86,7 +87,7 @@ class Job:
     target: Path
     dtype: torch.dtype
     units: tuple[tuple[RowRange, ...], ...]
-    shards: dict[str, list[tuple[str, Shape, torch.dtype]]] = field(default_factory=dict)
+    shards: Mapping[str, Sequence[Announced]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -155,8 +156,8 @@ def _open(source: Path, dtype: torch.dtype | None, wanted: type) -> tuple[Reader
     table = {row.megatron: row for row in expand(rows(read_hf_config(source)))}
     reader = open_checkpoint(source)
     if not isinstance(reader, wanted):
-        found, other = ("torch_dist", "megatron-to-hf") if isinstance(reader, DistReader) else ("HF", "hf-to-megatron")
-        raise UserError(f"{source} is a checkpoint in {found} format; {other} converts it")
+        form, other = ("torch_dist", "megatron-to-hf") if isinstance(reader, DistReader) else ("HF", "hf-to-megatron")
+        raise UserError(f"{source} is a checkpoint in {form} format; {other} converts it")
     if (source / CHECKSUMS_FILE).exists() and (damage := problems_of(source)):
         raise UserError(f"{source} is damaged: {'; '.join(damage)}")
     problems = check_hf(reader, table) or check_spare_head(reader, table, Parallel())

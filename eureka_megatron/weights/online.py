@@ -154,10 +154,10 @@ def table_of(model_chunks: Sequence[nn.Module]) -> dict[str, Row]:
     return {row.megatron: row for row in expand(patterns_of(model_chunks))}
 
 
-def unwrap(chunk: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and Float16Module."""
-    while isinstance(getattr(chunk, "module", None), nn.Module):
-        chunk = chunk.module
+def unwrap(chunk: nn.Module) -> Any:
+    """The model inside DistributedDataParallel and Float16Module, with the attributes that are named above."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
     return chunk
 
 
