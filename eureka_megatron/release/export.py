@@ -27,7 +27,7 @@ from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.places import hub_origin
 from eureka_megatron.release.card import REPOSITORY, model_card, public, run_card
 from eureka_megatron.types import Prompt
-from eureka_megatron.weights.hf_files import refuse_to_overwrite
+from eureka_megatron.weights.hf_files import disk_errors, refuse_to_overwrite
 from eureka_megatron.weights.offline import Progress, megatron_to_hf
 from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
 
@@ -167,13 +167,11 @@ def _as_hf(checkpoint: Path, output: Path, kind: str, progress: Progress | None)
     if kind == "HF":
         yield checkpoint
         return
-    try:
+    with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             megatron_to_hf(checkpoint, Path(folder) / "hf", progress=progress)
             yield Path(folder) / "hf"
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}; nothing was left") from error
 
 
 def _prompts(checkpoint: Path, options: ExportOptions, state: Mapping[str, Any]) -> list[Prompt]:

@@ -282,6 +282,16 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 @contextlib.contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """Makes a UserError of what the disk says while `output` is being made."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
+
+
+@contextlib.contextmanager
 def atomic_directory(output: str | Path) -> Iterator[Path]:
     """A temporary directory beside `output` that takes its name when the block ends well, and vanishes otherwise.
 
@@ -289,20 +299,16 @@ def atomic_directory(output: str | Path) -> Iterator[Path]:
     """
     output = Path(output).absolute()
     refuse_to_overwrite(output)
-    temporary = None
-    try:
+    with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        temporary.chmod(0o755)  # mkdtemp's is for the owner only
-        yield temporary
-        sync_files(temporary)
-        os.rename(temporary, output)
-        sync_file(output.parent)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
-    finally:
-        if temporary is not None and temporary.exists():
+        try:
+            temporary.chmod(0o755)  # mkdtemp's is for the owner only
+            yield temporary
+            sync_files(temporary)
+            os.rename(temporary, output)
+            sync_file(output.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 

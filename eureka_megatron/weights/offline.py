@@ -36,6 +36,7 @@ from eureka_megatron.weights.hf_files import (
     Announced,
     Reader,
     as_bytes,
+    disk_errors,
     encode_header,
     plan_shards,
     refuse_to_overwrite,
@@ -200,7 +201,7 @@ def _convert(job: Job, *, workers: int = 1, verify: bool = False, progress: Prog
     output = job.target.absolute()
     refuse_to_overwrite(output)
     work = output.parent / f".{output.name}.converting"
-    try:
+    with disk_errors(output):
         work.mkdir(parents=True, exist_ok=True)
         with (work / "lock").open("w") as lock:
             try:
@@ -219,9 +220,6 @@ def _convert(job: Job, *, workers: int = 1, verify: bool = False, progress: Prog
                 shutil.rmtree(work, ignore_errors=True)
                 raise
             shutil.rmtree(work)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
 
 
 def _convert_in(work: Path, job: Job, workers: int, verify: bool, progress: Progress | None) -> None:
