@@ -312,11 +312,13 @@ def atomic_directory(output: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync_file(path: Path) -> None:
-    """Waits until the disk has a file's content, or a directory's names."""
+def sync_file(path: Path, *, forget: bool = False) -> None:
+    """Waits until the disk has a file's content, or a directory's names; `forget`: takes it out of the page cache, for others."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        if forget:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
 

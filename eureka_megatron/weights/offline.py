@@ -318,7 +318,7 @@ def _write_distcp(unit: int, ranges: Sequence[RowRange]) -> list[Chunk]:
             if place.layer is not None:
                 offsets, values = (place.layer, *offsets), values[None]
             chunks.append(append(file, values, offsets, path.name))
-    sync_file(path)  # before the record says so: a node may lose its power
+    sync_file(path, forget=True)  # before the record says so: a node may lose its power
     return chunks
 
 
@@ -328,7 +328,7 @@ def _write_safetensors(ranges: Sequence[RowRange]) -> list[Chunk]:
             for part in group:
                 file.seek(part.offset)
                 file.write(as_bytes(_reader[part.name][part.start : part.stop].to(_job.dtype)))
-        sync_file(_job.target / file_name)
+        sync_file(_job.target / file_name, forget=True)
     return []
 
 
