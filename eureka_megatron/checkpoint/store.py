@@ -113,7 +113,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: there are checkpoints and all are damaged; starting over by itself would throw the run away.
     """
-    warnings = []
+    warnings: list[str] = []
     for _, directory in reversed(list_checkpoints(folder)):
         problems = problems_of(directory)
         if not problems:

@@ -3,6 +3,12 @@
 The caller hands over copies in host memory; from then on nothing waits. The threads of all ranks talk over a gloo group of their own,
 so a save never meets the collectives of training, and all ranks hear when one of them could not write. Threads, not processes: nothing is
 forked under CUDA or gloo, and what they spend their time in (copying, hashing, the disk) does not hold Python's lock.
+
+Why not torch's `async_save` or Megatron's `dist_checkpointing`, whose format this is (tools/benchmark/checkpoint.py, 1 GiB, CPU, torch 2.13):
+saving takes as long (17.3 s, 17.8 s here: the disk) and as much memory (one copy), but loading a quarter of every tensor takes 2.9 s,
+0.7 s here, as chunks are unpickled whole. Both unpickle `.metadata` and so run whatever code a foreign one names (the script shows it);
+Megatron's asynchronous writer forks or spawns processes; neither knows a range of a flattened shard without a planner of ours, nor
+checksums, nor a directory that appears whole.
 """
 
 from __future__ import annotations
@@ -107,7 +113,7 @@ class CheckpointWriter:
     def wait(self) -> Report | None:
         """The report of the last save, once; None when there is none to wait for. Raises what is no fault of the disk: a defect."""
         saving, self._saving = self._saving, None
-        return saving and saving.result()
+        return None if saving is None else saving.result()
 
     def _save(self, share: Share) -> Report:
         started = time.perf_counter()

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eureka_megatron.places import hub_origin
 
-CARD_KEYS = (
+CARD_KEYS: tuple[str, ...] = (
     "title",
     "tags",
     "base_model",
@@ -19,11 +17,8 @@ CARD_KEYS = (
     "algorithm",
     "hyperparameters",
     "scores",
-    "license",
-    "run_id",
-    "git_commit",
-    "quantization",
 )
+CARD_KEYS += ("license", "run_id", "git_commit", "quantization")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # a name on the hub
 
 
@@ -32,16 +27,17 @@ def model_card(card: Mapping[str, Any]) -> str:
 
     Example: model_card({"base_model": "Qwen/Qwen2.5-VL-7B-Instruct", "algorithm": "GRPO", "scores": {"MathVista": 0.73}})
     """
+    from huggingface_hub import ModelCardData
+
     base = str(card.get("base_model", ""))
-    head = {
-        "base_model": base if REPOSITORY.fullmatch(base) else None,  # the hub refuses a card that names anything else
-        "license": card.get("license"),
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": [*card.get("tags", ["reinforcement-learning"]), "multimodal", "eureka-megatron"],
-    }
-    head = {key: value for key, value in head.items() if value is not None}
-    lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+    head = ModelCardData(
+        base_model=base if REPOSITORY.fullmatch(base) else None,  # the hub refuses a card that names anything else
+        license=card.get("license"),
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=[*card.get("tags", ["reinforcement-learning"]), "multimodal", "eureka-megatron"],
+    )
+    lines = ["---", head.to_yaml(line_break="\n"), "---", ""]
     lines += [f"# {card.get('title', 'Qwen2.5-VL trained by rule-based reinforcement learning')}", ""]
     facts = {
         "Base model": card.get("base_model"),
@@ -53,8 +49,8 @@ def model_card(card: Mapping[str, Any]) -> str:
         "Quantisation": card.get("quantization"),
     }
     lines += [f"- **{key}**: {value}" for key, value in facts.items() if value is not None]
-    lines += _card_table("Hyper-parameters", ("name", "value"), card.get("hyperparameters"))
-    lines += _card_table("Scores", ("benchmark", "score"), card.get("scores"))
+    lines += _card_table("Hyper-parameters", "name | value", card.get("hyperparameters"))
+    lines += _card_table("Scores", "benchmark | score", card.get("scores"))
     lines += ["", "## Use", "", "```python"]
     if card.get("quantization"):
         lines += ["from vllm import LLM", "", 'model = LLM("<this directory>", quantization="modelopt")']
@@ -74,9 +70,8 @@ def run_card(
     Args:
         stage: "train" or "sft", as the command is called.
     """
-    algorithm = config["algorithm"]
-
-    origin = hub_origin(config["model"]["path"])
+    algorithm, origin = config["algorithm"], hub_origin(config["model"]["path"])
+    sections = ("optimizer", "sft") if stage == "sft" else ("optimizer", "rollout", "training", "algorithm")
     card = {
         "algorithm": f"{algorithm['advantage']} advantages, {algorithm['loss']} loss",
         "base_model": public(config["model"]["path"]),
@@ -84,9 +79,7 @@ def run_card(
         "run_id": config["run"]["name"],
         "hyperparameters": {
             f"{section}.{key}": public(value) if (section, key) == ("algorithm", "reference") and value else value
-            for section in (
-                ("optimizer", "sft") if stage == "sft" else ("optimizer", "rollout", "training", "algorithm")
-            )
+            for section in sections
             for key, value in config[section].items()
         },
         "scores": dict(scores or {}),
@@ -103,14 +96,15 @@ def public(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def _card_table(title: str, columns: tuple[str, str], values: Mapping[str, Any] | None) -> list[str]:
+def _card_table(title: str, columns: str, values: Mapping[str, Any] | None) -> list[str]:
     if not values:
         return []
-    cells = [(str(key), f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in values.items()]
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
-    return ["", f"## {title}", "", f"| {columns[0]} | {columns[1]} |", "|---|---|"] + [
-        f"| {left} | {right} |" for left, right in escaped
-    ]
+    lines = ["", f"## {title}", "", f"| {columns} |", "|---|---|"]
+    for key, value in values.items():
+        cells = str(key), f"{value:.6g}" if isinstance(value, float) else str(value)
+        left, right = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+        lines.append(f"| {left} | {right} |")
+    return lines
 
 
 def git_commit() -> str | None:

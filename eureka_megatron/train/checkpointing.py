@@ -142,7 +142,7 @@ def held_weights(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[H
 
 def held_states(trainer: PolicyTrainer, table: Mapping[str, Row]) -> Iterator[Held]:
     """Masters, where the weights are not fp32 themselves, and Adam's averages, where they exist already."""
-    names = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
     for optimizer in _optimizers(trainer):
         for parameter, main, start in _main_parameters(optimizer, names):
             name = names[parameter]
@@ -262,7 +262,7 @@ def _open_states(trainer: PolicyTrainer, directory: Path, state: Mapping[str, An
     kinds += ADAM if state["updates"] and name == "adam" else ()
     readers = {kind: DistReader(directory, trainer.hf_config, STATE_PREFIX.format(kind=kind)) for kind in kinds}
     table, problems = table_of(trainer.chunks), []
-    names = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in own_parameters(trainer.chunks).items()}
     trained = [names[p] for optimizer in _optimizers(trainer) for p, _, _ in _main_parameters(optimizer, names)]
     needed = {hf: shape for name in trained for hf, shape in table[name].hf.items()}
     for kind, reader in readers.items():
@@ -325,6 +325,7 @@ def _together(parallel: Parallel, action: Any) -> Any:
 def random_state() -> dict[str, Any]:
     """Of torch, numpy, Python, the GPU and Megatron's tracker, in this process, as plain values."""
     version, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [version, keys.tolist(), *rest],

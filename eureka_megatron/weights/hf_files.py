@@ -32,21 +32,13 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 50 * 10**9  # the default of transformers 5
 MAX_HEADER_BYTES = 100 * 10**6  # the safetensors library's own limit
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# A tensor to be written: name, shape, dtype.
+Announced = tuple[str, Shape, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -72,15 +64,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: the header is not JSON ({error})") from None
     begin = 8 + length
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            tensors[name] = _parse_entry(path, name, entry, begin, size)
+    tensors = {
+        name: _parse_entry(path, name, entry, begin, size) for name, entry in header.items() if name != "__metadata__"
+    }
     used = sum(info.nbytes for info in tensors.values())
     if used != size - begin:
         raise UserError(f"{path}: holds {size - begin} bytes of data, its header describes {used}")
@@ -137,21 +128,17 @@ class Reader:
         info = self.tensors[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        data = self._map(info.file)
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        if info.file not in self._maps:
+            with info.file.open("rb") as file:
+                # A private mapping: torch wants writable memory, and a write by mistake must not reach the file.
+                self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(self._maps[info.file], dtype=torch.uint8, count=info.nbytes, offset=info.offset)
         if info.offset % info.dtype.itemsize:  # legal in the format, but torch's kernels want aligned addresses
             flat = flat.clone()
         return flat.view(info.dtype).view(info.shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
-
-    def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            with path.open("rb") as file:
-                # A private mapping: torch wants writable memory, and a write by mistake must not reach the file.
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[path]
 
     def _find_files(self) -> tuple[list[Path], dict[str, str] | None]:
         """Files to read, and the index's name → file when there is one; a single model.safetensors wins."""
@@ -208,17 +195,11 @@ class Writer:
     Left out: atomicity. Write into `atomic_directory`.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        plan: Iterable[tuple[str, Shape, torch.dtype]],
-        *,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ):
+    def __init__(self, directory: str | Path, plan: Iterable[Announced], *, max_shard_bytes: int = MAX_SHARD_BYTES):
         self.directory = Path(directory)
         self.shards = plan_shards(list(plan), max_shard_bytes)
         self._steps = self._run_through()
-        self._expected: tuple[str, Shape, torch.dtype] | None = None
+        self._expected: Announced | None = None
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Writer:
@@ -240,7 +221,7 @@ class Writer:
         self._file.write(as_bytes(tensor))
         self._expected = next(self._steps, None)
 
-    def _run_through(self) -> Iterator[tuple[str, Shape, torch.dtype]]:
+    def _run_through(self) -> Iterator[Announced]:
         """Opens each file, writes its header and waits until its tensors have been appended."""
         for file, plan in self.shards.items():
             with (self.directory / file).open("wb") as self._file:
@@ -250,7 +231,7 @@ class Writer:
                 os.fsync(self._file.fileno())
 
 
-def write_index(directory: Path, shards: Mapping[str, Sequence[tuple[str, Shape, torch.dtype]]]) -> None:
+def write_index(directory: Path, shards: Mapping[str, Sequence[Announced]]) -> None:
     """model.safetensors.index.json for these files and their tensors; one file alone has none."""
     if len(shards) == 1:
         return
@@ -265,11 +246,9 @@ def write_index(directory: Path, shards: Mapping[str, Sequence[tuple[str, Shape,
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def plan_shards(
-    plan: Sequence[tuple[str, Shape, torch.dtype]], max_shard_bytes: int
-) -> dict[str, list[tuple[str, Shape, torch.dtype]]]:
+def plan_shards(plan: Sequence[Announced], max_shard_bytes: int) -> dict[str, list[Announced]]:
     """File name → its tensors: filled in order up to the limit; a larger tensor gets a file of its own."""
-    shards: list[list[tuple[str, Shape, torch.dtype]]] = [[]]
+    shards: list[list[Announced]] = [[]]
     filled = 0
     for name, shape, dtype in plan:
         nbytes = prod(shape) * dtype.itemsize
@@ -283,7 +262,7 @@ def plan_shards(
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def encode_header(plan: Sequence[tuple[str, Shape, torch.dtype]]) -> bytes:
+def encode_header(plan: Sequence[Announced]) -> bytes:
     """Length and JSON header of a file whose data are these tensors, one after the other."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -299,7 +278,17 @@ def encode_header(plan: Sequence[tuple[str, Shape, torch.dtype]]) -> bytes:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor as they stand in a file (little endian); no copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+@contextlib.contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """Makes a UserError of what the disk says while `output` is being made."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
 
 
 @contextlib.contextmanager
@@ -310,28 +299,26 @@ def atomic_directory(output: str | Path) -> Iterator[Path]:
     """
     output = Path(output).absolute()
     refuse_to_overwrite(output)
-    temporary = None
-    try:
+    with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        temporary.chmod(0o755)  # mkdtemp's is for the owner only
-        yield temporary
-        sync_files(temporary)
-        os.rename(temporary, output)
-        sync_file(output.parent)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
-    finally:
-        if temporary is not None and temporary.exists():
+        try:
+            temporary.chmod(0o755)  # mkdtemp's is for the owner only
+            yield temporary
+            sync_files(temporary)
+            os.rename(temporary, output)
+            sync_file(output.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync_file(path: Path) -> None:
-    """Waits until the disk has a file's content, or a directory's names."""
+def sync_file(path: Path, *, forget: bool = False) -> None:
+    """Waits until the disk has a file's content, or a directory's names; `forget`: takes it out of the page cache, for others."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        if forget:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
 

@@ -24,7 +24,7 @@ COMPARED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Contents:
+class Listing:
     """A described checkpoint. `readers` holds the weights under "", and what the optimizer keeps under its prefixes.
 
     `state` is state.json of a training checkpoint, else empty.
@@ -60,10 +60,10 @@ class Contents:
         """Values of a tensor; all of a scalar."""
         prefix = next(prefix for prefix in sorted(self.readers, key=len, reverse=True) if name.startswith(prefix))
         tensor = self.readers[prefix][name.removeprefix(prefix)]
-        return tensor[rows] if tensor.shape else tensor
+        return tensor[rows if tensor.shape else ()]
 
 
-def describe(directory: str | Path) -> Contents:
+def describe(directory: str | Path) -> Listing:
     """Opens a checkpoint. UserError when it is none, or damaged."""
     directory = Path(directory)
     readers: dict[str, Reader | DistReader] = {"": open_checkpoint(directory)}
@@ -74,10 +74,10 @@ def describe(directory: str | Path) -> Contents:
             readers[prefix] = DistReader(directory, read_hf_config(directory), prefix)
     files = [path for path in directory.iterdir() if path.is_file()]
     state = read_state(directory) if (directory / STATE_FILE).exists() else {}
-    return Contents(directory, kind, readers, len(files), sum(path.stat().st_size for path in files), state)
+    return Listing(directory, kind, readers, len(files), sum(path.stat().st_size for path in files), state)
 
 
-def _summary(contents: Contents) -> dict[str, Any]:
+def _summary(contents: Listing) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for info in contents.readers[""].tensors.values():
         name = str(info.dtype).removeprefix("torch.")
@@ -95,7 +95,7 @@ def _summary(contents: Contents) -> dict[str, Any]:
     }
 
 
-def to_json(contents: Contents) -> str:
+def to_json(contents: Listing) -> str:
     """Everything, for programs."""
     tensors = [
         {"name": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
@@ -104,7 +104,7 @@ def to_json(contents: Contents) -> str:
     return json.dumps({**_summary(contents), "contents": tensors}, indent=2)
 
 
-def to_text(contents: Contents) -> str:
+def to_text(contents: Listing) -> str:
     """Everything, for people: the summary last, where the eye is after a long list."""
     width = max((len(name) for name in contents.tensors), default=0)
     lines = [
@@ -122,7 +122,7 @@ def to_text(contents: Contents) -> str:
     return "\n".join(lines)
 
 
-def differences(first: Contents, second: Contents) -> list[str]:
+def differences(first: Listing, second: Listing) -> list[str]:
     """One line for each difference in names, shapes, dtypes and, where those agree, values."""
     left, right = first.tensors, second.tensors
     lines = [f"only in {first.directory}: {name}" for name in left.keys() - right.keys()]
@@ -138,7 +138,7 @@ def differences(first: Contents, second: Contents) -> list[str]:
     return sorted(lines)
 
 
-def _different_values(first: Contents, second: Contents, name: str) -> int:
+def _different_values(first: Listing, second: Listing, name: str) -> int:
     shape, dtype = first.tensors[name]
     step = max(1, COMPARED_BYTES // max(1, prod(shape[1:]) * dtype.itemsize))
     count = 0

@@ -33,8 +33,10 @@ from eureka_megatron.parallel.runtime import Parallel
 from eureka_megatron.weights.companions import copy_companions
 from eureka_megatron.weights.hf_files import (
     MAX_SHARD_BYTES,
+    Announced,
     Reader,
     as_bytes,
+    disk_errors,
     encode_header,
     plan_shards,
     refuse_to_overwrite,
@@ -86,7 +88,7 @@ class Job:
     target: Path
     dtype: torch.dtype
     units: tuple[tuple[RowRange, ...], ...]
-    shards: dict[str, list[tuple[str, Shape, torch.dtype]]] = field(default_factory=dict)
+    shards: Mapping[str, Sequence[Announced]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -155,8 +157,8 @@ def _open(source: Path, dtype: torch.dtype | None, wanted: type) -> tuple[Reader
     table = {row.megatron: row for row in expand(rows(read_hf_config(source)))}
     reader = open_checkpoint(source)
     if not isinstance(reader, wanted):
-        found, other = ("torch_dist", "megatron-to-hf") if isinstance(reader, DistReader) else ("HF", "hf-to-megatron")
-        raise UserError(f"{source} is a checkpoint in {found} format; {other} converts it")
+        form, other = ("torch_dist", "megatron-to-hf") if isinstance(reader, DistReader) else ("HF", "hf-to-megatron")
+        raise UserError(f"{source} is a checkpoint in {form} format; {other} converts it")
     if (source / CHECKSUMS_FILE).exists() and (damage := problems_of(source)):
         raise UserError(f"{source} is damaged: {'; '.join(damage)}")
     problems = check_hf(reader, table) or check_spare_head(reader, table, Parallel())
@@ -199,7 +201,7 @@ def _convert(job: Job, *, workers: int = 1, verify: bool = False, progress: Prog
     output = job.target.absolute()
     refuse_to_overwrite(output)
     work = output.parent / f".{output.name}.converting"
-    try:
+    with disk_errors(output):
         work.mkdir(parents=True, exist_ok=True)
         with (work / "lock").open("w") as lock:
             try:
@@ -218,9 +220,6 @@ def _convert(job: Job, *, workers: int = 1, verify: bool = False, progress: Prog
                 shutil.rmtree(work, ignore_errors=True)
                 raise
             shutil.rmtree(work)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"{output} cannot be written: {error.strerror or error}{where}; nothing was left") from error
 
 
 def _convert_in(work: Path, job: Job, workers: int, verify: bool, progress: Progress | None) -> None:
@@ -319,7 +318,7 @@ def _write_distcp(unit: int, ranges: Sequence[RowRange]) -> list[Chunk]:
             if place.layer is not None:
                 offsets, values = (place.layer, *offsets), values[None]
             chunks.append(append(file, values, offsets, path.name))
-    sync_file(path)  # before the record says so: a node may lose its power
+    sync_file(path, forget=True)  # before the record says so: a node may lose its power
     return chunks
 
 
@@ -329,7 +328,7 @@ def _write_safetensors(ranges: Sequence[RowRange]) -> list[Chunk]:
             for part in group:
                 file.seek(part.offset)
                 file.write(as_bytes(_reader[part.name][part.start : part.stop].to(_job.dtype)))
-        sync_file(_job.target / file_name)
+        sync_file(_job.target / file_name, forget=True)
     return []
 
 

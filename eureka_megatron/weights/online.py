@@ -154,10 +154,10 @@ def table_of(model_chunks: Sequence[nn.Module]) -> dict[str, Row]:
     return {row.megatron: row for row in expand(patterns_of(model_chunks))}
 
 
-def unwrap(chunk: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and Float16Module."""
-    while isinstance(getattr(chunk, "module", None), nn.Module):
-        chunk = chunk.module
+def unwrap(chunk: nn.Module) -> Any:
+    """The model inside DistributedDataParallel and Float16Module, with the attributes that are named above."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
     return chunk
 
 
@@ -204,22 +204,21 @@ def open_checkpoint(directory: str | Path) -> Reader | DistReader:
 def check_hf(reader: Reader | DistReader, table: dict[str, Row]) -> list[str]:
     """What is wrong between a checkpoint and the table: all missing, unexpected, misshapen and unreadable tensors."""
     expected = {name: shape for row in table.values() for name, shape in row.hf.items()}
-    known = {*expected, *_spare_head(table)}
-    found = reader.tensors
+    known, found = {*expected, *_spare_head(table)}, reader.tensors
+
+    def said(name: str) -> str:
+        return f"{found[name].name} ({found[name].file.name})"
+
     missing = [name for name in expected if name not in found]
     # Rotary frequencies, which transformers once saved, follow from the configuration; vLLM passes them over too.
-    surplus = [name for name in found if name not in known and not name.endswith(".inv_freq")]
-    unexpected = [f"{found[name].name} ({found[name].file.name})" for name in surplus]
+    unexpected = [said(name) for name in found if name not in known and not name.endswith(".inv_freq")]
+    present = [name for name in expected if name in found]
     shapes = [
-        f"{found[name].name} ({found[name].file.name}) is {found[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        f"{said(name)} is {found[name].shape}, expected {expected[name]}"
+        for name in present
+        if found[name].shape != expected[name]
     ]
-    dtypes = [
-        f"{found[name].name} ({found[name].file.name}) is {found[name].dtype}"
-        for name in expected
-        if name in found and found[name].dtype not in READABLE
-    ]
+    dtypes = [f"{said(name)} is {found[name].dtype}" for name in present if found[name].dtype not in READABLE]
     problems = _listing("tensors are missing", missing)
     problems += _listing("tensors have no place in this model", unexpected)
     problems += _listing("tensors have a wrong shape", shapes)

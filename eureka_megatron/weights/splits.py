@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ from torch import Tensor
 from eureka_megatron.errors import UserError
 
 Shape = tuple[int, ...]
+
+
+class Source(Protocol):
+    """What slices like a tensor; `view` makes a matrix of it."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def view(self, rows: int, columns: int, /) -> Any: ...
+    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class Split:
                 yield copy
             at += span.stop - span.start
 
-    def fill(self, block: Tensor, sources: Sequence[Tensor], r: int = 0, n: int = 1, start: int = 0) -> None:
+    def fill(self, block: Tensor, sources: Sequence[Source], r: int = 0, n: int = 1, start: int = 0) -> None:
         """Writes rows start, start+1, … of shard r of n into `block`, casting to its dtype; reads only the slices it needs."""
         for whole in self.copies([tuple(source.shape) for source in sources], r, n):
             first = whole.start + start - whole.at
@@ -145,7 +157,7 @@ class Split:
                 joined.append(run)
         return joined
 
-    def cut(self, sources: Sequence[Tensor], r: int, n: int) -> Tensor:
+    def cut(self, sources: Sequence[Source], r: int, n: int) -> Tensor:
         """Shard r of n of the Megatron parameter, as a new tensor."""
         shard = torch.empty(self.shard_shape([tuple(s.shape) for s in sources], n), dtype=sources[0].dtype)
         self.fill(shard, sources, r, n)
@@ -160,7 +172,7 @@ class Split:
         return merged
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def _matrix(tensor: Source) -> Any:
     """The HF tensor with as many axes as the Megatron parameter has; always a view."""
     return tensor.view(tensor.shape[0], -1) if len(tensor.shape) > 2 else tensor
 

@@ -6,7 +6,7 @@ gives this model: layers of the text decoder are stacked along a leading axis, v
 way (by the tensor ranks of a training run, or by rows here), so a checkpoint loads at any layout.
 
 `DistReader` offers the HF tensors of such a directory, in the manner of `hf_files.Reader`: slices of them are put together from
-mapped chunks. Nothing in the files is executed.
+mapped chunks. Nothing in the files is executed. Why not torch's own reader: see `checkpoint.writer`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,7 +86,8 @@ def rectangles(row: Row, place: Place, r: int, n: int, start: int, stop: int) ->
         run = next(run for run in runs if run.row <= at < run.row + run.rows)
         rows_ = 1 if column else min((stop - start) // width, run.row + run.rows - at) or 1
         count = min(stop - start, rows_ * width - column)
-        offsets, sizes = (run.whole_row + at - run.row,), (rows_,)
+        offsets: Shape = (run.whole_row + at - run.row,)
+        sizes: Shape = (rows_,)
         if len(shape) > 1:
             offsets, sizes = (*offsets, run.column + column), (*sizes, count // rows_)
         yield slice(start, start + count), (*leading, *offsets), (*((1,) * len(leading)), *sizes)
@@ -225,14 +226,22 @@ class Stored:
 # --- writing ---
 
 
-def append(file: IO[bytes], values: Tensor, offsets: Shape, name: str) -> Chunk:
+class Appended(Protocol):
+    """What `append` needs of a file."""
+
+    def write(self, data: Any, /) -> int: ...
+    def tell(self) -> int: ...
+    def flush(self) -> None: ...
+
+
+def append(file: Appended, values: Tensor, offsets: Shape, name: str) -> Chunk:
     """Appends one chunk to a .distcp file. `values` must own its storage: all of it is written."""
     assert values.is_contiguous()
     assert values.untyped_storage().nbytes() == values.nbytes
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     start = file.tell()
     try:
-        torch.save(values, file)
+        torch.save(values, file)  # type: ignore[arg-type]  # it asks for no more
     except RuntimeError as error:  # what torch makes of a full disk
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):

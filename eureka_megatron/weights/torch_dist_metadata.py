@@ -149,9 +149,9 @@ def read_metadata(directory: Path, prefix: str = "") -> dict[str, StoredTensor]:
             chunks = []
             for chunk in entry.chunks:
                 info = places_[name, chunk.offsets]
-                file = str(info.relative_path)
-                chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, info.offset, info.length))
-                ends[file] = max(ends.get(file, 0), info.offset + info.length)
+                where = str(info.relative_path)
+                chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), where, info.offset, info.length))
+                ends[where] = max(ends.get(where, 0), info.offset + info.length)
             tensors[name.removeprefix(prefix)] = StoredTensor(
                 tuple(entry.size), entry.properties.state[0], tuple(chunks)
             )
@@ -183,6 +183,7 @@ def write_metadata(directory: Path, tensors: dict[str, StoredTensor]) -> None:
     """`.metadata`, `metadata.json` and an empty `common.pt`, as Megatron's loader wants them."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
         ChunkStorageMetadata,
         Metadata,
         MetadataIndex,
@@ -190,7 +191,8 @@ def write_metadata(directory: Path, tensors: dict[str, StoredTensor]) -> None:
         TensorStorageMetadata,
     )
 
-    entries, storage = {}, {}
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage = {}
     for name, tensor in tensors.items():
         chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks]
         properties = TensorProperties(dtype=tensor.dtype)
