@@ -9,19 +9,18 @@ A comparison goes from the outside in, and each view says yes, no, or that it do
     "y=2x+1", "\angle A=60^\circ"     relations: equal up to a factor, or the value of what is named
     "12 cm^2", "(1,2)", "3:4"         quantities, tuples, ratios, and at the bottom expressions by their values
 
-What the bottom cannot evaluate goes to `otherwise` (math-verify). By default nothing is rounded and no unit converted.
+What the bottom cannot evaluate goes to math-verify. By default nothing is rounded and no unit converted.
 """
 
 import itertools
 import re
 from collections.abc import Callable
 
-from eureka_megatron.rewards import expression, regions, structure, text, units
+from eureka_megatron.rewards import expression, regions, structure, symbolic, text, units
 from eureka_megatron.rewards.expression import Unbounded, Unsupported
 
 _CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.()和与及]|and)+")
 _REGION = re.compile(r"[<>\]\[]|\\(?:leq|geq|neq|cup|infty|in|mathbb)|R|real|实数")
-_FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _GEOMETRY = {
     "\\parallel": ("parallel", "平行"), "\\perp": ("perpendicular", "垂直"), "\\sim": ("similar", "相似"), "\\cong": ("congruent", "全等"),
 }  # fmt: skip
@@ -45,16 +44,22 @@ _DENIAL = re.compile(r"\b(?:not|never|cannot)\b|[不非]")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
 _DIGITS = re.compile(r"-?\d*\.(\d+)")
-
-Otherwise = Callable[[str, str], bool]
+_MAX_QUESTIONS = 6  # to math-verify for one answer: a list is compared item by item
 
 
 class Comparison:
-    """rounded: a decimal of at least four digits equals what it rounds. converted: 1 m is 100 cm."""
+    """One comparison, with the words for its verdict.
 
-    def __init__(self, otherwise: Otherwise, *, rounded: bool = False, converted: bool = False) -> None:
-        self.otherwise, self.rounded, self.converted = otherwise, rounded, converted
-        self.why = ""
+    Attributes:
+        rounded: a decimal of at least four digits equals what it rounds.
+        converted: 1 m is 100 cm.
+        why: the view that decided, or what speaks against equality.
+        asked: for every question to math-verify, what spoke against asking it.
+    """
+
+    def __init__(self, *, rounded: bool = False, converted: bool = False) -> None:
+        self.rounded, self.converted, self.why = rounded, converted, ""
+        self.asked: list[str | None] = []
 
     def equal(self, gold: str, prediction: str) -> bool:
         """Whether both say the same. Raises Unbounded for what nobody should try to compute."""
@@ -65,6 +70,11 @@ class Comparison:
                 self.why = self.why or why
                 return verdict
         return self._lists(gold, prediction)
+
+    def otherwise(self, gold: str, prediction: str) -> bool:
+        """What math-verify says."""
+        self.asked.append(symbolic.objection(gold, prediction))
+        return len(self.asked) <= _MAX_QUESTIONS and symbolic.agrees(gold, prediction)
 
     # --- several things: each view gives a verdict, or None where it does not apply ---
 
@@ -247,7 +257,7 @@ class Comparison:
     def _inequalities(self, gold: list[str], parts: list[str]) -> bool:
         if len(gold) != len(parts) or len(gold) == 1:
             return False
-        for candidate in (parts, [_FLIP.get(part, part) for part in reversed(parts)]):
+        for candidate in (parts, [regions.MIRROR.get(part, part) for part in reversed(parts)]):
             same_signs = candidate[1::2] == gold[1::2]
             if same_signs and all(self._quantities(a, b) for a, b in zip(gold[::2], candidate[::2], strict=True)):
                 return True
@@ -259,15 +269,15 @@ class Comparison:
             except Unsupported:
                 return False
             if factor is not None and not isinstance(factor, expression.MP.mpc):
-                return gold[1] == (parts[1] if factor > 0 else _FLIP.get(parts[1], parts[1]))
+                return gold[1] == (parts[1] if factor > 0 else regions.MIRROR.get(parts[1], parts[1]))
         return False
 
     def _quantities(self, gold: str, prediction: str) -> bool:
         if text.same(gold, prediction):
             return True
-        bases = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
-        if any(base and base[1].isalnum() and base[1][0].isdigit() for base in bases):
-            return (all(bases) and _same_base(*bases)) or self._no("another number base, or none")
+        base, other = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
+        if any(found and found[1][0].isdigit() for found in (base, other)):
+            return bool(base and other and _same_base(base, other)) or self._no("another number base, or none")
         if (found := self._structures(gold, prediction)) is not None:
             return found
         (gold_value, gold_unit), (value, unit) = units.split(gold), units.split(prediction)
@@ -308,7 +318,9 @@ class Comparison:
                 return _matched(left, right, self._single)
             return all(self._single(a, b) for a, b in zip(left, right, strict=True))
         if sets[0] != sets[1]:  # {(1,2)} and (1,2)
-            content = (first if sets[0] else second)[1]
+            of_set = first if sets[0] else second
+            assert of_set is not None
+            content = of_set[1]
             if len(structure.items(content, loose=True)) == 1 and "|" not in content and content != "\\emptyset":
                 return self._single(*((content, prediction) if sets[0] else (gold, content)))
             return False if first and second else None
@@ -316,10 +328,9 @@ class Comparison:
             gold, prediction = map(structure.column_as_tuple, (gold, prediction))
             if "," in gold and "," in prediction:
                 return self._structures(gold, prediction)
-        matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
-        if all(matrices):  # by their cells; of determinants math-verify knows more
-            kinds, cells = zip(*(matrix.groups() for matrix in matrices), strict=True)
-            return (kinds == ("p", "p") and self._matrices(*cells)) or None
+        matrix, another = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(prediction)
+        if matrix and another:  # by their cells; of determinants math-verify knows more
+            return (matrix[1] == another[1] == "p" and self._matrices(matrix[2], another[2])) or None
         if ":" in gold or ":" in prediction:
             return self._ratios(gold, prediction)
         empty = [side == "\\emptyset" for side in (gold, prediction)]

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable
+from typing import TypeAlias
 
 import mpmath
 
@@ -21,7 +22,7 @@ _TRIALS, _SIGNED_TRIALS = 3, 6
 # An own context: the precision of mpmath.mp belongs to whoever else uses it (sympy).
 MP = mpmath.mp.clone()
 MP.dps = 80
-Value = mpmath.mpf | mpmath.mpc
+Value: TypeAlias = mpmath.mpf | mpmath.mpc
 
 
 class Unsupported(Exception):

@@ -131,8 +131,8 @@ def sentences(text: str) -> list[str]:
 def readings(span: str) -> list[str]:
     """Canonical readings of the final value, best first; empty when there is nothing to judge."""
     text = settled(span)
-    if found := boxes(text):
-        return _of_boxes(text, found)
+    if boxed := boxes(text):
+        return _of_boxes(text, boxed)
     if len(text) > _MAX_CHARACTERS:
         return []
     last = re.split(r"\n\s*\n", text)[-1]
@@ -163,7 +163,7 @@ def _of_boxes(text: str, found: list[tuple[int, int, str]]) -> list[str]:
     several = [undelimited(unboxed(text))] if len(found) > 1 and _NUMBERED.match(undelimited(unboxed(text))) else []
     if len(text) > _MAX_CHARACTERS or not _denied(text, last[0], last[1]):
         several += [_with_unit(text, last), *([whole] if len(found) > 1 else [])]
-    return _unique([reading for one in several for reading in _peeled(unboxed(one))])
+    return _unique([reading for statement in several for reading in _peeled(unboxed(statement))])
 
 
 def _joined(text: str, found: list[tuple[int, int, str]]) -> tuple[int, int, str]:
@@ -182,8 +182,9 @@ def _with_unit(text: str, part: tuple[int, int, str]) -> str:
     """The joined formula plus a unit that stands right behind it, as in $5$ cm."""
     behind = text[part[1] :][:40].lstrip("$").removeprefix("\\)").removeprefix("\\]")
     behind = canonical(behind.split("$")[0].split("\\(")[0].split("\n")[0]).rstrip(".")
+    joined = _JOIN.match(behind)  # always, but of what length
     is_unit = (
-        behind and len(behind.split()) <= 3 and not _JOIN.match(behind).end() and units.split(f"1 {behind}")[0] == "1"
+        behind and len(behind.split()) <= 3 and joined and not joined.end() and units.split(f"1 {behind}")[0] == "1"
     )
     return f"{part[2]} {behind}" if is_unit and units.split(canonical(part[2]))[1] is None else part[2]
 
@@ -243,7 +244,8 @@ def _only_quantity(text: str) -> str | None:
             and not behind[length : length + 1].isalpha()
         ):
             return number + behind[:length]
-    return number + _WORD.match(behind)[0]  # what is counted
+    counted = _WORD.match(behind)
+    return number + (counted[0] if counted else "")
 
 
 def _unique(texts: list[str]) -> list[str]:
