@@ -31,8 +31,8 @@ def judge(response: str, answer: object, query: str | None = None) -> tuple[floa
 def _accuracy(response: str, answer: object) -> float:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
 
-    one_line = _one_line_answer(response)
-    text = one_line if one_line is not None else response.rsplit("<answer>", 1)[-1]
+    one_line = re.search(r"<answer>.*?</answer>", response) if len(response) <= 10 * _MAX_CHARACTERS else None
+    text = one_line[0] if one_line else response.rsplit("<answer>", 1)[-1]
     gold = parse(f"${answer}$", parsing_timeout=None)
     if not gold:
         return 1.0
@@ -49,8 +49,3 @@ def _accuracy(response: str, answer: object) -> float:
         if is_option and letter in student and not any(other in student for other in _OPTIONS if other != letter):
             return 1.0
     return 0.0
-
-
-def _one_line_answer(response: str) -> str | None:
-    match = re.search(r"<answer>.*?</answer>", response) if len(response) <= 10 * _MAX_CHARACTERS else None
-    return match[0] if match else None

@@ -15,14 +15,15 @@ from typing import Any
 
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.rewards.judge import JudgePool
+from eureka_megatron.rewards.length import Penalties
 from eureka_megatron.rewards.remote import RemoteReward
 from eureka_megatron.rewards.response import Response, Rewards
-from eureka_megatron.rewards.scoring import ScoringRules, penalties
+from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, ScoringRules
 
 
-@dataclass(frozen=True)
-class RewardRules:
-    """How responses are judged.
+@dataclass(frozen=True, kw_only=True)
+class RewardRules(Penalties):
+    """How responses are judged; the penalties are added whoever judges.
 
     Attributes:
         options: how the rules score, or the fields of that by name.
@@ -30,8 +31,6 @@ class RewardRules:
             {"id", "prompt", "response", "answer", "length_tokens"} and returns a list with one of numbers, "accuracy" among them
             (see rewards.worker). What it prints goes to the run's stderr.
         urls: reward services to ask instead (see rewards.remote).
-        repetition: largest penalty for repeated n-grams of `repetition_ngram` items (see rewards.length); 0: none.
-        overlong_buffer_tokens: DAPO's penalty grows over the last so many tokens before `max_response_tokens`; 0: none.
     """
 
     options: ScoringRules | Mapping[str, Any] = field(default_factory=ScoringRules)
@@ -41,24 +40,11 @@ class RewardRules:
     urls: tuple[str, ...] = ()
     remote_attempts: int = 5
     remote_timeout_seconds: float = 180.0
-    repetition: float = 0.0
-    repetition_ngram: int = 20
-    overlong_buffer_tokens: int = 0
-    max_response_tokens: int = 4096
+    max_response_tokens: int | None = 4096
 
     @property
     def scoring(self) -> ScoringRules:
         return self.options if isinstance(self.options, ScoringRules) else ScoringRules(**self.options)
-
-    @property
-    def penalties(self) -> ScoringRules:
-        """Those that are added whoever judges."""
-        return ScoringRules(
-            repetition=self.repetition,
-            repetition_ngram=self.repetition_ngram,
-            max_response_tokens=self.max_response_tokens,
-            overlong_buffer_tokens=self.overlong_buffer_tokens or None,
-        )
 
 
 def check_function(path: str) -> None:
@@ -121,7 +107,7 @@ class Rewarder:
             raise UserError(f"rewards: {error}") from error
         # A function may give a part to some answers only, one service of two its format.
         absent = dict.fromkeys((name for verdict in verdicts for name in verdict), 0.0)
-        added = [penalties(sample.response, sample.length_tokens, self.rules.penalties) for sample in responses]
+        added = [self.rules.penalties(sample.response, sample.length_tokens, DEFAULT_WEIGHTS) for sample in responses]
         return [
             {**absent, **verdict, **extra, "total": verdict["total"] + sum(extra.values())}
             for verdict, extra in zip(verdicts, added, strict=True)

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 from eureka_megatron.rewards import format as form
-from eureka_megatron.rewards import length
 from eureka_megatron.rewards.examine import Verdict, examine
-from eureka_megatron.rewards.response import Rewards
+from eureka_megatron.rewards.length import Penalties
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"accuracy": 1.0, "format": 0.5, "repetition": 1.0, "overlong": 1.0}
 _CHOICES = {
@@ -34,9 +33,9 @@ class ScoringOptions(TypedDict, total=False):
     overlong_buffer_tokens: int | None
 
 
-@dataclass(frozen=True)
-class ScoringRules:
-    """How responses are scored.
+@dataclass(frozen=True, kw_only=True)
+class ScoringRules(Penalties):
+    """How responses are scored, penalties included.
 
     Attributes:
         compat: "mm_eureka": the original's rules, defects included (ALGORITHMS.md lists them).
@@ -46,8 +45,6 @@ class ScoringRules:
         decimals: "exact" | "rounded": a decimal of at least four places equals the value that it rounds.
         units: "same" | "converted": 1 m equals 100 cm; a missing unit is forgiven in both.
         weights: of accuracy, format, repetition, overlong; what is missing keeps DEFAULT_WEIGHTS.
-        repetition: largest penalty for repeated n-grams of `repetition_ngram` items (see rewards.length); 0: none.
-        overlong_buffer_tokens: DAPO's penalty grows over the last so many tokens before `max_response_tokens`.
 
     Raises:
         ValueError: a choice is none of those above.
@@ -60,10 +57,6 @@ class ScoringRules:
     decimals: str = "exact"
     units: str = "same"
     weights: Mapping[str, float] | None = None
-    repetition: float = 0.0
-    repetition_ngram: int = 20
-    max_response_tokens: int | None = None
-    overlong_buffer_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -112,20 +105,7 @@ def score(
         well_formed = form.is_well_formed(response, think=rules.think, strict_ends=rules.strict_ends)
     accuracy = float(verdict.right)
     parts = {"accuracy": accuracy, "format": weight["format"] * float(well_formed)}
-    parts |= penalties(response, length_tokens, rules)
+    parts |= rules.penalties(response, length_tokens, weight)
     # Accuracy stays the bare verdict, which the online filter compares with its bounds; its weight acts on the total.
     total = sum(parts.values()) + (weight["accuracy"] - 1) * accuracy
     return {**parts, "total": total, **({"stage": verdict.stage, "why": verdict.why} if explain else {})}
-
-
-def penalties(response: str, length_tokens: int | None, rules: ScoringRules) -> Rewards:
-    """ "repetition" and "overlong" as they enter the total, both <= 0; only those that the rules ask for."""
-    weight, parts = {**DEFAULT_WEIGHTS, **(rules.weights or {})}, {}
-    if rules.repetition:
-        penalty = length.repetition_penalty(response, max_penalty=rules.repetition, ngram=rules.repetition_ngram)
-        parts["repetition"] = weight["repetition"] * penalty
-    most, buffer = rules.max_response_tokens, rules.overlong_buffer_tokens
-    if length_tokens is not None and most is not None and buffer is not None:
-        penalty = length.overlong_penalty(length_tokens, max_response_tokens=most, buffer_tokens=buffer)
-        parts["overlong"] = weight["overlong"] * penalty
-    return parts

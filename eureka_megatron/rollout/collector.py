@@ -24,7 +24,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.rewards import Response
 from eureka_megatron.rewards.response import Rewards
 from eureka_megatron.rl.filters import keep_groups, outcome_counts
-from eureka_megatron.types import Group, Prompt, Rollout, Sampling
+from eureka_megatron.types import Group, Prompt, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -162,9 +162,12 @@ class Collector:
         start = time.perf_counter()
         groups = self._pool.generate(prompts, **sampling, seen=seen)
         sampled = time.perf_counter()
-        verdicts = iter(
-            self._judge([_response(group.prompt, rollout) for group in groups for rollout in group.rollouts])
-        )
+        responses = [
+            Response(rollout.text, group.prompt.answer, group.prompt.id, group.prompt.text, len(rollout.tokens_R))
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        verdicts = iter(self._judge(responses))
         judged = [
             replace(group, rollouts=tuple(replace(rollout, rewards=dict(next(verdicts))) for rollout in group.rollouts))
             for group in groups
@@ -237,7 +240,3 @@ class Collector:
             figures["rollout/truncated"] = tally.truncated / tally.rollouts
             figures["rollout/tokens_per_second"] = tally.tokens / max(tally.seconds_sampling, 1e-9)
         return figures
-
-
-def _response(prompt: Prompt, rollout: Rollout) -> Response:
-    return Response(rollout.text, prompt.answer, prompt.id, prompt.text, len(rollout.tokens_R))
