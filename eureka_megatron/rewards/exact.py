@@ -309,7 +309,7 @@ class Comparison:
     def _structures(self, gold: str, prediction: str) -> bool | None:
         gold, prediction = (structure.POINT_NAME.sub("", side) if "," in side else side for side in (gold, prediction))
         first, second = structure.bracketed(gold), structure.bracketed(prediction)
-        sets = [bool(side) and side[0] == "\\{" for side in (first, second)]
+        sets = [side is not None and side[0] == "\\{" for side in (first, second)]
         if first and second and sets[0] == sets[1] and ("," in first[1] + second[1] or sets[0]):
             left, right = structure.items(first[1], loose=True), structure.items(second[1], loose=True)
             if (first[0], first[2]) != (second[0], second[2]) or len(left) != len(right):
