@@ -153,13 +153,9 @@ class Comparison:
             left, right = self._distinct(left), self._distinct(right)
         if len(left) == len(right) == 1:
             return self._single(left[0], right[0])
-        if (
-            len(left) == len(right)
-            and ";" in gold
-            and "=" not in gold
-            and len(structure.split(gold, _BLANKS)) == len(left)
-        ):
-            return self._in_order(left, right)  # blanks to fill in
+        blanks = structure.split(gold, _BLANKS) if ";" in gold and "=" not in gold else []  # to fill in
+        if len(left) == len(right) == len(blanks):
+            return self._in_order(left, right)
         return _matched(left, right, self._single)
 
     def _distinct(self, values: list[str]) -> list[str]:
@@ -210,16 +206,14 @@ class Comparison:
         if len(gold) == 1:
             if any(text.is_wordy(side) and _DENIAL.search(side) for side in sides):
                 return self._no("it is denied")
-            if _CURVE.fullmatch(sides[0]) or any(
-                text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1]
-            ):
+            mixed = any(text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1])
+            if mixed or _CURVE.fullmatch(sides[0]):
                 return False
             constants = [side for side in sides if expression.is_constant(side)]
             if any(not self._values(side, constants[0]) for side in constants[1:]):
                 return self._no("it states something false")  # 2*3 = 5
-            return self._quantities(gold[0], sides[-1]) or (
-                not _is_named(sides[0]) and self._quantities(gold[0], sides[0])
-            )
+            ends = sides[-1:] if _is_named(sides[0]) else [sides[-1], sides[0]]
+            return any(self._quantities(gold[0], end) for end in ends)
         if len(sides) == 1:
             named = [other for side, other in (gold[::-1], gold) if _is_named(side)] if len(gold) == 2 else [gold[-1]]
             plain = gold[-1:] if all(map(expression.is_constant, gold)) else []
@@ -352,12 +346,9 @@ class Comparison:
         if any(re.fullmatch(r"\s*0\d*\s*", part) for part in first + second) or (gold_unit or unit):
             return all(clocks) and self._same_units(gold_unit, unit) and [*map(int, first)] == [*map(int, second)]
         if len(first) != len(second):
-            return len(first) + len(second) == 3 and self._values(
-                *(side.replace(":", "/") for side in (gold, prediction))
-            )
-        return all(
-            self._values(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in zip(first, second, strict=True)
-        )
+            return len(first) + len(second) == 3 and self._values(gold.replace(":", "/"), prediction.replace(":", "/"))
+        pairs = zip(first, second, strict=True)
+        return all(self._values(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in pairs)
 
     def _values(self, gold: str, prediction: str) -> bool:
         """Expressions by their values; math-verify for what the grammar does not know."""
@@ -379,11 +370,9 @@ class Comparison:
 
 def _precise(relations: list[str]) -> list[str]:
     r"""The sides of x = 1/3 \approx 0.33 without what is only about equal."""
-    return [relations[0]] + [
-        b
-        for a, b in zip(relations[1::2], relations[2::2], strict=True)
-        if a == "=" or (len(relations) == 3 and not expression.is_constant(relations[0]))
-    ]
+    alone = len(relations) == 3 and not expression.is_constant(relations[0])
+    pairs = zip(relations[1::2], relations[2::2], strict=True)
+    return [relations[0], *(side for sign, side in pairs if sign == "=" or alone)]
 
 
 def _is_named(side: str) -> bool:
@@ -392,9 +381,8 @@ def _is_named(side: str) -> bool:
         return True
     bare = _FUNCTION_CALL.sub("A", side)
     unknowns = set(re.findall(r"(?<![\\A-Za-z])[xyz](?![A-Za-z])", bare))
-    return bool(_NAMES.fullmatch(bare)) and (
-        len(unknowns) < 2 or any(mark in bare for mark in (":", ",", "/", "\\frac"))
-    )
+    one_thing = len(unknowns) < 2 or any(mark in bare for mark in (":", ",", "/", "\\frac"))
+    return one_thing and bool(_NAMES.fullmatch(bare))
 
 
 def _same_name(a: str, b: str) -> bool:

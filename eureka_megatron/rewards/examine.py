@@ -37,9 +37,8 @@ def examine(
     if options is not None:
         chosen = choice.letters(span)
         if chosen == options or len(options) > 1 or chosen:
-            return Verdict(
-                chosen == options, "option", f"{''.join(sorted(chosen or ())) or 'none'} chosen, {gold} wanted"
-            )
+            said = "".join(sorted(chosen or ())) or "none"
+            return Verdict(chosen == options, "option", f"{said} chosen, {gold} wanted")
     if options is not None and (told := re.match(r"[(\[]?[A-J][)\].:]\s*(.+)", gold)):
         gold = told[1]  # the option's text in place of its letter
     verdicts = []

@@ -126,9 +126,8 @@ def _is_product(value: str, name: str) -> bool:
 
 def unit(text: str) -> Unit:
     """The unit of a spelling: "m/s", "m s^{-1}" and "meters per second" are the same."""
-    text = re.sub(
-        r"deg\s+([CF])", r"deg\1", text.replace("^\\circ", "deg ").replace("\\Omega", "Ω").replace("\\cdot", " ")
-    )
+    text = text.replace("^\\circ", "deg ").replace("\\Omega", "Ω").replace("\\cdot", " ")
+    text = re.sub(r"deg\s+([CF])", r"deg\1", text)
     text = re.sub(r"\bper\b|每|(?<=\w) an? (?=\w)", "/", text)
     for name, spelled in _COMPOUND_NAMES.items():
         text = re.sub(rf"\b{name}\b", spelled, text, flags=re.IGNORECASE)
