@@ -17,7 +17,7 @@ from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.rewards.judge import JudgePool
 from eureka_megatron.rewards.length import Penalties
 from eureka_megatron.rewards.remote import RemoteReward
-from eureka_megatron.rewards.response import Response, Rewards
+from eureka_megatron.rewards.response import Response, Rewards, as_row
 from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, ScoringRules
 
 
@@ -72,16 +72,17 @@ class Rewarder:
             check_function(rules.function)
         self.rules = rules
         self._pool: JudgePool | None = None
-        self._ask: Callable[[list[Response]], list[Rewards]]
+        self._ask: Callable[[list[dict[str, Any]]], list[Rewards]]
         if rules.urls:
             self._ask = RemoteReward(
                 rules.urls, attempts=rules.remote_attempts, timeout_seconds=rules.remote_timeout_seconds
             ).judge
         else:
+            scoring = rules.scoring
             self._pool = JudgePool(
                 rules.workers, time_limit_seconds=rules.time_limit_seconds, user_function=rules.function
             )
-            self._ask = partial(self._pool.judge, rules=rules.scoring)
+            self._ask = partial(self._pool.judge, rules=scoring)
 
     def __enter__(self) -> Rewarder:
         return self
@@ -100,14 +101,15 @@ class Rewarder:
         Raises:
             UserError: no service answers, or the user's function fails on every answer or cannot be loaded.
         """
-        responses = [sample if isinstance(sample, Response) else Response(**sample) for sample in samples]
+        rows = [{**as_row(sample), "query": sample["prompt"] + sample["response"]} for sample in samples]
         try:
-            verdicts = self._ask(responses)
+            verdicts = self._ask(rows)
         except RuntimeError as error:
             raise UserError(f"rewards: {error}") from error
         # A function may give a part to some answers only, one service of two its format.
         absent = dict.fromkeys((name for verdict in verdicts for name in verdict), 0.0)
-        added = [self.rules.penalties(sample.response, sample.length_tokens, DEFAULT_WEIGHTS) for sample in responses]
+        penalties, weights = self.rules.penalties, DEFAULT_WEIGHTS
+        added = [penalties(row["response"], row.get("length_tokens"), weights) for row in rows]
         return [
             {**absent, **verdict, **extra, "total": verdict["total"] + sum(extra.values())}
             for verdict, extra in zip(verdicts, added, strict=True)
