@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -104,6 +104,18 @@ class Prompt:
     def next_position(self) -> int:
         """The position, equal in all three axes, of the first response token."""
         return int(self.positions_3S.max()) + 1
+
+
+class Sampling(TypedDict):
+    """How responses are sampled: the keywords of `RolloutPool.generate`."""
+
+    # responses of each prompt
+    n: int
+    # 0: greedy
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
 
 
 @dataclass(frozen=True)

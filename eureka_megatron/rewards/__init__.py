@@ -8,15 +8,18 @@ package imports torch: judge workers start in a fraction of a second.
 from eureka_megatron.rewards.examine import parseable_gold
 from eureka_megatron.rewards.judge import JudgePool
 from eureka_megatron.rewards.remote import RemoteReward
+from eureka_megatron.rewards.response import Response
 from eureka_megatron.rewards.rewarder import Rewarder, RewardRules
-from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, score
+from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, ScoringRules, score
 
 __all__ = [
     "DEFAULT_WEIGHTS",
     "JudgePool",
     "RemoteReward",
+    "Response",
     "RewardRules",
     "Rewarder",
+    "ScoringRules",
     "parseable_gold",
     "score",
 ]

@@ -24,6 +24,7 @@ _WITH_TEXT = re.compile(
 _MORE_OPTIONS = re.compile(r"(?<![A-Za-z\\])[(\[]?([A-Z])\s*[.:)]\s")
 _STANDALONE = re.compile(r"(?<![A-Za-z\d\\'_^=+*/-])([A-Z])(?![A-Za-z\d'_^=+*/])")
 _ARTICLE = re.compile(r"(?<![A-Za-z])A (?!is\b|are\b|and\b|or\b|because\b|since\b|as\b|matches\b|fits\b)[a-z]")
+_CHOSEN = re.compile(r"(?:答案|选项|故选|应选|选)[是为:\s]*([A-Z])\.?")
 _CLAUSE = re.compile(r"[,;.]\s*(?!\d)|\b(?:but|so|while|whereas)\b")
 
 
@@ -64,14 +65,8 @@ def gold_letters(gold: str) -> frozenset[str] | None:
         return _listed(text)
     if (match := _JOINED.fullmatch(text)) and list(match[1]) == sorted(set(match[1])) and match[1][-1] <= "J":
         return frozenset(match[1])
-    if (
-        re.search(r"[A-Z]", text)
-        and _LISTED.fullmatch(text)
-        and len(found := _listed(text) or ()) > 1
-        and max(found) <= "J"
-    ):
-        return frozenset(found)
-    match = re.match(r"[(\[]?([A-J])[)\].:]\s*\S", text) or re.fullmatch(
-        r"(?:答案|选项|故选|应选|选)[是为:\s]*([A-Z])\.?", text
-    )
+    listed = _listed(text) or frozenset() if re.search(r"[A-Z]", text) and _LISTED.fullmatch(text) else frozenset()
+    if len(listed) > 1 and max(listed) <= "J":
+        return listed
+    match = re.match(r"[(\[]?([A-J])[)\].:]\s*\S", text) or _CHOSEN.fullmatch(text)
     return frozenset(match[1]) if match else None

@@ -9,19 +9,18 @@ A comparison goes from the outside in, and each view says yes, no, or that it do
     "y=2x+1", "\angle A=60^\circ"     relations: equal up to a factor, or the value of what is named
     "12 cm^2", "(1,2)", "3:4"         quantities, tuples, ratios, and at the bottom expressions by their values
 
-What the bottom cannot evaluate goes to `otherwise` (math-verify). By default nothing is rounded and no unit converted.
+What the bottom cannot evaluate goes to math-verify. By default nothing is rounded and no unit converted.
 """
 
 import itertools
 import re
 from collections.abc import Callable
 
-from eureka_megatron.rewards import expression, regions, structure, text, units
+from eureka_megatron.rewards import expression, regions, structure, symbolic, text, units
 from eureka_megatron.rewards.expression import Unbounded, Unsupported
 
 _CIRCLED = re.compile(r"(?:[\u2460-\u2473]|[\s,;.()和与及]|and)+")
 _REGION = re.compile(r"[<>\]\[]|\\(?:leq|geq|neq|cup|infty|in|mathbb)|R|real|实数")
-_FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _GEOMETRY = {
     "\\parallel": ("parallel", "平行"), "\\perp": ("perpendicular", "垂直"), "\\sim": ("similar", "相似"), "\\cong": ("congruent", "全等"),
 }  # fmt: skip
@@ -45,16 +44,22 @@ _DENIAL = re.compile(r"\b(?:not|never|cannot)\b|[不非]")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _DECIMAL_COMMA = re.compile(r"^(-?\d+),(\d+)$")
 _DIGITS = re.compile(r"-?\d*\.(\d+)")
-
-Otherwise = Callable[[str, str], bool]
+_MAX_QUESTIONS = 6  # to math-verify for one answer: a list is compared item by item
 
 
 class Comparison:
-    """rounded: a decimal of at least four digits equals what it rounds. converted: 1 m is 100 cm."""
+    """One comparison, with the words for its verdict.
 
-    def __init__(self, otherwise: Otherwise, *, rounded: bool = False, converted: bool = False) -> None:
-        self.otherwise, self.rounded, self.converted = otherwise, rounded, converted
-        self.why = ""
+    Attributes:
+        rounded: a decimal of at least four digits equals what it rounds.
+        converted: 1 m is 100 cm.
+        why: the view that decided, or what speaks against equality.
+        asked: for every question to math-verify, what spoke against asking it.
+    """
+
+    def __init__(self, *, rounded: bool = False, converted: bool = False) -> None:
+        self.rounded, self.converted, self.why = rounded, converted, ""
+        self.asked: list[str | None] = []
 
     def equal(self, gold: str, prediction: str) -> bool:
         """Whether both say the same. Raises Unbounded for what nobody should try to compute."""
@@ -65,6 +70,11 @@ class Comparison:
                 self.why = self.why or why
                 return verdict
         return self._lists(gold, prediction)
+
+    def otherwise(self, gold: str, prediction: str) -> bool:
+        """What math-verify says."""
+        self.asked.append(symbolic.objection(gold, prediction))
+        return len(self.asked) <= _MAX_QUESTIONS and symbolic.agrees(gold, prediction)
 
     # --- several things: each view gives a verdict, or None where it does not apply ---
 
@@ -143,13 +153,9 @@ class Comparison:
             left, right = self._distinct(left), self._distinct(right)
         if len(left) == len(right) == 1:
             return self._single(left[0], right[0])
-        if (
-            len(left) == len(right)
-            and ";" in gold
-            and "=" not in gold
-            and len(structure.split(gold, _BLANKS)) == len(left)
-        ):
-            return self._in_order(left, right)  # blanks to fill in
+        blanks = structure.split(gold, _BLANKS) if ";" in gold and "=" not in gold else []  # to fill in
+        if len(left) == len(right) == len(blanks):
+            return self._in_order(left, right)
         return _matched(left, right, self._single)
 
     def _distinct(self, values: list[str]) -> list[str]:
@@ -200,16 +206,14 @@ class Comparison:
         if len(gold) == 1:
             if any(text.is_wordy(side) and _DENIAL.search(side) for side in sides):
                 return self._no("it is denied")
-            if _CURVE.fullmatch(sides[0]) or any(
-                text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1]
-            ):
+            mixed = any(text.is_wordy(side) and not _WORDS.fullmatch(side) for side in sides[:-1])
+            if mixed or _CURVE.fullmatch(sides[0]):
                 return False
             constants = [side for side in sides if expression.is_constant(side)]
             if any(not self._values(side, constants[0]) for side in constants[1:]):
                 return self._no("it states something false")  # 2*3 = 5
-            return self._quantities(gold[0], sides[-1]) or (
-                not _is_named(sides[0]) and self._quantities(gold[0], sides[0])
-            )
+            ends = sides[-1:] if _is_named(sides[0]) else [sides[-1], sides[0]]
+            return any(self._quantities(gold[0], end) for end in ends)
         if len(sides) == 1:
             named = [other for side, other in (gold[::-1], gold) if _is_named(side)] if len(gold) == 2 else [gold[-1]]
             plain = gold[-1:] if all(map(expression.is_constant, gold)) else []
@@ -247,7 +251,7 @@ class Comparison:
     def _inequalities(self, gold: list[str], parts: list[str]) -> bool:
         if len(gold) != len(parts) or len(gold) == 1:
             return False
-        for candidate in (parts, [_FLIP.get(part, part) for part in reversed(parts)]):
+        for candidate in (parts, [regions.MIRROR.get(part, part) for part in reversed(parts)]):
             same_signs = candidate[1::2] == gold[1::2]
             if same_signs and all(self._quantities(a, b) for a, b in zip(gold[::2], candidate[::2], strict=True)):
                 return True
@@ -259,15 +263,15 @@ class Comparison:
             except Unsupported:
                 return False
             if factor is not None and not isinstance(factor, expression.MP.mpc):
-                return gold[1] == (parts[1] if factor > 0 else _FLIP.get(parts[1], parts[1]))
+                return gold[1] == (parts[1] if factor > 0 else regions.MIRROR.get(parts[1], parts[1]))
         return False
 
     def _quantities(self, gold: str, prediction: str) -> bool:
         if text.same(gold, prediction):
             return True
-        bases = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
-        if any(base and base[1].isalnum() and base[1][0].isdigit() for base in bases):
-            return (all(bases) and _same_base(*bases)) or self._no("another number base, or none")
+        base, other = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
+        if any(found and found[1][0].isdigit() for found in (base, other)):
+            return bool(base and other and _same_base(base, other)) or self._no("another number base, or none")
         if (found := self._structures(gold, prediction)) is not None:
             return found
         (gold_value, gold_unit), (value, unit) = units.split(gold), units.split(prediction)
@@ -299,7 +303,7 @@ class Comparison:
     def _structures(self, gold: str, prediction: str) -> bool | None:
         gold, prediction = (structure.POINT_NAME.sub("", side) if "," in side else side for side in (gold, prediction))
         first, second = structure.bracketed(gold), structure.bracketed(prediction)
-        sets = [bool(side) and side[0] == "\\{" for side in (first, second)]
+        sets = [side is not None and side[0] == "\\{" for side in (first, second)]
         if first and second and sets[0] == sets[1] and ("," in first[1] + second[1] or sets[0]):
             left, right = structure.items(first[1], loose=True), structure.items(second[1], loose=True)
             if (first[0], first[2]) != (second[0], second[2]) or len(left) != len(right):
@@ -308,7 +312,9 @@ class Comparison:
                 return _matched(left, right, self._single)
             return all(self._single(a, b) for a, b in zip(left, right, strict=True))
         if sets[0] != sets[1]:  # {(1,2)} and (1,2)
-            content = (first if sets[0] else second)[1]
+            of_set = first if sets[0] else second
+            assert of_set is not None
+            content = of_set[1]
             if len(structure.items(content, loose=True)) == 1 and "|" not in content and content != "\\emptyset":
                 return self._single(*((content, prediction) if sets[0] else (gold, content)))
             return False if first and second else None
@@ -316,10 +322,9 @@ class Comparison:
             gold, prediction = map(structure.column_as_tuple, (gold, prediction))
             if "," in gold and "," in prediction:
                 return self._structures(gold, prediction)
-        matrices = [_MATRIX.fullmatch(side) for side in (gold, prediction)]
-        if all(matrices):  # by their cells; of determinants math-verify knows more
-            kinds, cells = zip(*(matrix.groups() for matrix in matrices), strict=True)
-            return (kinds == ("p", "p") and self._matrices(*cells)) or None
+        matrix, another = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(prediction)
+        if matrix and another:  # by their cells; of determinants math-verify knows more
+            return (matrix[1] == another[1] == "p" and self._matrices(matrix[2], another[2])) or None
         if ":" in gold or ":" in prediction:
             return self._ratios(gold, prediction)
         empty = [side == "\\emptyset" for side in (gold, prediction)]
@@ -341,12 +346,9 @@ class Comparison:
         if any(re.fullmatch(r"\s*0\d*\s*", part) for part in first + second) or (gold_unit or unit):
             return all(clocks) and self._same_units(gold_unit, unit) and [*map(int, first)] == [*map(int, second)]
         if len(first) != len(second):
-            return len(first) + len(second) == 3 and self._values(
-                *(side.replace(":", "/") for side in (gold, prediction))
-            )
-        return all(
-            self._values(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in zip(first, second, strict=True)
-        )
+            return len(first) + len(second) == 3 and self._values(gold.replace(":", "/"), prediction.replace(":", "/"))
+        pairs = zip(first, second, strict=True)
+        return all(self._values(f"({first[0]})*({b})", f"({a})*({second[0]})") for a, b in pairs)
 
     def _values(self, gold: str, prediction: str) -> bool:
         """Expressions by their values; math-verify for what the grammar does not know."""
@@ -368,11 +370,9 @@ class Comparison:
 
 def _precise(relations: list[str]) -> list[str]:
     r"""The sides of x = 1/3 \approx 0.33 without what is only about equal."""
-    return [relations[0]] + [
-        b
-        for a, b in zip(relations[1::2], relations[2::2], strict=True)
-        if a == "=" or (len(relations) == 3 and not expression.is_constant(relations[0]))
-    ]
+    alone = len(relations) == 3 and not expression.is_constant(relations[0])
+    pairs = zip(relations[1::2], relations[2::2], strict=True)
+    return [relations[0], *(side for sign, side in pairs if sign == "=" or alone)]
 
 
 def _is_named(side: str) -> bool:
@@ -381,9 +381,8 @@ def _is_named(side: str) -> bool:
         return True
     bare = _FUNCTION_CALL.sub("A", side)
     unknowns = set(re.findall(r"(?<![\\A-Za-z])[xyz](?![A-Za-z])", bare))
-    return bool(_NAMES.fullmatch(bare)) and (
-        len(unknowns) < 2 or any(mark in bare for mark in (":", ",", "/", "\\frac"))
-    )
+    one_thing = len(unknowns) < 2 or any(mark in bare for mark in (":", ",", "/", "\\frac"))
+    return one_thing and bool(_NAMES.fullmatch(bare))
 
 
 def _same_name(a: str, b: str) -> bool:

@@ -7,11 +7,10 @@ import functools
 import re
 from typing import NamedTuple
 
-from eureka_megatron.rewards import choice, expression, extract, symbolic, text, units
+from eureka_megatron.rewards import choice, expression, extract, text, units
 from eureka_megatron.rewards.exact import Comparison
 from eureka_megatron.rewards.expression import Unbounded, Unsupported
 
-_MAX_QUESTIONS = 6  # to math-verify for one answer: a list is compared item by item
 _MAX_ANSWER_CHARACTERS = 20_000  # whoever writes more between the answer tags gives no answer
 
 
@@ -26,12 +25,7 @@ class Verdict(NamedTuple):
 def examine(
     response: str, answer: object, *, untagged: str = "reject", rounded: bool = False, converted: bool = False
 ) -> Verdict:
-    """The verdict on a response.
-
-    untagged   without a complete <answer> pair: "reject" finds it wrong, "boxed" judges the last box
-    rounded    a decimal of at least four digits equals what it rounds
-    converted  units of one dimension are converted: 1 m is 100 cm
-    """
+    """The verdict on a response; for the options see `ScoringRules`, whose decimals are `rounded` and units `converted` here."""
     span = extract.answer_span(extract.strip_end_tokens(response), untagged=untagged)
     if span is None or len(span) > _MAX_ANSWER_CHARACTERS:
         return Verdict(False, "extraction", "no <answer>…</answer>" if span is None else "the answer is too long")
@@ -43,9 +37,8 @@ def examine(
     if options is not None:
         chosen = choice.letters(span)
         if chosen == options or len(options) > 1 or chosen:
-            return Verdict(
-                chosen == options, "option", f"{''.join(sorted(chosen or ())) or 'none'} chosen, {gold} wanted"
-            )
+            said = "".join(sorted(chosen or ())) or "none"
+            return Verdict(chosen == options, "option", f"{said} chosen, {gold} wanted")
     if options is not None and (told := re.match(r"[(\[]?[A-J][)\].:]\s*(.+)", gold)):
         gold = told[1]  # the option's text in place of its letter
     verdicts = []
@@ -61,20 +54,14 @@ def compare(gold: str, prediction: str, rounded: bool = False, converted: bool =
     """Whether two canonical answers are equal."""
     if text.same(gold, prediction):
         return Verdict(True, "text", f"{prediction} is {gold}")
-    asked: list[str | None] = []
-
-    def otherwise(left: str, right: str) -> bool:
-        asked.append(symbolic.objection(left, right))
-        return len(asked) <= _MAX_QUESTIONS and symbolic.agrees(left, right)
-
-    comparison = Comparison(otherwise, rounded=rounded, converted=converted)
+    comparison = Comparison(rounded=rounded, converted=converted)
     try:
         right = len(prediction) <= extract.MAX_STATEMENT_CHARACTERS and comparison.equal(gold, prediction)
     except Unbounded as error:
         return Verdict(False, "exact", str(error))
-    why = comparison.why or next(filter(None, asked), None)
+    why = comparison.why or next(filter(None, comparison.asked), None)
     said = f"{prediction} is {'' if right else 'not '}{gold}{f' ({why})' if why else ''}"
-    return Verdict(right, "math-verify" if asked else "exact", said)
+    return Verdict(right, "math-verify" if comparison.asked else "exact", said)
 
 
 def parseable_gold(answer: object) -> bool:

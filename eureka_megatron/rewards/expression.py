@@ -12,6 +12,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable
+from typing import TypeAlias
 
 import mpmath
 
@@ -21,7 +22,7 @@ _TRIALS, _SIGNED_TRIALS = 3, 6
 # An own context: the precision of mpmath.mp belongs to whoever else uses it (sympy).
 MP = mpmath.mp.clone()
 MP.dps = 80
-Value = mpmath.mpf | mpmath.mpc
+Value: TypeAlias = mpmath.mpf | mpmath.mpc
 
 
 class Unsupported(Exception):
@@ -323,12 +324,8 @@ def _power(base: Value, exponent: Value) -> Value:
         raise Unsupported("0 to a power below 1")
     if not MP.isfinite(exponent) or abs(exponent) > _MAX_EXPONENT or abs(base) > MP.mpf(10) ** 1000:
         raise Unbounded("power too large")
-    if (
-        isinstance(base, mpmath.mpf | MP.mpf)
-        and base < 0
-        and same(exponent * 3, MP.nint(exponent * 3))
-        and exponent % 1
-    ):
+    negative = isinstance(base, mpmath.mpf | MP.mpf) and base < 0
+    if negative and same(exponent * 3, MP.nint(exponent * 3)) and exponent % 1:  # (-8)^{2/3}
         return _root(base, MP.mpf(3)) ** int(MP.nint(exponent * 3))
     return MP.power(base, exponent)
 

@@ -131,8 +131,8 @@ def sentences(text: str) -> list[str]:
 def readings(span: str) -> list[str]:
     """Canonical readings of the final value, best first; empty when there is nothing to judge."""
     text = settled(span)
-    if found := boxes(text):
-        return _of_boxes(text, found)
+    if boxed := boxes(text):
+        return _of_boxes(text, boxed)
     if len(text) > _MAX_CHARACTERS:
         return []
     last = re.split(r"\n\s*\n", text)[-1]
@@ -163,7 +163,7 @@ def _of_boxes(text: str, found: list[tuple[int, int, str]]) -> list[str]:
     several = [undelimited(unboxed(text))] if len(found) > 1 and _NUMBERED.match(undelimited(unboxed(text))) else []
     if len(text) > _MAX_CHARACTERS or not _denied(text, last[0], last[1]):
         several += [_with_unit(text, last), *([whole] if len(found) > 1 else [])]
-    return _unique([reading for one in several for reading in _peeled(unboxed(one))])
+    return _unique([reading for statement in several for reading in _peeled(unboxed(statement))])
 
 
 def _joined(text: str, found: list[tuple[int, int, str]]) -> tuple[int, int, str]:
@@ -182,9 +182,9 @@ def _with_unit(text: str, part: tuple[int, int, str]) -> str:
     """The joined formula plus a unit that stands right behind it, as in $5$ cm."""
     behind = text[part[1] :][:40].lstrip("$").removeprefix("\\)").removeprefix("\\]")
     behind = canonical(behind.split("$")[0].split("\\(")[0].split("\n")[0]).rstrip(".")
-    is_unit = (
-        behind and len(behind.split()) <= 3 and not _JOIN.match(behind).end() and units.split(f"1 {behind}")[0] == "1"
-    )
+    joined = _JOIN.match(behind)  # always, if of no length
+    short = 0 < len(behind.split()) <= 3 and joined is not None and joined.end() == 0
+    is_unit = short and units.split(f"1 {behind}")[0] == "1"
     return f"{part[2]} {behind}" if is_unit and units.split(canonical(part[2]))[1] is None else part[2]
 
 
@@ -208,12 +208,9 @@ def _peeled(text: str) -> list[str]:
         if rest != found[-1]:
             found.append(rest)
         match = _OPENING.match(rest) or next((m for lead_in in _LEAD_INS if (m := lead_in.match(rest))), None)
-        if (
-            match is None
-            or match.end() >= len(rest)
-            or parts(rest)
-            or denies(_CONCLUSION.split(rest[: match.end()])[-1])
-        ):
+        if match is None or match.end() >= len(rest) or parts(rest):
+            break
+        if denies(_CONCLUSION.split(match[0])[-1]):
             break
         rest = rest[match.end() :]
     rest = tidy(rest)
@@ -236,14 +233,11 @@ def _only_quantity(text: str) -> str | None:
     number, behind = numbers[0][0], re.sub(r"^\s+(?:in (?:total|all)|altogether)\b", "", text[numbers[0].end() :])
     for length in range(min(len(behind), 30), 0, -1):  # the longest known unit behind it
         value, unit = units.split(number + behind[:length])
-        if (
-            unit is not None
-            and value == number.strip()
-            and units.is_known(unit)
-            and not behind[length : length + 1].isalpha()
-        ):
+        ends = not behind[length : length + 1].isalpha()
+        if ends and unit is not None and value == number.strip() and units.is_known(unit):
             return number + behind[:length]
-    return number + _WORD.match(behind)[0]  # what is counted
+    counted = _WORD.match(behind)
+    return number + (counted[0] if counted else "")
 
 
 def _unique(texts: list[str]) -> list[str]:
@@ -253,11 +247,8 @@ def _unique(texts: list[str]) -> list[str]:
 
 def tidy(text: str) -> str:
     """Without surrounding quotes, blanks, a closing full stop or an empty group."""
-    text = re.sub(
-        r"^\\(?:displaystyle|therefore|boxed)(?![a-z])\s*",
-        "",
-        re.sub(r"^'(.*)'$", r"\1", text.strip().strip('"`').strip()),
-    )
+    text = re.sub(r"^'(.*)'$", r"\1", text.strip().strip('"`').strip())
+    text = re.sub(r"^\\(?:displaystyle|therefore|boxed)(?![a-z])\s*", "", text)
     while text.endswith((".", "!", ";", ",", "\\\\", ":")) and not re.search(r"(?:\d|\b[a-z]|\))\s*!$", text):
         text = (text[:-2] if text.endswith("\\\\") else text[:-1]).rstrip()
     if (mark := _MARKS.get(text)) is not None:

@@ -1,7 +1,8 @@
 """Penalties on how a response is written: repetition and over-length. Both are <= 0 and are added to the total."""
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 _LONGEST_WORD_CHARACTERS = 100  # formulas and addresses stay one item; what is longer may be a loop without blanks
@@ -11,6 +12,32 @@ _PIECE_SCRIPTS = "\u0e00-\u109f\u1780-\u17ff"
 _ITEM = re.compile(
     f"[{_CHARACTER_SCRIPTS}]|[{_PIECE_SCRIPTS}]{{1,{_PIECE_CHARACTERS}}}|[^\\s{_CHARACTER_SCRIPTS}{_PIECE_SCRIPTS}]+"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """Which penalties enter the total.
+
+    Attributes:
+        repetition: largest penalty for repeated n-grams of `repetition_ngram` items; 0: none.
+        overlong_buffer_tokens: DAPO's penalty grows over the last so many tokens before `max_response_tokens`; 0: none.
+    """
+
+    repetition: float = 0.0
+    repetition_ngram: int = 20
+    overlong_buffer_tokens: int | None = None
+    max_response_tokens: int | None = None
+
+    def penalties(self, response: str, length_tokens: int | None, weights: Mapping[str, float]) -> dict[str, float]:
+        """ "repetition" and "overlong", weighted, both <= 0; only those that are asked for."""
+        parts, most, buffer = {}, self.max_response_tokens, self.overlong_buffer_tokens
+        if self.repetition:
+            penalty = repetition_penalty(response, max_penalty=self.repetition, ngram=self.repetition_ngram)
+            parts["repetition"] = weights["repetition"] * penalty
+        if length_tokens is not None and most is not None and buffer:
+            penalty = overlong_penalty(length_tokens, max_response_tokens=most, buffer_tokens=buffer)
+            parts["overlong"] = weights["overlong"] * penalty
+        return parts
 
 
 def repetition_penalty(tokens: str | Sequence[Hashable], *, max_penalty: float, ngram: int = 20) -> float:
@@ -27,9 +54,8 @@ def repetition_penalty(tokens: str | Sequence[Hashable], *, max_penalty: float, 
     if total < 1 or max_penalty == 0:
         return 0.0
     grams = zip(*(islice(items, start, None) for start in range(ngram)), strict=False)
-    distinct = len(
-        set(map(hash, grams))
-    )  # 64 bits of each: the n-grams of a megabyte would fill 100 megabytes and more
+    # 64 bits of each: the n-grams of a megabyte would fill 100 megabytes and more.
+    distinct = len(set(map(hash, grams)))
     return -max_penalty * (1 - distinct / total)
 
 

@@ -5,11 +5,10 @@ an unparseable gold gives 1, verify is called with its arguments reversed, tags 
 are options and any text that holds the gold letter and no other of a-d is right.
 """
 
-import logging
 import re
 
 from eureka_megatron.rewards import format as form
-from eureka_megatron.rewards.extract import END_TOKENS
+from eureka_megatron.rewards.extract import strip_end_tokens
 
 _ASSISTANT = "<|im_start|>assistant\n"
 _OPTIONS = "abcd"
@@ -23,9 +22,7 @@ def judge(response: str, answer: object, query: str | None = None) -> tuple[floa
         _, marker, response = query.partition(_ASSISTANT)
         if not marker:
             return 0.0, False
-    for token in END_TOKENS:
-        response = response.replace(token, "")
-    response = response.strip()
+    response = strip_end_tokens(response)
     if not response:
         return 0.0, False
     return _accuracy(response, answer), form.is_well_formed(response)
@@ -34,9 +31,8 @@ def judge(response: str, answer: object, query: str | None = None) -> tuple[floa
 def _accuracy(response: str, answer: object) -> float:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    one_line = _one_line_answer(response)
-    text = one_line if one_line is not None else response.rsplit("<answer>", 1)[-1]
+    one_line = re.search(r"<answer>.*?</answer>", response) if len(response) <= 10 * _MAX_CHARACTERS else None
+    text = one_line[0] if one_line else response.rsplit("<answer>", 1)[-1]
     gold = parse(f"${answer}$", parsing_timeout=None)
     if not gold:
         return 1.0
@@ -53,8 +49,3 @@ def _accuracy(response: str, answer: object) -> float:
         if is_option and letter in student and not any(other in student for other in _OPTIONS if other != letter):
             return 1.0
     return 0.0
-
-
-def _one_line_answer(response: str) -> str | None:
-    match = re.search(r"<answer>.*?</answer>", response) if len(response) <= 10 * _MAX_CHARACTERS else None
-    return match[0] if match else None

@@ -10,6 +10,7 @@ here is linear in the length of the text: positions and simple patterns, nothing
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 
 _COMMANDS = {
     "times": "×✕", "cdot": "·⋅∙", "pm": "±", "mp": "∓", "infty": "∞", "leq": "≤⩽≦", "geq": "≥⩾≧", "neq": "≠",
@@ -34,8 +35,9 @@ _COMPATIBLE = re.compile(r"[^\x00-\x7f\u2460-\u24ff]+")  # circled numbers and l
 _SUFFIX = r"(?![a-zA-Z])"
 _LINE_BREAK = re.compile(r"\\\\\s*(?=[a-z]\s*=)")  # x=3\\y=-2
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z]{2})")  # \\le outside of a system is \le
+_Rules = list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]]
 # Spellings with a backslash, in the order applied.
-_LATEX = [
+_LATEX: _Rules = [
     (re.compile(r"~(?=\s*\\triangle)"), r"\\sim "),
     (re.compile(r",\s*\\!\s*(?=\d{3})|(?<=\d)\{,\}(?=\d{3}(?!\d))|(?<=\d)(?:\\[,;: ]|\\!|~)+(?=\d{3}(?!\d))"), ","),
     (re.compile(r"(?<=\d)\{,\}(?=\d)"), "."),  # 3{,}14 and no thousands: a decimal comma
@@ -75,7 +77,7 @@ _LINE = r"(?<![A-Za-z\\\\])(?:[A-Z]{2,4}|[a-z](?:_\{?\d\}?)?)(?![A-Za-z])"
 _RELATIONS = {"平行": "parallel", "垂直": "perp", "相似": "sim", "全等": "cong", "similar": "sim", "congruent": "cong"}
 _POWERS = {"thousand": 3, "万": 4, "million": 6, "亿": 8, "billion": 9}
 # Spellings without one.
-_PLAIN = [
+_PLAIN: _Rules = [
     (re.compile(r"(?<=\d)\s*\n\s*(?=\d)"), ", "),
     (re.compile(r"\.{3,}"), r"\\ldots "),
     (re.compile(r"(?<![\\\w^}])\{(\s*[a-zA-Z]\s*(?:\\in[^{}|]*)?[|:][^{}]*)\}"), r"\\{\1\\}"),

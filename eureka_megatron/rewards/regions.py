@@ -23,7 +23,7 @@ _BUILDER = re.compile(rf"\\\{{\s*([a-zA-Z])(?:\s*\\in\s*{_REALS})?\s*[|:;]\s*(.*
 _ANY = re.compile(r"\\cup(?![a-zA-Z])|(?<![A-Za-z])(?:or|union)(?![A-Za-z])|或")
 _ALL = re.compile(r"\\cap(?![a-zA-Z])|(?<![A-Za-z])(?:and|but)(?![A-Za-z])|[,;]|[且和与]")
 _SIGN = re.compile(r"\\leq|\\geq|\\neq|<|>|=")
-_MIRROR = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
+MIRROR = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _ABSOLUTE = re.compile(r"\|\s*([a-z])\s*\|\s*(<|>|\\leq|\\geq)\s*([^<>=|]+)")
 _COMMA = re.compile(r"[,;]")
 
@@ -55,7 +55,7 @@ def _read(answer: str) -> Region:
         return Region(inner.numbers, match[1], inner.sure or match[2] != "=")
     if match := _ABSOLUTE.fullmatch(answer):  # |x|>5 is x>5 or x<-5
         name, sign, end = match.groups()
-        other = f"{name}{_MIRROR[sign]}-({end})"
+        other = f"{name}{MIRROR[sign]}-({end})"
         return _joined([_inequality(f"{name}{sign}{end}"), _inequality(other)], at_once=sign in ("<", "\\leq"))
     for separator, at_once in ((_ANY, False), (_ALL, True)):
         pieces = [piece for piece in structure.split(answer, separator) if piece]
@@ -83,17 +83,17 @@ def _inequality(answer: str) -> Region:
     parts = structure.split(answer, _SIGN, keep=True)
     if len(parts) == 1:
         return _brackets(answer)
-    if len(parts) == 3 and parts[1] in (*_MIRROR, "\\neq"):
+    if len(parts) == 3 and parts[1] in (*MIRROR, "\\neq"):
         name, sign, end = parts
         if not _NAME.fullmatch(name) or (_NAME.fullmatch(end) and sign in ("<", "\\leq")):  # b < a is read as a > b
-            name, sign, end = end, _MIRROR.get(sign, sign), name
+            name, sign, end = end, MIRROR.get(sign, sign), name
         below = _interval("-\\infty", False, end, sign == "\\leq")
         above = _interval(end, sign == "\\geq", "\\infty", False)
         numbers = below.union(above) if sign == "\\neq" else above if sign in (">", "\\geq") else below
     elif len(parts) == 5:
         low, first, name, second, high = parts
         if {first, second} <= {">", "\\geq"}:
-            low, first, second, high = high, _MIRROR[second], _MIRROR[first], low
+            low, first, second, high = high, MIRROR[second], MIRROR[first], low
         if not {first, second} <= {"<", "\\leq"}:
             raise Unsupported("signs of two directions")
         numbers = _interval(low, first == "\\leq", high, second == "\\leq")

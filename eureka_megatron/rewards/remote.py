@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from eureka_megatron.errors import ConfigError
-from eureka_megatron.rewards.judge import LARGEST_REWARD
+from eureka_megatron.rewards.response import LARGEST_REWARD, Judged, Rewards, as_row
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,9 @@ _COMPONENTS = {"rewards": "total", "accuracy_rewards": "accuracy", "format_rewar
 class RemoteReward:
     """A reward service behind one or several URLs; `judge` takes what `JudgePool.judge` takes.
 
-    attempts         how often each URL is tried; waits of backoff_seconds, twice that, four times that … in between
-    timeout_seconds  for one request, from connecting to the last byte of its answer
+    Args:
+        attempts: how often each URL is tried; waits of backoff_seconds, twice that, four times that … in between.
+        timeout_seconds: for one request, from connecting to the last byte of its answer.
     """
 
     def __init__(
@@ -53,21 +54,22 @@ class RemoteReward:
             raise ValueError(f"attempts must be at least 1, got {attempts}")
         self.attempts, self.backoff_seconds, self.timeout_seconds = attempts, backoff_seconds, timeout_seconds
 
-    def judge(self, samples: Sequence[Any], **_: Any) -> list[dict[str, float]]:
+    def judge(self, samples: Sequence[Judged], **_: object) -> list[Rewards]:
         """Verdicts in the order of the samples: {"total", "accuracy"} and "format" when the service gives it.
 
-        samples: dictionaries with "query" (default: "response"), "prompt" and "answer", or (response, answer) pairs.
-        Accuracy, when the service gives none, is the total cut to [0, 1]. Raises RuntimeError naming every URL's last
-        error when none answers.
+        Accuracy, when the service gives none, is the total cut to [0, 1].
+
+        Raises:
+            RuntimeError: no URL answers; names every URL's last error.
         """
-        rows = [_row(sample) for sample in samples]
+        rows = [as_row(sample) for sample in samples]
         part = -(-len(rows) // len(self.urls)) if rows else 1
         parts = [rows[start : start + part] for start in range(0, len(rows), part)]
         with ThreadPoolExecutor(max_workers=len(self.urls)) as threads:
             answers = list(threads.map(self._ask, parts, range(len(parts))))
         return [verdict for verdicts in answers for verdict in verdicts]
 
-    def _ask(self, rows: list[dict[str, Any]], first_url: int) -> list[dict[str, float]]:
+    def _ask(self, rows: list[dict[str, Any]], first_url: int) -> list[Rewards]:
         request = {
             "query": [row["query"] for row in rows],
             "prompts": [row["prompt"] for row in rows],
@@ -140,15 +142,7 @@ def _sendable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _row(sample: Any) -> dict[str, Any]:
-    if not isinstance(sample, dict):
-        response, answer = sample
-        sample = {"response": response, "answer": answer}
-    query = sample["query"] if "query" in sample else sample["response"]
-    return {"query": query, "prompt": sample.get("prompt", ""), "answer": sample["answer"]}
-
-
-def _verdicts(answer: Any, expected: int) -> list[dict[str, float]]:
+def _verdicts(answer: Any, expected: int) -> list[Rewards]:
     if not isinstance(answer, dict) or answer.get("rewards") is None:
         raise ValueError(f"the answer must be an object with 'rewards', got {reprlib.repr(answer)}")
     columns = {key: answer[key] for key in _COMPONENTS if answer.get(key) is not None}

@@ -6,43 +6,45 @@ are added here, whoever judged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.rewards import length
 from eureka_megatron.rewards.judge import JudgePool
+from eureka_megatron.rewards.length import Penalties
 from eureka_megatron.rewards.remote import RemoteReward
+from eureka_megatron.rewards.response import Response, Rewards, as_row
+from eureka_megatron.rewards.scoring import DEFAULT_WEIGHTS, ScoringRules
 
 
-@dataclass(frozen=True)
-class RewardRules:
-    """How responses are judged.
+@dataclass(frozen=True, kw_only=True)
+class RewardRules(Penalties):
+    """How responses are judged; the penalties are added whoever judges.
 
     Attributes:
-        options: keyword options of `rewards.score`, for the rules.
+        options: how the rules score, or the fields of that by name.
         function: "package.module:function" or "path.py:function" to call instead of the rules; it gets a list with one dictionary
             {"id", "prompt", "response", "answer", "length_tokens"} and returns a list with one of numbers, "accuracy" among them
             (see rewards.worker). What it prints goes to the run's stderr.
         urls: reward services to ask instead (see rewards.remote).
-        repetition: largest penalty for repeated n-grams of `repetition_ngram` items (see rewards.length); 0: none.
-        overlong_buffer_tokens: DAPO's penalty grows over the last so many tokens before `max_response_tokens`; 0: none.
     """
 
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: ScoringRules | Mapping[str, Any] = field(default_factory=ScoringRules)
     workers: int = 2
     time_limit_seconds: float = 10.0
     function: str | None = None
     urls: tuple[str, ...] = ()
     remote_attempts: int = 5
     remote_timeout_seconds: float = 180.0
-    repetition: float = 0.0
-    repetition_ngram: int = 20
-    overlong_buffer_tokens: int = 0
-    max_response_tokens: int = 4096
+    max_response_tokens: int | None = 4096
+
+    @property
+    def scoring(self) -> ScoringRules:
+        return self.options if isinstance(self.options, ScoringRules) else ScoringRules(**self.options)
 
 
 def check_function(path: str) -> None:
@@ -55,10 +57,6 @@ def check_function(path: str) -> None:
             raise ConfigError(f"rewards.function={path!r}: there is no file {where}")
     elif find_spec(where.partition(".")[0]) is None:
         raise ConfigError(f"rewards.function={path!r}: there is no package {where.partition('.')[0]!r} to import")
-
-
-class _Judge(Protocol):
-    def judge(self, samples: Sequence[Any], **options: Any) -> list[dict[str, float]]: ...
 
 
 class Rewarder:
@@ -74,14 +72,17 @@ class Rewarder:
             check_function(rules.function)
         self.rules = rules
         self._pool: JudgePool | None = None
+        self._ask: Callable[[list[dict[str, Any]]], list[Rewards]]
         if rules.urls:
-            self._judge: _Judge = RemoteReward(
+            self._ask = RemoteReward(
                 rules.urls, attempts=rules.remote_attempts, timeout_seconds=rules.remote_timeout_seconds
-            )
+            ).judge
         else:
-            self._judge = self._pool = JudgePool(
+            scoring = rules.scoring
+            self._pool = JudgePool(
                 rules.workers, time_limit_seconds=rules.time_limit_seconds, user_function=rules.function
             )
+            self._ask = partial(self._pool.judge, rules=scoring)
 
     def __enter__(self) -> Rewarder:
         return self
@@ -94,42 +95,22 @@ class Rewarder:
     def timeouts(self) -> int:
         return 0 if self._pool is None else self._pool.timeouts
 
-    def judge(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    def judge(self, samples: Sequence[Response | Mapping[str, Any]]) -> list[Rewards]:
         """Rewards by name, in order: "accuracy", "total" and what else there is, the same names for every sample.
-
-        Args:
-            samples: each with "id", "prompt" (its text), "response", "answer" and "length_tokens" (of the response).
 
         Raises:
             UserError: no service answers, or the user's function fails on every answer or cannot be loaded.
         """
+        rows = [{**as_row(sample), "query": sample["prompt"] + sample["response"]} for sample in samples]
         try:
-            if self.rules.function or self.rules.urls:
-                rows = [{**sample, "query": sample["prompt"] + sample["response"]} for sample in samples]
-                verdicts = self._judge.judge(rows)
-            else:
-                pairs = [(sample["response"], sample["answer"]) for sample in samples]
-                verdicts = self._judge.judge(pairs, **self.rules.options)
+            verdicts = self._ask(rows)
         except RuntimeError as error:
             raise UserError(f"rewards: {error}") from error
-        names = [name for verdict in verdicts for name in verdict]
-        absent = dict.fromkeys(
-            names, 0.0
-        )  # a function may give a part to some answers only, one service of two its format
+        # A function may give a part to some answers only, one service of two its format.
+        absent = dict.fromkeys((name for verdict in verdicts for name in verdict), 0.0)
+        penalties, weights = self.rules.penalties, DEFAULT_WEIGHTS
+        added = [penalties(row["response"], row.get("length_tokens"), weights) for row in rows]
         return [
-            self._penalised({**absent, **verdict}, sample) for verdict, sample in zip(verdicts, samples, strict=True)
+            {**absent, **verdict, **extra, "total": verdict["total"] + sum(extra.values())}
+            for verdict, extra in zip(verdicts, added, strict=True)
         ]
-
-    def _penalised(self, verdict: dict[str, float], sample: Mapping[str, Any]) -> dict[str, float]:
-        rules, penalties = self.rules, {}
-        if rules.repetition:
-            penalties["repetition"] = length.repetition_penalty(
-                sample["response"], max_penalty=rules.repetition, ngram=rules.repetition_ngram
-            )
-        if rules.overlong_buffer_tokens:
-            penalties["overlong"] = length.overlong_penalty(
-                sample["length_tokens"],
-                max_response_tokens=rules.max_response_tokens,
-                buffer_tokens=rules.overlong_buffer_tokens,
-            )
-        return {**verdict, **penalties, "total": verdict["total"] + sum(penalties.values())}

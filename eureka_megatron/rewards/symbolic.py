@@ -7,9 +7,11 @@ off, for they work in a main thread only.
 import functools
 import logging
 import re
+from typing import Any
 
 from eureka_megatron.rewards import text
 
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # for mm_eureka, too
 _MAX_CHARACTERS = 300
 _MAX_NESTING = 8  # its parser is exponential in nested brackets
 _HEAVY = re.compile(r"\\(?:sum|prod|int|iint|lim|oint|det)(?![a-zA-Z])")
@@ -29,7 +31,9 @@ def agrees(gold: str, prediction: str) -> bool:
     """Whether math-verify finds two canonical answers equal, and nothing speaks against asking it."""
     if objection(gold, prediction):
         return False
-    verify, parsed_gold, parsed = _verify(), parse(gold), parse(prediction)
+    from math_verify import verify  # imports sympy: half a second that workers spend while they start
+
+    parsed_gold, parsed = parse(gold), parse(prediction)
     return bool(parsed_gold and parsed) and any(
         verify(*pair, timeout_seconds=None, allow_set_relation_comp=True)
         for pair in ((parsed_gold, parsed), (parsed, parsed_gold))
@@ -64,20 +68,11 @@ def _is_sound(answer: str) -> bool:
     return braces == 0 and brackets == 0 and deepest <= _MAX_NESTING
 
 
-@functools.cache
-def _verify():
-    from math_verify import verify  # imports sympy: half a second that workers spend while they start
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return verify
-
-
 @functools.lru_cache(maxsize=512)
-def parse(formula: str) -> list:
+def parse(formula: str) -> list[Any]:
     """What math-verify reads in a formula; empty when nothing."""
     from math_verify import LatexExtractionConfig, parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
     if "$" in formula or not formula.strip():
         return []
     kinds = [LatexExtractionConfig()]

@@ -93,12 +93,13 @@ _MULTIPLES = re.compile(
 def split(text: str) -> tuple[str, Unit | None]:
     """(value, unit) of a canonical answer; unit None when there is none. "12 cm^2" gives ("12", m^2 by 1/10000)."""
     text = text.strip()
-    if (match := _MONEY.match(text)) or (match := _MONEY_AFTER.search(text)):
-        rest = text[match.end() :] if match.lastindex == 2 else ""
+    before = _MONEY.match(text)
+    if match := before or _MONEY_AFTER.search(text):
+        rest = text[match.end() :] if before else ""
         if rate := re.match(rf"([\d.,/]+?)\s*(?:/|per\b|每|an?\b)\s*({_NAME})$", rest):  # $3/pound
             return match[1] + rate[1], unit(f"{match[2].lstrip(chr(92))}/{rate[2]}")
-        sign = match[match.lastindex].lstrip("\\").replace("US", "").replace("￥", "¥").replace("RMB", "¥")
-        value = match[1] + rest if match.lastindex == 2 else text[: match.start()]
+        sign = match[2 if before else 1].lstrip("\\").replace("US", "").replace("￥", "¥").replace("RMB", "¥")
+        value = match[1] + rest if before else text[: match.start()]
         return value.strip(), unit(sign)
     # Units stand at the end and are short: look only there, so that long text costs nothing.
     for position in range(max(1, len(text) - 60), len(text)):
@@ -125,9 +126,8 @@ def _is_product(value: str, name: str) -> bool:
 
 def unit(text: str) -> Unit:
     """The unit of a spelling: "m/s", "m s^{-1}" and "meters per second" are the same."""
-    text = re.sub(
-        r"deg\s+([CF])", r"deg\1", text.replace("^\\circ", "deg ").replace("\\Omega", "Ω").replace("\\cdot", " ")
-    )
+    text = text.replace("^\\circ", "deg ").replace("\\Omega", "Ω").replace("\\cdot", " ")
+    text = re.sub(r"deg\s+([CF])", r"deg\1", text)
     text = re.sub(r"\bper\b|每|(?<=\w) an? (?=\w)", "/", text)
     for name, spelled in _COMPOUND_NAMES.items():
         text = re.sub(rf"\b{name}\b", spelled, text, flags=re.IGNORECASE)

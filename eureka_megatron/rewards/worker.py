@@ -17,13 +17,17 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from eureka_megatron.rewards.judge import LARGEST_REWARD
-from eureka_megatron.rewards.scoring import score
+from eureka_megatron.rewards.judge import Limits
+from eureka_megatron.rewards.response import LARGEST_REWARD, Rewards
+from eureka_megatron.rewards.scoring import ScoringRules, score
 
 _RECURSION_LIMIT = 3000
 
 
-def load_function(path: str) -> Callable[[list[dict[str, Any]]], list[dict[str, float]]]:
+UserFunction = Callable[[list[dict[str, Any]]], list[Rewards]]
+
+
+def load_function(path: str) -> UserFunction:
     """The user's reward function from "package.module:function" or "path/to/file.py:function"."""
     where, separator, name = path.rpartition(":")
     if not separator or not where or not name:
@@ -39,54 +43,51 @@ def load_function(path: str) -> Callable[[list[dict[str, Any]]], list[dict[str, 
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(where)
-    function = getattr(module, name, None)
+    function: UserFunction = getattr(module, name, None)  # type: ignore[assignment]
     if not callable(function):
         raise ValueError(f"reward function {path!r}: {where!r} has no function {name!r}")
     return function
 
 
 def main() -> None:
-    limits = json.loads(sys.argv[1])
+    limits = Limits(**json.loads(sys.argv[1]))
     # A user's function may print and read: that must touch neither the verdicts nor the work.
     work, verdicts = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="ascii", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     sys.setrecursionlimit(_RECURSION_LIMIT)
+    matrix = "\\begin{pmatrix}%d\\end{pmatrix}"  # asks math-verify, which loads sympy
     user = None
     try:
-        if limits["user_function"]:
-            user = load_function(limits["user_function"])
+        if limits.user_function:
+            user = load_function(limits.user_function)
         else:
-            score(
-                "<think>x</think><answer>$\\begin{pmatrix}1\\end{pmatrix}$</answer>", "\\begin{pmatrix}2\\end{pmatrix}"
-            )
-    except BaseException as error:  # whatever the user's module does, sys.exit() included
-        verdicts.write(json.dumps({"error": _told(error)}) + "\n")
+            score(f"<think>x</think><answer>${matrix % 1}$</answer>", matrix % 2)
+    except BaseException as failure:  # whatever the user's module does, sys.exit() included
+        verdicts.write(json.dumps([None, None, _told(failure)]) + "\n")
         return
     # On top of what is mapped now: a user's module may have brought large libraries.
     with open("/proc/self/statm", encoding="ascii") as statm:
         mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + limits["memory_limit_bytes"],) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + limits.memory_limit_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    verdicts.write('{"ready": true}\n')
+    verdicts.write(json.dumps([None, None, None]) + "\n")  # ready
     for line in work:
-        for index, sample, options in json.loads(line):
+        chunk = json.loads(line)
+        rules = ScoringRules(**chunk["rules"])
+        for index, row in chunk["rows"]:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # each time: a user's function may have alarms of its own
-            signal.setitimer(signal.ITIMER_REAL, limits["time_limit_seconds"])
-            verdict, error = _judge(sample, options, user)
+            signal.setitimer(signal.ITIMER_REAL, limits.time_limit_seconds)
+            verdict, reason = _judge(row, rules, user)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            verdicts.write(json.dumps([index, verdict, error]) + "\n")
+            verdicts.write(json.dumps([index, verdict, reason]) + "\n")
 
 
-def _judge(sample: Any, options: dict[str, Any], user: Callable | None) -> tuple[dict[str, float] | None, str | None]:
+def _judge(row: dict[str, Any], rules: ScoringRules, user: UserFunction | None) -> tuple[Rewards | None, str | None]:
     """(verdict, None), or (None, what went wrong); running out of memory costs this answer only."""
     try:
-        if user is None:
-            return score(sample[0], sample[1], **options), None
-        if isinstance(sample, list):
-            sample = {"response": sample[0], "answer": sample[1]}
-        return _checked(user([sample])), None
+        return score(**row, rules=rules) if user is None else _checked(user([row])), None
     except BaseException as error:  # sys.exit() too is this answer's failure only
         return None, _told(error)
 
@@ -100,7 +101,7 @@ def _told(error: BaseException) -> str:
     return f"{users[-1]}: {text}" if users else text
 
 
-def _checked(result: Any) -> dict[str, float]:
+def _checked(result: Any) -> Rewards:
     """A user's verdict: needs "accuracy" (the online filter compares it); "total" defaults to the sum.
 
     A number is what `float` takes, text excepted: numpy's and torch's scalars too, and True and False as 1 and 0.

@@ -15,14 +15,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
 
 from eureka_megatron.config import RunConfig
+from eureka_megatron.rewards import Response
+from eureka_megatron.rewards.response import Rewards
 from eureka_megatron.rl.filters import keep_groups, outcome_counts
-from eureka_megatron.types import Group, Prompt, Rollout
+from eureka_megatron.types import Group, Prompt, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,8 @@ log = logging.getLogger(__name__)
 # they take about four times as much.
 EVALUATION_BYTES = 64 * 1024 * 1024
 
-# {"id", "prompt", "response", "answer", "length_tokens"} of each rollout → its rewards by name
-Judge = Callable[[list[dict[str, Any]]], list[dict[str, float]]]
+_OUTCOMES = ("all_wrong", "mixed", "all_right")
+Judge = Callable[[list[Response]], list[Rewards]]
 
 
 class Generates(Protocol):
@@ -40,15 +42,7 @@ class Generates(Protocol):
     version: int
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int,
-        seen: Counter[str] | None = None,
+        self, prompts: Sequence[Prompt], *, seen: Counter[str] | None = None, **sampling: Unpack[Sampling]
     ) -> list[Group]: ...
 
 
@@ -67,16 +61,15 @@ class _Tally:
     """Counts of one `collect`, over everything sampled in it, kept or not."""
 
     batches: int = 0
-    groups: int = 0
     kept: int = 0
+    rollouts: int = 0
     tokens: int = 0
+    truncated: int = 0
     reward: float = 0.0  # sum of totals
     seconds_sampling: float = 0.0
     seconds_judging: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)  # all_wrong, mixed, all_right
     accuracies: list[float] = field(default_factory=list)  # mean of each group
-    truncated: int = 0
-    rollouts: int = 0
 
 
 class Collector:
@@ -109,7 +102,9 @@ class Collector:
                 break
             # Without a filter every group is kept, so no more is sampled than is missing.
             count = wanted if filtering else wanted - len(self._buffer)
-            groups = self._sample(self._stream.next(count), self._seed(step, tally.batches), tally)
+            rollout = self._config.rollout
+            sampling = self._sampling(f"{step}/{tally.batches}", rollout.samples_per_prompt, rollout.temperature, 1.0)
+            groups = self._sample(self._stream.next(count), sampling, tally)
             self._buffer += self._filter(groups, tally, filtering)
         enough = min(rule.min_groups, wanted) if filtering else 1
         ready = self._buffer[:wanted] if len(self._buffer) >= enough else []
@@ -127,17 +122,16 @@ class Collector:
         Prompts are asked for, sampled and forgotten in parts, so memory does not grow with their number. The seed is the run's, and does
         not depend on the parts: two evaluations of equal weights give equal figures.
         """
-        tally, rewards, seen = _Tally(), list[dict[str, float]](), Counter[str]()
-        rule = self._config.training
-        sampling = {"n": n, "temperature": rule.evaluate_temperature, "top_p": rule.evaluate_top_p, "seen": seen}
+        tally, rewards, seen, training = _Tally(), list[Rewards](), Counter[str](), self._config.training
+        sampling = self._sampling("evaluate", n, training.evaluate_temperature, training.evaluate_top_p)
         for part in self._parts(prompts):
-            groups = self._sample(part, self._seed("evaluate"), tally, sampling)
+            groups = self._sample(part, sampling, tally, seen)
             rewards += [rollout.rewards for group in groups for rollout in group.rollouts]
             del part, groups  # before the next ones are made
         if not rewards:
             return {"samples": 0.0}
         names = sorted(set().union(*rewards))
-        return {name: float(np.mean([one[name] for one in rewards])) for name in names} | {
+        return {name: float(np.mean([found[name] for found in rewards])) for name in names} | {
             "response_length": tally.tokens / len(rewards),
             "truncated": tally.truncated / len(rewards),
             "samples": float(len(rewards)),
@@ -153,33 +147,39 @@ class Collector:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
+    def _sampling(self, name: str, n: int, temperature: float, top_p: float) -> Sampling:
+        """Each generation batch of each step, by its name, has a stream of random numbers of its own, the same in a resumed run."""
+        digest = hashlib.blake2b(f"{self._config.run.seed}/{name}".encode(), digest_size=8).digest()
+        max_tokens = self._config.rollout.max_response_tokens
+        return Sampling(
+            n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=int.from_bytes(digest) >> 2
+        )
+
     def _sample(
-        self,
-        prompts: Sequence[Prompt],
-        seed: int,
-        tally: _Tally,
-        sampling: dict[str, Any] | None = None,
+        self, prompts: Sequence[Prompt], sampling: Sampling, tally: _Tally, seen: Counter[str] | None = None
     ) -> list[Group]:
-        """Rollouts of the prompts, judged. sampling: None: as training samples, from the whole policy."""
-        rollout = self._config.rollout
-        if sampling is None:
-            sampling = {"n": rollout.samples_per_prompt, "temperature": rollout.temperature, "top_p": 1.0}
+        """Rollouts of the prompts, judged. seen: how often ids have come up, when the prompts are a part of more."""
         start = time.perf_counter()
-        groups = self._pool.generate(prompts, **sampling, max_tokens=rollout.max_response_tokens, seed=seed)
+        groups = self._pool.generate(prompts, **sampling, seen=seen)
         sampled = time.perf_counter()
-        verdicts = iter(self._judge([_to_judge(group.prompt, one) for group in groups for one in group.rollouts]))
+        responses = [
+            Response(rollout.text, group.prompt.answer, group.prompt.id, group.prompt.text, len(rollout.tokens_R))
+            for group in groups
+            for rollout in group.rollouts
+        ]
+        verdicts = iter(self._judge(responses))
         judged = [
-            replace(group, rollouts=tuple(replace(one, rewards=dict(next(verdicts))) for one in group.rollouts))
+            replace(group, rollouts=tuple(replace(rollout, rewards=dict(next(verdicts))) for rollout in group.rollouts))
             for group in groups
         ]
         tally.batches += 1
         tally.seconds_sampling += sampled - start
         tally.seconds_judging += time.perf_counter() - sampled
-        for one in (one for group in judged for one in group.rollouts):
+        for rollout in (rollout for group in judged for rollout in group.rollouts):
             tally.rollouts += 1
-            tally.tokens += len(one.tokens_R)
-            tally.reward += one.rewards.get("total", 0.0)
-            tally.truncated += one.finish_reason == "length"
+            tally.tokens += len(rollout.tokens_R)
+            tally.reward += rollout.rewards.get("total", 0.0)
+            tally.truncated += rollout.finish_reason == "length"
         return judged
 
     def _parts(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
@@ -201,7 +201,6 @@ class Collector:
         accuracy_GN = torch.tensor(np.array([group.rewards("accuracy") for group in groups]))
         tally.outcomes.update(outcome_counts(accuracy_GN))
         tally.accuracies += accuracy_GN.mean(dim=1).tolist()
-        tally.groups += len(groups)
         if filtering:
             compat = self._config.algorithm.compat
             kept_G = keep_groups(accuracy_GN, lower=rule.lower, upper=rule.upper, compat=compat).tolist()
@@ -216,54 +215,28 @@ class Collector:
         return dropped
 
     def _warn(self, step: int, tally: _Tally) -> None:
-        rule, outcomes = self._config.algorithm.filter, tally.outcomes
+        rule = self._config.algorithm.filter
+        outcomes = ", ".join(f"{tally.outcomes[name]} {name.replace('_', ' ')}" for name in _OUTCOMES)
         log.warning(
-            "step %d skipped: algorithm.filter (%g <= accuracy <= %g) left %d groups, fewer than algorithm.filter.min_groups=%d, "
-            "after %d generation batches: %d all wrong, %d mixed, %d all right",
-            step,
-            rule.lower,
-            rule.upper,
-            len(self._buffer),
-            rule.min_groups,
-            tally.batches,
-            outcomes["all_wrong"],
-            outcomes["mixed"],
-            outcomes["all_right"],
+            f"step {step} skipped: algorithm.filter ({rule.lower:g} <= accuracy <= {rule.upper:g}) left {len(self._buffer)} groups, "
+            f"fewer than algorithm.filter.min_groups={rule.min_groups}, after {tally.batches} generation batches: {outcomes}"
         )
 
     def _figures(self, tally: _Tally, *, reused: int, dropped: int, ready: int) -> dict[str, float]:
-        figures = {
-            "filter/all_wrong": float(tally.outcomes["all_wrong"]),
-            "filter/mixed": float(tally.outcomes["mixed"]),
-            "filter/all_right": float(tally.outcomes["all_right"]),
+        figures = {f"filter/{name}": float(tally.outcomes[name]) for name in _OUTCOMES} | {
             "filter/kept": float(tally.kept),
             "filter/from_buffer": float(reused),
             "filter/in_buffer": float(len(self._buffer)),
             "filter/dropped_old": float(dropped),
             "filter/skipped": float(ready == 0),
             "rollout/generation_batches": float(tally.batches),
-            "rollout/groups": float(tally.groups),
+            "rollout/groups": float(len(tally.accuracies)),
             "rollout/seconds": tally.seconds_sampling,
             "rollout/judge_seconds": tally.seconds_judging,
         }
-        if tally.groups:
-            figures["train/accuracy_rewards_original"] = float(np.mean(tally.accuracies))  # before the filter
-            figures["rollout/reward"] = tally.reward / tally.rollouts  # before the filter, too
+        if tally.rollouts:  # all before the filter
+            figures["train/accuracy_rewards_original"] = float(np.mean(tally.accuracies))
+            figures["rollout/reward"] = tally.reward / tally.rollouts
             figures["rollout/truncated"] = tally.truncated / tally.rollouts
             figures["rollout/tokens_per_second"] = tally.tokens / max(tally.seconds_sampling, 1e-9)
         return figures
-
-    def _seed(self, *parts: int | str) -> int:
-        """A different stream of random numbers for every generation batch of every step, the same in a resumed run."""
-        text = "/".join(map(str, (self._config.run.seed, *parts)))
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 2
-
-
-def _to_judge(prompt: Prompt, rollout: Rollout) -> dict[str, Any]:
-    return {
-        "id": prompt.id,
-        "prompt": prompt.text,
-        "response": rollout.text,
-        "answer": prompt.answer,
-        "length_tokens": len(rollout.tokens_R),
-    }

@@ -11,7 +11,7 @@ from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.data.rows import AnswerCheck
 from eureka_megatron.errors import UserError
 from eureka_megatron.places import absolute, model_directory
-from eureka_megatron.rewards import RewardRules, parseable_gold
+from eureka_megatron.rewards import RewardRules, ScoringRules, parseable_gold
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -93,14 +93,14 @@ def reward_rules(config: RunConfig) -> RewardRules:
     """How this run judges responses."""
     rewards = config.rewards
     return RewardRules(
-        options={
-            "compat": config.algorithm.compat,
-            "think": rewards.think,
-            "strict_ends": rewards.strict_ends,
-            "decimals": rewards.decimals,
-            "units": rewards.units,
-            "weights": {"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
-        },
+        options=ScoringRules(
+            compat=config.algorithm.compat,
+            think=rewards.think,
+            strict_ends=rewards.strict_ends,
+            decimals=rewards.decimals,
+            units=rewards.units,
+            weights={"accuracy": rewards.accuracy_weight, "format": rewards.format_weight},
+        ),
         workers=rewards.workers,
         time_limit_seconds=rewards.time_limit_seconds,
         function=rewards.function,

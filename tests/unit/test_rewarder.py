@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from eureka_megatron.errors import ConfigError, UserError
-from eureka_megatron.rewards import Rewarder, RewardRules, score
+from eureka_megatron.rewards import Response, Rewarder, RewardRules, ScoringRules, score
 
 RIGHT = "<think>2+2</think><answer>4</answer>"
 
@@ -22,6 +22,8 @@ def sample(response: str = RIGHT, **values: Any) -> dict[str, Any]:
 def test_rules_judge_by_the_runs_options() -> None:
     with Rewarder(RewardRules(workers=1, options={"weights": {"format": 0.25}})) as rewarder:
         found = rewarder.judge([sample(), sample("5")])
+    with Rewarder(RewardRules(workers=1, options=ScoringRules(weights={"format": 0.25}))) as rewarder:
+        assert rewarder.judge([Response(**sample()), Response(**sample("5"))]) == found
     assert found[0] == score(RIGHT, "4", weights={"format": 0.25})
     assert found[1]["total"] == 0
 

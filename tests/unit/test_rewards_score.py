@@ -2,7 +2,7 @@
 
 import pytest
 
-from eureka_megatron.rewards import parseable_gold, score
+from eureka_megatron.rewards import ScoringRules, parseable_gold, score
 from eureka_megatron.rewards.format import is_well_formed
 
 
@@ -54,6 +54,17 @@ def test_unknown_options_name_the_valid_ones():
         score("x", "y", compat="original")
     with pytest.raises(ValueError, match="boxed"):
         score("x", "y", untagged="all")
+
+
+def test_rules_may_come_as_a_record_or_as_keywords_but_not_as_both():
+    response = "<answer>0.3333</answer>"
+    options = {"think": "optional", "decimals": "rounded", "weights": {"format": 0.25}, "repetition": 0.5}
+    assert score(response, "1/3", rules=ScoringRules(**options)) == score(response, "1/3", **options)
+    assert score(response, "1/3", **options) == {"accuracy": 1.0, "format": 0.25, "repetition": 0.0, "total": 1.25}
+    with pytest.raises(TypeError, match="not both: units"):
+        score(response, "1/3", rules=ScoringRules(), units="converted")
+    with pytest.raises(TypeError, match="thinking"):
+        score(response, "1/3", thinking=True)
 
 
 def test_score_is_reachable_without_importing_torch():
