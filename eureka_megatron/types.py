@@ -11,7 +11,7 @@ made at row t**, that is to the token `labels_T[t]` which follows it; `packing` 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -101,6 +101,18 @@ class Prompt:
     def next_position(self) -> int:
         """The position, equal in all three axes, of the first response token."""
         return int(self.positions_3S.max()) + 1
+
+
+class Sampling(TypedDict):
+    """How responses are sampled: the keywords of `RolloutPool.generate`."""
+
+    # responses of each prompt
+    n: int
+    # 0: greedy
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
-import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
@@ -25,7 +24,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.errors import UserError, from_remote, last_message
 from eureka_megatron.rollout.engine import Engine, EngineOptions, request_seeds
 from eureka_megatron.sync.check import Fingerprint
-from eureka_megatron.types import Group, Prompt, Rollout
+from eureka_megatron.types import Group, Prompt, Rollout, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +96,8 @@ class RolloutPool:
         self,
         prompts: Sequence[Prompt],
         *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int,
         seen: Counter[str] | None = None,
+        **sampling: Unpack[Sampling],
     ) -> list[Group]:
         """n rollouts for every prompt, in order, spread over the engines; the result does not depend on how.
 
@@ -111,34 +106,20 @@ class RolloutPool:
         Prompts of an engine that dies, or does not answer within `rollout.timeout_seconds`, are done again by its replacement.
         Raises UserError when engines keep dying.
         """
-        seeds = request_seeds(prompts, seed, seen)
-        options = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-        costs = [len(prompt.tokens_S) + n * max_tokens for prompt in prompts]
+        if set(sampling) != Sampling.__required_keys__:
+            raise TypeError(f"generate wants {sorted(Sampling.__required_keys__)}, got {sorted(sampling)}")
+        seeds = request_seeds(prompts, sampling["seed"], seen)
+        costs = [len(prompt.tokens_S) + sampling["n"] * sampling["max_tokens"] for prompt in prompts]
 
         def submit(engine: int, share: list[int]) -> Any:
             part = [prompts[i].without_patches() for i in share]
-            return self._actors[engine].generate.remote(part, **options, seed=[seeds[i] for i in share])
+            return self._actors[engine].generate.remote(part, [seeds[i] for i in share], sampling)
 
         found: dict[int, tuple[Rollout, ...]] = {}
         for share, rollouts in self._fan_out(balance(costs, len(self._actors)), submit):
             found.update(zip(share, map(tuple, rollouts), strict=True))
         self._check_versions(found.values())
         return [Group(prompt, found[i]) for i, prompt in enumerate(prompts)]
-
-    def score(
-        self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0
-    ) -> list[np.ndarray]:
-        """float32 [R] each: log-probabilities of given responses, see Engine.score."""
-        costs = [len(prompt.tokens_S) + len(tokens_R) for prompt, tokens_R in zip(prompts, responses, strict=True)]
-
-        def submit(engine: int, share: list[int]) -> Any:
-            part = [prompts[i].without_patches() for i in share]
-            return self._actors[engine].score.remote(part, [responses[i] for i in share], temperature)
-
-        found: dict[int, np.ndarray] = {}
-        for share, scores in self._fan_out(balance(costs, len(self._actors)), submit):
-            found.update(zip(share, scores, strict=True))
-        return [found[i] for i in range(len(prompts))]
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -159,10 +140,6 @@ class RolloutPool:
     def status(self) -> list[dict[str, Any]]:
         """Of every engine: process id, weight version, failure."""
         return self._on_all("status")
-
-    def reset(self) -> None:
-        """Drop all caches of all engines."""
-        self._on_all("drop_caches")
 
     def shutdown(self) -> None:
         """End the engines. The pool cannot be used afterwards."""
@@ -205,20 +182,18 @@ class RolloutPool:
     def _on_all(self, method: str) -> list[Any]:
         """Call a method of every engine; dead ones are replaced first."""
         calls = [getattr(actor, method).remote() for actor in self._actors]
-        results = []
-        for index, call in enumerate(calls):
+
+        def answer(index: int, call: Any, may_die: bool) -> Any:
             try:
-                results.append(self._result(call, index, self.timeout_seconds))
-            except RayActorError:
+                return self._result(call, index, self.timeout_seconds)
+            except RayActorError as error:
+                if not may_die:
+                    reason = f"died twice in one call ({method}): {last_message(error)}"
+                    raise UserError(f"rollout engine {index} {reason}") from error
                 self._replace(index)
-                again = getattr(self._actors[index], method).remote()
-                try:
-                    results.append(self._result(again, index, self.timeout_seconds))
-                except RayActorError as error:
-                    raise UserError(
-                        f"rollout engine {index} died twice in one call ({method}): {last_message(error)}"
-                    ) from error
-        return results
+                return answer(index, getattr(self._actors[index], method).remote(), False)
+
+        return [answer(index, call, True) for index, call in enumerate(calls)]
 
     def _result(self, call: Any, engine: int, seconds: float | None) -> Any:
         """What a call of an engine returns. RayActorError: the engine is dead; one that does not answer in time is ended."""
