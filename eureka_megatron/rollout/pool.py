@@ -110,15 +110,38 @@ class RolloutPool:
             raise TypeError(f"generate wants {sorted(Sampling.__required_keys__)}, got {sorted(sampling)}")
         seeds = request_seeds(prompts, sampling["seed"], seen)
         costs = [len(prompt.tokens_S) + sampling["n"] * sampling["max_tokens"] for prompt in prompts]
+        # call → (engine, the prompts it does, when it must have answered)
+        pending: dict[Any, tuple[int, list[int], float]] = {}
 
-        def submit(engine: int, share: list[int]) -> Any:
+        def begin(engine: int, share: list[int]) -> None:
             part = [prompts[i].without_patches() for i in share]
-            return self._actors[engine].generate.remote(part, [seeds[i] for i in share], sampling)
+            call = self._actors[engine].generate.remote(part, [seeds[i] for i in share], sampling)
+            pending[call] = (engine, share, time.monotonic() + self.timeout_seconds)
 
+        for engine, share in enumerate(balance(costs, len(self._actors))):
+            if share:
+                begin(engine, share)
         found: dict[int, tuple[Rollout, ...]] = {}
-        for share, rollouts in self._fan_out(balance(costs, len(self._actors)), submit):
-            found.update(zip(share, map(tuple, rollouts), strict=True))
-        self._check_versions(found.values())
+        deaths = 0
+        while pending:
+            nearest = min(deadline for _, _, deadline in pending.values())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, nearest - time.monotonic()))
+            done = ready[0] if ready else min(pending, key=lambda call: pending[call][2])
+            engine, share, _ = pending.pop(done)
+            try:
+                found.update(zip(share, map(tuple, self._result(done, engine, None if ready else 0.0)), strict=True))
+            except RayActorError as error:
+                deaths += 1
+                if deaths > _MAX_DEATHS:
+                    raise UserError(
+                        f"rollout engines died {deaths} times in one call, the last was engine {engine}: {last_message(error)}; "
+                        "look for an out-of-memory kill, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
+                    ) from error
+                self._replace(engine)
+                begin(engine, share)
+        versions = {rollout.weight_version for rollouts in found.values() for rollout in rollouts}
+        if versions - {self.version}:
+            raise UserError(f"rollouts come from weight versions {sorted(versions)}, expected {self.version} only")
         return [Group(prompt, found[i]) for i, prompt in enumerate(prompts)]
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -148,36 +171,6 @@ class RolloutPool:
         self._actors = []
 
     # ---- inside -----------------------------------------------------------------------------------------------------
-
-    def _fan_out(self, shares: list[list[int]], submit: Callable[[int, list[int]], Any]) -> Any:
-        """Yield (share, result) as engines finish; a share whose engine died is submitted again to the new one."""
-        pending: dict[Any, tuple[int, list[int], float]] = {}
-
-        def begin(engine: int, share: list[int]) -> None:
-            pending[submit(engine, share)] = (engine, share, time.monotonic() + self.timeout_seconds)
-
-        for engine, share in enumerate(shares):
-            if share:
-                begin(engine, share)
-        deaths = 0
-        while pending:
-            nearest = min(deadline for _, _, deadline in pending.values())
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, nearest - time.monotonic()))
-            done = ready[0] if ready else min(pending, key=lambda call: pending[call][2])
-            engine, share, _ = pending.pop(done)
-            try:
-                result = self._result(done, engine, None if ready else 0.0)
-            except RayActorError as error:
-                deaths += 1
-                if deaths > _MAX_DEATHS:
-                    raise UserError(
-                        f"rollout engines died {deaths} times in one call, the last was engine {engine}: {last_message(error)}; "
-                        "look for an out-of-memory kill, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
-                    ) from error
-                self._replace(engine)
-                begin(engine, share)
-            else:
-                yield share, result
 
     def _on_all(self, method: str) -> list[Any]:
         """Call a method of every engine; dead ones are replaced first."""
@@ -242,16 +235,14 @@ class RolloutPool:
                 f"rollout engine {index} has weights of version {status['weight_version']}{reason}, expected {version}"
             )
 
-    def _check_versions(self, found: Any) -> None:
-        versions = {rollout.weight_version for rollouts in found for rollout in rollouts}
-        if versions - {self.version}:
-            raise UserError(f"rollouts come from weight versions {sorted(versions)}, expected {self.version} only")
-
 
 def balance(costs: Sequence[float], engines: int) -> list[list[int]]:
     """Indices of the items of each engine: longest first, each to the engine with the least so far. Shares keep the order.
 
-    Example: costs [5, 1, 1, 4] over 2 engines gives [[0, 2], [1, 3]].
+    costs [5, 1, 1, 4] over 2 engines:   item 0 (5) → engine 0        loads 5 0
+                                         item 3 (4) → engine 1              5 4
+                                         item 1 (1) → engine 1              5 5
+                                         item 2 (1) → engine 0              6 5     gives [[0, 2], [1, 3]]
     """
     loads = [(0.0, engine) for engine in range(engines)]
     shares: list[list[int]] = [[] for _ in range(engines)]
