@@ -1,9 +1,12 @@
 """What the trainer sends: every weight under its Hugging Face name, streamed one tensor at a time.
 
-A pass is checked against its declaration tensor by tensor: this is the one guard of the sending side. `MegatronWeightSource` has the shape of vLLM's `WeightSource` (`metadata()` and iteration that agree element for element) without
-importing vLLM, so trainer ranks stay free of it; `ray_transfer.NcclTransfer` wraps it in vLLM's own class where vLLM's NCCL sender needs one.
+Every pass is checked against its declaration, tensor by tensor: the one guard of the sending side. The engine's are `check.check_announced`
+before anything is loaded, and `rollout.engine` for what came.
 
-Left out on purpose: how shards become full tensors (checkpoint.iter_hf_weights) and how bytes travel (ray_transfer).
+`MegatronWeightSource` has the shape of vLLM's `WeightSource` (`metadata()` and iteration that agree element for element) without importing
+vLLM, so trainer ranks stay free of it; `ray_transfer.NcclTransfer` wraps it in vLLM's own class where vLLM's NCCL sender needs one.
+
+Left out on purpose: how shards become full tensors (weights.online.iter_hf_weights) and how bytes travel (ray_transfer).
 """
 
 from __future__ import annotations
