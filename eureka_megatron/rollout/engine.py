@@ -43,11 +43,11 @@ from eureka_megatron.sync.check import (
     engine_fingerprints,
     expected_tensors,
     has_tied_head,
-    listed,
     parameters_of,
+    tally,
 )
 from eureka_megatron.sync.source import SyncError, TensorMeta
-from eureka_megatron.types import Picture, Prompt, Rollout
+from eureka_megatron.types import Picture, Prompt, Rollout, Sampling
 from eureka_megatron.weights.table import hub_name
 
 
@@ -131,16 +131,12 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int | Sequence[int],
+        seeds: Sequence[int],
+        sampling: Sampling,
     ) -> list[list[Rollout]]:
         """n responses for each prompt, in order.
 
-        seed: one number for the call, or one for each prompt (as the pool gives, so that splitting changes nothing).
+        seeds: one for each prompt, from `request_seeds`, so that splitting a call changes nothing; `sampling`'s own was used up there.
         A response ends with the end-of-turn token (kept, finish_reason "stop") or after max_tokens ("length"). Its log-probabilities are
         those of the policy at this temperature (at 0, greedy: of that at 1), whatever top_p leaves out.
 
@@ -149,23 +145,23 @@ class Engine:
         from vllm import SamplingParams
 
         self._require_whole_weights()
+        n, temperature = sampling["n"], sampling["temperature"]
         if temperature == 0 and n > 1:
             raise UserError(f"temperature 0 makes all {n} responses of a prompt equal: ask for n=1")
         self._set_temperature(temperature)
-        seeds = request_seeds(prompts, seed) if isinstance(seed, int) else list(seed)
         parameters = [
             SamplingParams(
                 n=n,
                 temperature=float(temperature > 0),  # greedy, or of the scaled logits
-                top_p=top_p,
-                max_tokens=self._room(prompt, max_tokens),
-                seed=own,
+                top_p=sampling["top_p"],
+                max_tokens=self._room(prompt, sampling["max_tokens"]),
+                seed=seed,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,
                 stop_token_ids=self._stop_ids,
                 logit_bias=dict.fromkeys(self._banned, float("-inf")),
             )
-            for prompt, own in zip(prompts, seeds, strict=True)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         outputs = self._run([self._request(prompt) for prompt in prompts], parameters)
         for prompt, output in zip(prompts, outputs, strict=True):
@@ -254,7 +250,7 @@ class Engine:
         self.drop_caches()
         self._failure = None
         self.weight_version = update.version
-        return len(update.received)
+        return update.received
 
     def abort_weight_update(self, reason: str) -> None:
         """End an update that cannot be finished. With nothing loaded the old weights are whole; otherwise serve nothing."""
@@ -289,7 +285,7 @@ class Engine:
     @property
     def _model(self) -> Any:
         """The worker's module itself: the engine runs in this process."""
-        return self._llm.apply_model(_identity)[0]
+        return self._llm.apply_model(lambda model: model)[0]
 
     @cached_property
     def _expected(self) -> dict[str, TensorMeta]:
@@ -308,7 +304,7 @@ class Engine:
         room = self.options.max_model_tokens - len(prompt.tokens_S)
         if room < (wanted if exactly else 1):
             raise UserError(
-                f"prompt {prompt.id}{f' ({prompt.origin})' if prompt.origin else ''} has {len(prompt.tokens_S)} tokens and "
+                f"prompt {_named(prompt)} has {len(prompt.tokens_S)} tokens and "
                 f"leaves no room for a response within rollout.max_model_tokens={self.options.max_model_tokens}"
             )
         return min(wanted, room)
@@ -323,17 +319,14 @@ class Engine:
         return request
 
     def _run(self, requests: list[dict[str, Any]], parameters: Any) -> list[Any]:
-        if not requests:
-            return []
-        return self._llm.generate(requests, parameters, use_tqdm=False)
+        return self._llm.generate(requests, parameters, use_tqdm=False) if requests else []
 
     def _rollout(self, sample: Any) -> Rollout:
         flat = sample.logprobs
-        tokens_R = np.array(sample.token_ids, dtype=np.int64)
         chosen = [flat.token_ids[start] for start in flat.start_indices]
         assert chosen == list(sample.token_ids), "log-probabilities are not those of the sampled tokens"
         return Rollout(
-            tokens_R=tokens_R,
+            tokens_R=np.array(sample.token_ids, dtype=np.int64),
             logprobs_R=np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32),
             text=sample.text,
             finish_reason=sample.finish_reason,
@@ -346,10 +339,10 @@ class _Update:
 
     def __init__(self, model: Any, metadata: Sequence[TensorMeta], version: int, kept: set[str]) -> None:
         self.version = version
-        self.received: Counter[str] = Counter()
-        self._announced = {hub_name(meta.name) for meta in metadata}
-        self._parameters = {name for name, _ in model.named_parameters()} - kept
-        self._loaded: set[str] = set()
+        self.received = 0
+        # Announced tensors that have not come, and parameters that they have not filled.
+        self._awaited = {hub_name(meta.name) for meta in metadata}
+        self._unfilled = {name for name, _ in model.named_parameters()} - kept
         self._model = model
         self._load = model.load_weights
         model.load_weights = self._watch
@@ -358,30 +351,20 @@ class _Update:
         self._model.__dict__.pop("load_weights", None)
 
     def check_complete(self) -> None:
-        """Every announced tensor exactly once, and every parameter of the model filled that was to change."""
-        problems = [
-            f"{len(names)} tensors {verdict}: {listed(names)}"
-            for names, verdict in (
-                (sorted(self._announced - self.received.keys()), "never came"),
-                (sorted(self.received.keys() - self._announced), "were not announced"),
-                (sorted(name for name, count in self.received.items() if count > 1), "came twice"),
-                (sorted(self._parameters - self._loaded), "of the engine were not loaded"),
-            )
-            if names
-        ]
-        if problems:
+        """Every announced tensor came, and every parameter of the model is filled that was to change."""
+        if problems := tally(self._awaited, "never came") + tally(self._unfilled, "of the engine were not loaded"):
             raise SyncError(f"weight update to version {self.version} is incomplete: {'; '.join(problems)}")
 
     def _watch(self, weights: Any) -> set[str]:
         weights = list(weights)
-        self.received.update(hub_name(name) for name, _ in weights)
+        self.received += len(weights)
+        for name, _ in weights:
+            if hub_name(name) not in self._awaited:
+                raise SyncError(f"weight update to version {self.version}: {name} was not announced, or came twice")
+            self._awaited.remove(hub_name(name))
         loaded = self._load(weights)
-        self._loaded.update(loaded)
+        self._unfilled -= loaded
         return loaded
-
-
-def _identity(model: Any) -> Any:
-    return model
 
 
 def _scale_logits(model: Any, scale: float) -> None:
@@ -393,9 +376,8 @@ def _flush_reload(worker: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-    worker = getattr(
-        worker, "worker", worker
-    )  # vLLM hands over a wrapper; setting an attribute of it would change nothing
+    # vLLM hands over a wrapper; setting an attribute of it would change nothing.
+    worker = getattr(worker, "worker", worker)
     with set_current_vllm_config(worker.vllm_config):
         finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
     worker._weight_update_active = False
@@ -421,10 +403,14 @@ def _video_item(picture: Picture) -> tuple[np.ndarray, dict[str, Any]]:
     }
 
 
+def _named(prompt: Prompt) -> str:
+    return prompt.id + (f" ({prompt.origin})" if prompt.origin else "")
+
+
 def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarray) -> None:
     if len(found) != len(expected_S):
         raise UserError(
-            f"prompt {prompt.id}{f' ({prompt.origin})' if prompt.origin else ''}: vLLM expands it to {len(found)} tokens, "
+            f"prompt {_named(prompt)}: vLLM expands it to {len(found)} tokens, "
             f"tokens_S has {len(expected_S)}; pictures must be resized with the engine's min_pixels and max_pixels"
         )
     if not np.array_equal(np.asarray(found), expected_S):

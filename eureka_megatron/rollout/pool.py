@@ -15,9 +15,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
-import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
@@ -25,7 +24,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.errors import UserError, from_remote, last_message
 from eureka_megatron.rollout.engine import Engine, EngineOptions, request_seeds
 from eureka_megatron.sync.check import Fingerprint
-from eureka_megatron.types import Group, Prompt, Rollout
+from eureka_megatron.types import Group, Prompt, Rollout, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +96,8 @@ class RolloutPool:
         self,
         prompts: Sequence[Prompt],
         *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int,
-        seed: int,
         seen: Counter[str] | None = None,
+        **sampling: Unpack[Sampling],
     ) -> list[Group]:
         """n rollouts for every prompt, in order, spread over the engines; the result does not depend on how.
 
@@ -111,34 +106,43 @@ class RolloutPool:
         Prompts of an engine that dies, or does not answer within `rollout.timeout_seconds`, are done again by its replacement.
         Raises UserError when engines keep dying.
         """
-        seeds = request_seeds(prompts, seed, seen)
-        options = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-        costs = [len(prompt.tokens_S) + n * max_tokens for prompt in prompts]
+        if set(sampling) != Sampling.__required_keys__:
+            raise TypeError(f"generate wants {sorted(Sampling.__required_keys__)}, got {sorted(sampling)}")
+        seeds = request_seeds(prompts, sampling["seed"], seen)
+        costs = [len(prompt.tokens_S) + sampling["n"] * sampling["max_tokens"] for prompt in prompts]
+        # call → (engine, the prompts it does, when it must have answered)
+        pending: dict[Any, tuple[int, list[int], float]] = {}
 
-        def submit(engine: int, share: list[int]) -> Any:
+        def begin(engine: int, share: list[int]) -> None:
             part = [prompts[i].without_patches() for i in share]
-            return self._actors[engine].generate.remote(part, **options, seed=[seeds[i] for i in share])
+            call = self._actors[engine].generate.remote(part, [seeds[i] for i in share], sampling)
+            pending[call] = (engine, share, time.monotonic() + self.timeout_seconds)
 
+        for engine, share in enumerate(balance(costs, len(self._actors))):
+            if share:
+                begin(engine, share)
         found: dict[int, tuple[Rollout, ...]] = {}
-        for share, rollouts in self._fan_out(balance(costs, len(self._actors)), submit):
-            found.update(zip(share, map(tuple, rollouts), strict=True))
-        self._check_versions(found.values())
+        deaths = 0
+        while pending:
+            nearest = min(deadline for _, _, deadline in pending.values())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, nearest - time.monotonic()))
+            done = ready[0] if ready else min(pending, key=lambda call: pending[call][2])
+            engine, share, _ = pending.pop(done)
+            try:
+                found.update(zip(share, map(tuple, self._result(done, engine, None if ready else 0.0)), strict=True))
+            except RayActorError as error:
+                deaths += 1
+                if deaths > _MAX_DEATHS:
+                    raise UserError(
+                        f"rollout engines died {deaths} times in one call, the last was engine {engine}: {last_message(error)}; "
+                        "look for an out-of-memory kill, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
+                    ) from error
+                self._replace(engine)
+                begin(engine, share)
+        versions = {rollout.weight_version for rollouts in found.values() for rollout in rollouts}
+        if versions - {self.version}:
+            raise UserError(f"rollouts come from weight versions {sorted(versions)}, expected {self.version} only")
         return [Group(prompt, found[i]) for i, prompt in enumerate(prompts)]
-
-    def score(
-        self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0
-    ) -> list[np.ndarray]:
-        """float32 [R] each: log-probabilities of given responses, see Engine.score."""
-        costs = [len(prompt.tokens_S) + len(tokens_R) for prompt, tokens_R in zip(prompts, responses, strict=True)]
-
-        def submit(engine: int, share: list[int]) -> Any:
-            part = [prompts[i].without_patches() for i in share]
-            return self._actors[engine].score.remote(part, [responses[i] for i in share], temperature)
-
-        found: dict[int, np.ndarray] = {}
-        for share, scores in self._fan_out(balance(costs, len(self._actors)), submit):
-            found.update(zip(share, scores, strict=True))
-        return [found[i] for i in range(len(prompts))]
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -160,10 +164,6 @@ class RolloutPool:
         """Of every engine: process id, weight version, failure."""
         return self._on_all("status")
 
-    def reset(self) -> None:
-        """Drop all caches of all engines."""
-        self._on_all("drop_caches")
-
     def shutdown(self) -> None:
         """End the engines. The pool cannot be used afterwards."""
         for actor in self._actors:
@@ -172,53 +172,21 @@ class RolloutPool:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _fan_out(self, shares: list[list[int]], submit: Callable[[int, list[int]], Any]) -> Any:
-        """Yield (share, result) as engines finish; a share whose engine died is submitted again to the new one."""
-        pending: dict[Any, tuple[int, list[int], float]] = {}
-
-        def begin(engine: int, share: list[int]) -> None:
-            pending[submit(engine, share)] = (engine, share, time.monotonic() + self.timeout_seconds)
-
-        for engine, share in enumerate(shares):
-            if share:
-                begin(engine, share)
-        deaths = 0
-        while pending:
-            nearest = min(deadline for _, _, deadline in pending.values())
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, nearest - time.monotonic()))
-            done = ready[0] if ready else min(pending, key=lambda call: pending[call][2])
-            engine, share, _ = pending.pop(done)
-            try:
-                result = self._result(done, engine, None if ready else 0.0)
-            except RayActorError as error:
-                deaths += 1
-                if deaths > _MAX_DEATHS:
-                    raise UserError(
-                        f"rollout engines died {deaths} times in one call, the last was engine {engine}: {last_message(error)}; "
-                        "look for an out-of-memory kill, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
-                    ) from error
-                self._replace(engine)
-                begin(engine, share)
-            else:
-                yield share, result
-
     def _on_all(self, method: str) -> list[Any]:
         """Call a method of every engine; dead ones are replaced first."""
         calls = [getattr(actor, method).remote() for actor in self._actors]
-        results = []
-        for index, call in enumerate(calls):
+
+        def answer(index: int, call: Any, may_die: bool) -> Any:
             try:
-                results.append(self._result(call, index, self.timeout_seconds))
-            except RayActorError:
+                return self._result(call, index, self.timeout_seconds)
+            except RayActorError as error:
+                if not may_die:
+                    reason = f"died twice in one call ({method}): {last_message(error)}"
+                    raise UserError(f"rollout engine {index} {reason}") from error
                 self._replace(index)
-                again = getattr(self._actors[index], method).remote()
-                try:
-                    results.append(self._result(again, index, self.timeout_seconds))
-                except RayActorError as error:
-                    raise UserError(
-                        f"rollout engine {index} died twice in one call ({method}): {last_message(error)}"
-                    ) from error
-        return results
+                return answer(index, getattr(self._actors[index], method).remote(), False)
+
+        return [answer(index, call, True) for index, call in enumerate(calls)]
 
     def _result(self, call: Any, engine: int, seconds: float | None) -> Any:
         """What a call of an engine returns. RayActorError: the engine is dead; one that does not answer in time is ended."""
@@ -267,16 +235,14 @@ class RolloutPool:
                 f"rollout engine {index} has weights of version {status['weight_version']}{reason}, expected {version}"
             )
 
-    def _check_versions(self, found: Any) -> None:
-        versions = {rollout.weight_version for rollouts in found for rollout in rollouts}
-        if versions - {self.version}:
-            raise UserError(f"rollouts come from weight versions {sorted(versions)}, expected {self.version} only")
-
 
 def balance(costs: Sequence[float], engines: int) -> list[list[int]]:
     """Indices of the items of each engine: longest first, each to the engine with the least so far. Shares keep the order.
 
-    Example: costs [5, 1, 1, 4] over 2 engines gives [[0, 2], [1, 3]].
+    costs [5, 1, 1, 4] over 2 engines:   item 0 (5) → engine 0        loads 5 0
+                                         item 3 (4) → engine 1              5 4
+                                         item 1 (1) → engine 1              5 5
+                                         item 2 (1) → engine 0              6 5     gives [[0, 2], [1, 3]]
     """
     loads = [(0.0, engine) for engine in range(engines)]
     shares: list[list[int]] = [[] for _ in range(engines)]

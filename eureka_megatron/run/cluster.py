@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -90,16 +90,12 @@ def _apart(started: list[psutil.Process]) -> Iterator[None]:
 def _end(started: list[psutil.Process]) -> None:
     """Ray's end, and that of every process it started here: only then can their files go."""
     everything = list(started)
-    for one in started:
-        try:
-            everything += one.children(recursive=True)
-        except psutil.NoSuchProcess:
-            continue
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            everything += process.children(recursive=True)
     ray.shutdown()
     _, alive = psutil.wait_procs(everything, timeout=END_SECONDS / 2)
-    for one in alive:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=END_SECONDS / 2)

@@ -10,7 +10,8 @@ Everything streams: one layer's weights are in memory at a time. Left out: engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -82,16 +83,11 @@ def compare(sent: Mapping[str, Fingerprint], engine: Mapping[str, Fingerprint], 
     A tied output layer is compared when the engine has its own copy of it, though it is not sent.
     """
     expected = dict(sent)
-    tied = "lm_head.weight" in engine and "lm_head.weight" not in sent
-    if tied and "model.embed_tokens.weight" in sent:
-        expected["lm_head.weight"] = sent["model.embed_tokens.weight"]
-    missing, extra = sorted(expected.keys() - engine.keys()), sorted(engine.keys() - expected.keys())
+    if "lm_head.weight" in engine and "model.embed_tokens.weight" in sent:
+        expected.setdefault("lm_head.weight", sent["model.embed_tokens.weight"])
+    problems = tally(expected.keys() - engine.keys(), f"are not in the {where}")
+    problems += tally(engine.keys() - expected.keys(), f"of the {where} were never sent")
     wrong = [name for name in sorted(expected.keys() & engine.keys()) if not expected[name].same(engine[name])]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors are not in the {where}: {listed(missing)}")
-    if extra:
-        problems.append(f"{len(extra)} tensors of the {where} were never sent: {listed(extra)}")
     if wrong:
         shown = "; ".join(f"{name}: sent {expected[name]}, engine {engine[name]}" for name in wrong[:_LISTED])
         more = f"; and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
@@ -107,22 +103,13 @@ def check_announced(
 
     Raises SyncError naming missing, unexpected and repeated tensors, and wrong shapes or dtypes with both values.
     """
-    named: dict[str, TensorMeta] = {}
-    repeated = []
-    for meta in announced:
-        if hub_name(meta.name) in named:
-            repeated.append(meta.name)
-        named[hub_name(meta.name)] = meta
-    optional = {"lm_head.weight"} if "lm_head.weight" not in expected else set()  # tied: a copy may come along
-    kept = {hub_name(name) for name in unchanged}
-    missing = sorted(expected.keys() - named.keys() - kept)
-    unexpected = sorted((named.keys() | kept) - expected.keys() - optional)
-    repeated += sorted(named.keys() & kept)
-    problems = [
-        f"{len(names)} tensors {verdict}: {listed(names)}"
-        for names, verdict in ((missing, "are missing"), (unexpected, "are unexpected"), (repeated, "come twice"))
-        if names
-    ]
+    named = {hub_name(meta.name): meta for meta in announced}
+    times = Counter(map(hub_name, [*(meta.name for meta in announced), *unchanged]))
+    problems = tally(expected.keys() - times.keys(), "are missing")
+    problems += tally(
+        times.keys() - expected.keys() - {"lm_head.weight"}, "are unexpected"
+    )  # tied: a copy may come along
+    problems += tally({name for name, count in times.items() if count > 1}, "come twice")
     for name in sorted(expected.keys() & named.keys()):
         found, right = named[name], expected[name]
         if (tuple(found.shape), found.dtype) != (right.shape, right.dtype):
@@ -134,9 +121,10 @@ def check_announced(
         raise SyncError(f"weight update refused, nothing was loaded: {shown}")
 
 
-def listed(names: Sequence[str]) -> str:
+def tally(names: Set[str], verdict: str) -> list[str]:
+    """One line about these tensors, none when there are none. Example: "2 tensors are missing: a, b"."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return [f"{len(names)} tensors {verdict}: {', '.join(sorted(names)[:_LISTED])}{more}"] if names else []
 
 
 # ---- the engine's side ----------------------------------------------------------------------------------------------
@@ -171,17 +159,15 @@ def engine_tensors(model: Any) -> Iterator[EngineTensor]:
                 yield from _linear_tensors(module, path, leaf, packed)
             else:
                 meta = TensorMeta(name, parameter.dtype, tuple(parameter.shape))
-                yield EngineTensor(meta, f"{path}.{leaf}", partial(_parameter, module, leaf))
+                yield EngineTensor(meta, f"{path}.{leaf}", parameter.detach)
 
 
 def expected_tensors(model: Any) -> dict[str, TensorMeta]:
     """What an update must bring, by hub name: everything the engine computes with, a tied output layer once."""
-    tied = has_tied_head(model)
-    return {
-        tensor.meta.name: tensor.meta
-        for tensor in engine_tensors(model)
-        if not (tied and tensor.meta.name == "lm_head.weight")
-    }
+    found = {tensor.meta.name: tensor.meta for tensor in engine_tensors(model)}
+    if has_tied_head(model):
+        found.pop("lm_head.weight", None)
+    return found
 
 
 def has_tied_head(model: Any) -> bool:
@@ -197,14 +183,16 @@ def parameters_of(model: Any, names: Sequence[str]) -> set[str]:
 
 def engine_fingerprints(model: Any) -> dict[str, Fingerprint]:
     """Fingerprint of every weight a vLLM model computes with, by hub name."""
-    found: dict[str, Fingerprint] = {}
     with torch.no_grad():
-        for tensor in engine_tensors(model):
-            found[tensor.meta.name] = fingerprint(tensor.read())
-    return found
+        return {tensor.meta.name: fingerprint(tensor.read()) for tensor in engine_tensors(model)}
 
 
 def _linear_tensors(module: Any, path: str, leaf: str, packed: Mapping[str, Sequence[str]]) -> Iterator[EngineTensor]:
+    """The tensors of one linear layer; of a fused one, each its own rows.
+
+    rows      0         256    320    384
+    qkv_proj  | q_proj  | k_proj | v_proj |      output_partition_sizes [256, 64, 64]
+    """
     parent, _, own = path.rpartition(".")
     parts = packed.get(own, [own])
     rows = [int(size) for size in getattr(module, "output_partition_sizes", [module.output_size])]
@@ -218,21 +206,13 @@ def _linear_tensors(module: Any, path: str, leaf: str, packed: Mapping[str, Sequ
     for part, size in zip(parts, rows, strict=True):
         name = hub_name(f"{parent}.{part}.{leaf}")
         meta = TensorMeta(name, dtype, (size, *columns))
-        yield EngineTensor(meta, f"{path}.{leaf}", partial(_rows, whole, first, size))
+        yield EngineTensor(meta, f"{path}.{leaf}", lambda first=first, size=size: whole()[first : first + size])
         first += size
-
-
-def _parameter(module: Any, leaf: str) -> Tensor:
-    return getattr(module, leaf).detach()
-
-
-def _rows(whole: Callable[[], Tensor], first: int, size: int) -> Tensor:
-    return whole()[first : first + size]
 
 
 def _read_linear(module: Any, leaf: str, dtype: torch.dtype) -> Tensor:
     if leaf != "weight" or not hasattr(module, "cpu_linear"):
-        return _parameter(module, leaf).to(dtype)
+        return getattr(module, leaf).detach().to(dtype)
     return _through_identity(module, int(module.input_size), dtype)
 
 
@@ -242,7 +222,7 @@ def _read_vocabulary(module: Any) -> Tensor:
 
     if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
         return _through_identity(module, module.embedding_dim, module.weight.dtype)[: module.org_vocab_size]
-    return _parameter(module, "weight")[: module.org_vocab_size]
+    return module.weight.detach()[: module.org_vocab_size]
 
 
 def _through_identity(module: Any, columns: int, dtype: torch.dtype, rows_at_once: int = 1024) -> Tensor:

@@ -29,7 +29,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
-from eureka_megatron.sync.check import Fingerprint, fingerprint
+from eureka_megatron.sync.check import Fingerprint, fingerprint, fingerprints
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
 from eureka_megatron.weights.table import hub_name
 
@@ -97,12 +97,14 @@ def send_weights(
     start = time.perf_counter()
     update = _Update(engines, version)
     stream = iter(source)
-    prints: dict[str, Fingerprint] = {}
+    sent: dict[str, Fingerprint] = {}
     pending: deque[list[Any]] = deque()
     try:
-        update.begin(metadata, source.unchanged)
+        update.settle(
+            update.call("start_weight_update", metadata, version, source.unchanged)
+        )  # one refuses: none starts
         buckets = 0
-        for buffer, entries in pack(_tapped(stream, prints if with_fingerprints else None), metadata, bucket_mib << 20):
+        for buffer, entries in pack(_tapped(stream, sent) if with_fingerprints else stream, metadata, bucket_mib << 20):
             if len(pending) == _IN_STORE:  # one bucket loads while the next is packed
                 update.settle(pending.popleft())
             pending.append(update.call("update_weights", {"entries": entries}, ray.put(buffer)))
@@ -116,7 +118,7 @@ def send_weights(
             pass
         raise
     nbytes = sum(meta.nbytes for meta in metadata)
-    return SyncReport(version, len(metadata), nbytes, buckets, time.perf_counter() - start, update.lost, prints)
+    return SyncReport(version, len(metadata), nbytes, buckets, time.perf_counter() - start, update.lost, sent)
 
 
 def pack(
@@ -125,8 +127,11 @@ def pack(
     """Copy tensors into uint8 buffers of at most `bucket_bytes` (one tensor may exceed it alone).
 
     The buffer is reused: it is valid until the next step of the iterator.
+
+        bytes     0          64         128                   256
+        buffer    | a .. pad | b .. pad | c .............. pad |     offsets 0, 64, 128; every size rounded up to 64
     """
-    sizes = [_aligned(meta.nbytes) for meta in metadata]
+    sizes = [-(-meta.nbytes // _ALIGNMENT) * _ALIGNMENT for meta in metadata]
     capacity = max([min(bucket_bytes, sum(sizes)), *sizes], default=0)
     buffer = np.empty(capacity, dtype=np.uint8)
     entries: list[BucketEntry] = []
@@ -171,10 +176,6 @@ class _Update:
     def lost(self) -> tuple[int, ...]:
         return tuple(index for index in range(self._total) if index not in self._engines)
 
-    def begin(self, metadata: Sequence[TensorMeta], unchanged: Sequence[str]) -> None:
-        """Announce the tensors to all engines; if one refuses, none starts."""
-        self.settle(self.call("start_weight_update", list(metadata), self.version, list(unchanged)))
-
     def call(self, method: str, *arguments: Any) -> list[tuple[int, Any]]:
         return [(index, getattr(engine, method).remote(*arguments)) for index, engine in self._engines.items()]
 
@@ -190,8 +191,8 @@ class _Update:
                 failure = failure or SyncError(
                     f"rollout engine {index} did not answer within {_DEADLINE_SECONDS:g} s of the update to version {self.version}"
                 )
-            except RayTaskError as error:
-                failure = failure or _cause(error)
+            except RayTaskError as error:  # without Ray's wrapping when the user can read it
+                failure = failure or (error.cause if isinstance(error.cause, SyncError) else error)
         if failure is not None:
             raise failure
         if not self._engines:
@@ -209,22 +210,14 @@ class _Update:
                 )
 
 
-def _cause(error: RayTaskError) -> Exception:
-    """The exception the engine raised, without Ray's wrapping when it is one the user can read."""
-    return error.cause if isinstance(error.cause, SyncError) else error
-
-
 def _tapped(
-    stream: Iterator[tuple[str, Tensor | None]], prints: dict[str, Fingerprint] | None
+    stream: Iterator[tuple[str, Tensor | None]], found: dict[str, Fingerprint]
 ) -> Iterator[tuple[str, Tensor | None]]:
+    """The stream itself; fingerprints of what passes are added to `found`."""
     for name, tensor in stream:
-        if prints is not None and tensor is not None:
-            prints[hub_name(name)] = fingerprint(tensor)
+        if tensor is not None:
+            found[hub_name(name)] = fingerprint(tensor)
         yield name, tensor
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 # ---- engine side ----------------------------------------------------------------------------------------------------
@@ -298,19 +291,15 @@ class NcclTransfer:
         """As `send_weights`. Fingerprints cost a second pass over the source here."""
         start = time.perf_counter()
         metadata = self._source.metadata()
-        self._client.announce(metadata, version, self._source.unchanged)
+        self._client.announced = metadata, version, self._source.unchanged
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # vLLM reads on a stream of its own, which does not wait for the optimizer's
         self._engine.send_weights()
-        prints = {}
-        if with_fingerprints:
-            for name, tensor in self._source:
-                if self._is_sender and tensor is not None:
-                    prints[hub_name(name)] = fingerprint(tensor)
+        found = fingerprints(self._source) if with_fingerprints else {}
         if not self._is_sender:
             return None
         nbytes = sum(meta.nbytes for meta in metadata)
-        return SyncReport(version, len(metadata), nbytes, 0, time.perf_counter() - start, (), prints)
+        return SyncReport(version, len(metadata), nbytes, 0, time.perf_counter() - start, (), found)
 
     def shutdown(self) -> None:
         self._engine.shutdown()
@@ -322,10 +311,8 @@ class _EngineClient:
 
     def __init__(self, engines: Sequence[Any]) -> None:
         self._engines = list(engines)
-        self._announced: tuple[list[TensorMeta], int, list[str]] = ([], 0, [])
-
-    def announce(self, metadata: Sequence[TensorMeta], version: int, unchanged: Sequence[str]) -> None:
-        self._announced = (list(metadata), version, list(unchanged))
+        # metadata, version and unchanged names of the update that begins
+        self.announced: tuple[Sequence[TensorMeta], int, Sequence[str]] = ([], 0, [])
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         first = init_info["rank_offset"]
@@ -337,7 +324,7 @@ class _EngineClient:
         )
 
     def start_weight_update(self) -> None:
-        ray.get([engine.start_weight_update.remote(*self._announced) for engine in self._engines])
+        ray.get([engine.start_weight_update.remote(*self.announced) for engine in self._engines])
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         ray.get([engine.update_weights.remote(update_info) for engine in self._engines])

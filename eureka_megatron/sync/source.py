@@ -1,9 +1,12 @@
 """What the trainer sends: every weight under its Hugging Face name, streamed one tensor at a time.
 
-`MegatronWeightSource` has the shape of vLLM's `WeightSource` (`metadata()` and iteration that agree element for element) without
-importing vLLM, so trainer ranks stay free of it; `ray_transfer.NcclTransfer` wraps it in vLLM's own class where vLLM's NCCL sender needs one.
+Every pass is checked against its declaration, tensor by tensor: the one guard of the sending side. The engine's are `check.check_announced`
+before anything is loaded, and `rollout.engine` for what came.
 
-Left out on purpose: how shards become full tensors (checkpoint.iter_hf_weights) and how bytes travel (ray_transfer).
+`MegatronWeightSource` has the shape of vLLM's `WeightSource` (`metadata()` and iteration that agree element for element) without importing
+vLLM, so trainer ranks stay free of it; `ray_transfer.NcclTransfer` wraps it in vLLM's own class where vLLM's NCCL sender needs one.
+
+Left out on purpose: how shards become full tensors (weights.online.iter_hf_weights) and how bytes travel (ray_transfer).
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import torch
 from torch import Tensor
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.weights.table import hub_name
 
 
 class SyncError(UserError):
@@ -50,7 +52,7 @@ class MegatronWeightSource:
     def __init__(
         self,
         weights: Callable[[], Iterable[tuple[str, Tensor | None]]],
-        metadata: Sequence[TensorMeta] | Callable[[], Sequence[TensorMeta]],
+        metadata: Sequence[TensorMeta],
         *,
         dtype: torch.dtype | None = None,
         unchanged: Sequence[str] = (),
@@ -62,42 +64,27 @@ class MegatronWeightSource:
 
     def metadata(self) -> list[TensorMeta]:
         """Name, dtype as sent, and full shape of every tensor, in the order of iteration."""
-        declared = self._metadata() if callable(self._metadata) else self._metadata
-        return [TensorMeta(meta.name, self._wire_dtype(meta.dtype), tuple(meta.shape)) for meta in declared]
+
+        def dtype(stored: torch.dtype) -> torch.dtype:
+            return self._dtype if self._dtype is not None and stored.is_floating_point else stored
+
+        return [TensorMeta(meta.name, dtype(meta.dtype), tuple(meta.shape)) for meta in self._metadata]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
         declared = self.metadata()
         sent = 0
-        for name, tensor in self._weights():
-            if sent == len(declared):
+        for sent, (name, tensor) in enumerate(self._weights(), 1):
+            if sent > len(declared):
                 raise SyncError(
                     f"weight stream holds more than the {len(declared)} declared tensors: first extra {name!r}"
                 )
-            expected = declared[sent]
+            expected = declared[sent - 1]
             if name != expected.name:
                 raise SyncError(
-                    f"weight stream yields {name!r} as tensor {sent} where metadata declares {expected.name!r}"
+                    f"weight stream yields {name!r} as tensor {sent - 1} where metadata declares {expected.name!r}"
                 )
-            if tensor is not None:
-                if tuple(tensor.shape) != expected.shape:
-                    raise SyncError(f"{name}: shape {tuple(tensor.shape)} where metadata declares {expected.shape}")
-                tensor = tensor.detach().to(expected.dtype)
-            sent += 1
-            yield name, tensor
-        if sent != len(declared):
-            missing = [meta.name for meta in declared[sent:]]
-            raise SyncError(f"weight stream ends {len(missing)} tensors early: first missing {missing[0]!r}")
-
-    def _wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
-
-
-def module_source(module: torch.nn.Module, *, dtype: torch.dtype | None = None) -> MegatronWeightSource:
-    """A source over a transformers model in this process (evaluation, tests), under hub names; tied weights once."""
-
-    def named() -> list[tuple[str, Tensor]]:
-        return [(hub_name(name), parameter) for name, parameter in module.named_parameters()]
-
-    return MegatronWeightSource(
-        named, lambda: [TensorMeta(name, t.dtype, tuple(t.shape)) for name, t in named()], dtype=dtype
-    )
+            if tensor is not None and tuple(tensor.shape) != expected.shape:
+                raise SyncError(f"{name}: shape {tuple(tensor.shape)} where metadata declares {expected.shape}")
+            yield name, None if tensor is None else tensor.detach().to(expected.dtype)
+        if left := declared[sent:]:
+            raise SyncError(f"weight stream ends {len(left)} tensors early: first missing {left[0].name!r}")

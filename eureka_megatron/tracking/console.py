@@ -10,7 +10,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, Self
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 HISTORY = 400  # values kept for each metric's small picture
@@ -28,27 +35,13 @@ def counted(number: int, name: str) -> str:
     return f"{number} {name}" + ("" if number == 1 else "s")
 
 
-class Phase:
-    """What `Console.phase` yields: call `update(done)` where the phase knows its progress, e.g. 32 of 128 rollouts."""
-
-    def __init__(self, console: "Console", name: str, total: int | None) -> None:
-        self.console, self.name, self.total, self.done = console, name, total, 0
-        self.started = time.monotonic()
-
-    def update(self, done: int) -> None:
-        self.done = done
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.done}/{self.total}" if self.total else self.name
-
-
 class Console:
     """Live view of `total_steps` steps. A context manager; without a terminal, or with `live=False`, plain lines.
 
     Example:
         with Console(40, title="demo") as console:
-            with console.phase("rollout", total=16) as rollout:
-                rollout.update(4)
+            with console.phase("rollout"):
+                ...
             console.show(0, {"train/reward": 0.7})
             console.take_times()     # {"time/rollout": 1.2}
     """
@@ -70,19 +63,17 @@ class Console:
         self.done = self.first_step = first_step
         self.metrics: dict[str, float] = {}
         self.history: dict[str, deque[float]] = {}
-        self._phases: list[Phase] = []
+        # (name, when it began), outer phases first
+        self._phases: list[tuple[str, float]] = []
         self._times: dict[str, float] = {}
         self._started = self._last_line = time.monotonic()
         # The last 20 steps give the time left. The first of this process counts for none: it holds the warm-up of engine and kernels.
         self._step_ends: deque[float] = deque(maxlen=21)
-        self._view: Any = None
+        self._view: Live | None = None
 
-    def __enter__(self) -> "Console":
+    def __enter__(self) -> Self:
         self._started = time.monotonic()
         if self.live:
-            from rich.console import Console as RichConsole
-            from rich.live import Live
-
             self._view = Live(
                 console=RichConsole(file=self.stream, force_terminal=True),
                 get_renderable=self.table,
@@ -98,16 +89,16 @@ class Console:
             self._view = None
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
+    def phase(self, name: str) -> Iterator[None]:
         """Show `name` while the block runs, count its seconds towards `time/<name>`. Phases may stand within phases."""
-        phase = Phase(self, name, total)
+        phase = name, time.monotonic()
         self._phases.append(phase)
         try:
-            yield phase
+            yield
         finally:
             self._phases.remove(phase)
             key = f"time/{name}"
-            self._times[key] = round(self._times.get(key, 0.0) + time.monotonic() - phase.started, 6)
+            self._times[key] = round(self._times.get(key, 0.0) + time.monotonic() - phase[1], 6)
 
     def take_times(self) -> dict[str, float]:
         """Seconds of each phase that ended since the last call, as `time/<name>`; a sum where it ran several times."""
@@ -146,19 +137,15 @@ class Console:
     def line(self, metrics: Mapping[str, float]) -> str:
         """One line for a log: `demo 12/40 · reward 0.71 · … · 3m10s left`."""
         parts = [f"{self.title} {self.done}/{self.total_steps}"]
-        parts += [f"{_short(name)} {format_value(metrics[name])}" for name in ranked(metrics)[:8]]
+        for name in ranked(metrics)[:8]:
+            parts.append(f"{name.removeprefix('train/').removeprefix('sft/')} {format_value(metrics[name])}")
         left = self.seconds_left()
         if self.done < self.total_steps:
             parts.append("estimating the time to go" if left is None else f"{format_seconds(left)} left")
         return " · ".join(parts)
 
-    def table(self) -> Any:
+    def table(self) -> Group:
         """The picture of this moment, for rich."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         head = Table.grid(padding=(0, 2))
         elapsed = format_seconds(time.monotonic() - self._started)
         left = self.seconds_left()
@@ -169,7 +156,9 @@ class Console:
             f"{elapsed} gone" + (f", {format_seconds(left)} left" if left is not None else ""),
         )
         body = Table(box=None, padding=(0, 2), show_header=False)
-        for name in ranked(self.metrics)[: self._rows()]:
+        # What fits the terminal; the rest is in metrics.jsonl.
+        height = self._view.console.height - 5 if self._view is not None else 18
+        for name in ranked(self.metrics)[: max(4, min(18, height))]:
             picture = sparkline(self.history[name], 24)
             body.add_row(Text(name, style="cyan"), Text(format_value(self.metrics[name]), justify="right"), picture)
         return Group(head, Text(self._phase_text(), style="yellow"), body)
@@ -178,11 +167,7 @@ class Console:
         phases = list(self._phases)  # a copy: the refresh thread reads while the run goes on
         if not phases:
             return "…"
-        return " › ".join(map(str, phases)) + f"  {format_seconds(time.monotonic() - phases[-1].started)}"
-
-    def _rows(self) -> int:
-        """What fits a terminal of usual height; the rest is in metrics.jsonl."""
-        return max(4, min(18, self._view.console.height - 5)) if self._view is not None else 18
+        return " › ".join(name for name, _ in phases) + f"  {format_seconds(time.monotonic() - phases[-1][1])}"
 
     def _print(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
@@ -228,7 +213,3 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("train/").removeprefix("sft/")

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from eureka_megatron.errors import UserError
 from eureka_megatron.tracking.tracker import read_metrics
@@ -17,6 +20,7 @@ from eureka_megatron.tracking.tracker import read_metrics
 INK, GRID = "#1f2933", "#d9e2ec"
 COLOURS = ("#1769aa", "#d9480f", "#2b8a3e", "#862e9c", "#5c677d", "#c2255c", "#0b7285", "#e8890c")
 WIDTH, ROW_HEIGHT = 6.2, 3.3  # inches of one panel
+HEAD = 0.9  # inches for the title
 RAW_ALPHA = 0.28
 LABELS = {
     "train/accuracy_rewards": "groups trained on",
@@ -32,16 +36,23 @@ LABELS = {
 }
 
 
+# Steps and values by metric.
+Series = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Section:
-    """One panel. `names` are metric names or patterns (`time/*`) of the lines of one stage."""
+    """One panel. `names` are metric names or patterns (`time/*`) of the lines of one stage.
+
+    stacked: areas on top of each other, for parts of a whole. share: an axis from 0 to 1.
+    """
 
     title: str
     names: tuple[str, ...]
     ylabel: str = ""
     log: bool = False
-    stacked: bool = False  # areas on top of each other, for parts of a whole
-    share: bool = False  # an axis from 0 to 1
+    stacked: bool = False
+    share: bool = False
     xlabel: str = "step"
     stage: str = "train"
 
@@ -78,11 +89,6 @@ def draw_curves(
     Raises:
         UserError: the file is missing, or holds nothing that a section asks for.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     if not Path(metrics_jsonl).is_file():
         raise UserError(f"{metrics_jsonl} does not exist: nothing to draw")
     records = read_metrics(metrics_jsonl)
@@ -92,26 +98,25 @@ def draw_curves(
         raise UserError(f"{metrics_jsonl} holds none of the metrics to draw ({asked})")
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
-    head = 0.9  # inches
-    height = rows * ROW_HEIGHT + head
-    with pyplot.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#829ab1"}):
-        figure, axes = pyplot.subplots(rows, columns, figsize=(columns * WIDTH, height), squeeze=False)
+    height = rows * ROW_HEIGHT + HEAD
+    with rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#829ab1"}):
+        figure = Figure(figsize=(columns * WIDTH, height))
+        axes = figure.subplots(rows, columns, squeeze=False)
         for axis, (section, chosen) in zip(axes.flat, panels, strict=False):
             _draw_panel(axis, section, chosen, (levels or {}).get(section.title, {}))
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         figure.text(0.012, 1 - 0.32 / height, title, fontsize=17, fontweight="bold", va="center")
         figure.text(0.012, 1 - 0.64 / height, subtitle, fontsize=10.5, color="#52606d", va="center")
-        figure.tight_layout(rect=(0, 0, 1, 1 - head / height), w_pad=2.0, h_pad=1.6)
+        figure.tight_layout(rect=(0, 0, 1, 1 - HEAD / height), w_pad=2.0, h_pad=1.6)
         target = Path(output_png)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.stem}.partial.png")
         figure.savefig(partial, dpi=110, facecolor="white")
-        pyplot.close(figure)
     partial.replace(target)
 
 
-def read_series(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_series(records: Sequence[Mapping[str, Any]]) -> Series:
     """Steps and values of each metric, in order of steps; what is not a number is left out."""
     points: dict[str, dict[int, float]] = {}
     for record in records:
@@ -130,15 +135,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
 
 
-def _select(section: Section, records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    series = read_series([record for record in records if record.get("stage", section.stage) == section.stage])
-    chosen = {}
-    for pattern in section.names:
-        chosen.update({name: series[name] for name in series if fnmatchcase(name, pattern)})
-    return chosen
+def _select(section: Section, records: Sequence[Mapping[str, Any]]) -> Series:
+    found = read_series([record for record in records if record.get("stage", section.stage) == section.stage])
+    return {name: found[name] for pattern in section.names for name in found if fnmatchcase(name, pattern)}
 
 
-def _draw_panel(axis: Any, section: Section, chosen: dict[str, tuple[np.ndarray, np.ndarray]], levels: Any) -> None:
+def _draw_panel(axis: Axes, section: Section, chosen: Series, levels: Mapping[str, float]) -> None:
     axis.set_title(section.title, loc="left", fontsize=12.5, fontweight="bold", pad=8)
     axis.set_xlabel(section.xlabel)
     axis.set_ylabel(section.ylabel)
@@ -151,7 +153,12 @@ def _draw_panel(axis: Any, section: Section, chosen: dict[str, tuple[np.ndarray,
         for colour, (name, (steps, values)) in zip(COLOURS, chosen.items(), strict=False):
             _draw_line(axis, steps, values, colour, _label(name), log=section.log)
     for place, (name, value) in enumerate(levels.items()):
-        _draw_level(axis, name, value, right=place % 2 == 0)
+        # A dashed line with its name on a white patch, at the right and left end by turns.
+        axis.axhline(value, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), alpha=0.8)
+        at, side = ((0.985, "right"), (0.015, "left"))[place % 2]
+        patch = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1.5}
+        style = {"va": "center", "ha": side, "fontsize": 9.5, "fontweight": "bold", "bbox": patch}
+        axis.annotate(f"{name} {value:.2f}", (at, value), xycoords=("axes fraction", "data"), **style)
     if section.log and all((values > 0).any() for _, values in chosen.values()):
         axis.set_yscale("log")
         low, high = axis.get_ylim()  # whole decades, so that the few labels of a log axis are there
@@ -166,22 +173,7 @@ def _draw_panel(axis: Any, section: Section, chosen: dict[str, tuple[np.ndarray,
         axis.legend(frameon=False, fontsize=9, loc="best")
 
 
-def _draw_level(axis: Any, name: str, value: float, *, right: bool) -> None:
-    """A dashed line across the panel with its name on a white patch, at the end where it is least in the way."""
-    axis.axhline(value, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), alpha=0.8)
-    axis.annotate(
-        f"{name} {value:.2f}",
-        (0.985 if right else 0.015, value),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        ha="right" if right else "left",
-        fontsize=9.5,
-        fontweight="bold",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1.5},
-    )
-
-
-def _draw_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, *, log: bool) -> None:
+def _draw_line(axis: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, *, log: bool) -> None:
     if log:  # a difference of exactly 0 has no place on a logarithmic axis
         steps, values = steps[values > 0], values[values > 0]
     if len(values) < 8:  # few points (evaluations): nothing to smooth
@@ -193,7 +185,7 @@ def _draw_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, la
     axis.plot(steps, mean, color=colour, linewidth=2.1, label=label)
 
 
-def _draw_stack(axis: Any, chosen: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw_stack(axis: Axes, chosen: Series) -> None:
     """Areas in the order of their share; a phase that did not run in a step counts 0 there."""
     steps = np.unique(np.concatenate([steps for steps, _ in chosen.values()]))
     heights = {}
@@ -207,9 +199,10 @@ def _draw_stack(axis: Any, chosen: dict[str, tuple[np.ndarray, np.ndarray]]) -> 
     labels = [f"{_label(name)} {heights[name].mean():.2g} s" for name in order]
     colours = COLOURS[: len(order)]
     if len(steps) == 1:
-        bottoms = np.cumsum([0.0, *(float(heights[name][0]) for name in order)])
-        for name, bottom, colour, label in zip(order, bottoms[:-1], colours, labels, strict=True):
+        bottom = np.zeros(1)
+        for name, colour, label in zip(order, colours, labels, strict=True):
             axis.bar(steps, heights[name], bottom=bottom, color=colour, alpha=0.85, label=label)
+            bottom = bottom + heights[name]
         return
     axis.stackplot(steps, [heights[name] for name in order], labels=labels, colors=colours, alpha=0.85, linewidth=0)
 

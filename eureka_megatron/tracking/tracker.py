@@ -32,7 +32,7 @@ from eureka_megatron.tracking.console import Console
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
 from eureka_megatron.tracking.watch import Watch
 
-VERSIONED = (
+VERSIONED = [
     "eureka-megatron",
     "torch",
     "megatron-core",
@@ -41,9 +41,9 @@ VERSIONED = (
     "ray",
     "transformers",
     "transformer-engine",
-)
-WANDB_INIT_SECONDS = 30  # an unreachable server costs this once; then the run is recorded offline
-WANDB_FINISH_SECONDS = 60
+]
+# An unreachable server costs the first once; then the run is recorded offline.
+WANDB_SECONDS = {"init_timeout": 30, "finish_timeout": 60}
 
 
 class Tracker:
@@ -63,6 +63,7 @@ class Tracker:
         total_steps: int | None = None,
     ) -> None:
         self.config, self.run_dir, self.stage, self.start_step = config, Path(run_dir), stage, start_step
+        self.path = self.run_dir / "metrics.jsonl"
         steps = total_steps or (config.sft.steps if stage == "sft" else config.training.steps)
         self.console = Console(
             steps, title=f"{config.run.name} {stage}", first_step=start_step, enabled=config.tracking.console
@@ -70,19 +71,19 @@ class Tracker:
         self.phase = self.console.phase
         self.say = self.console.say
         self._watch = Watch(config)
-        self._lines: int | None = None  # of metrics.jsonl
+        # file descriptor of metrics.jsonl
+        self._lines = -1
         self._waiting: list[bytes] = []
         self._tensorboard: Any = None
         self._wandb: Any = None
 
     def __enter__(self) -> "Tracker":
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / "metrics.jsonl"
         # What failed before its first step leaves nothing worth keeping.
-        begins = self.start_step == 0 and not (path.exists() and path.stat().st_size)
-        cut_lines(path, self.stage, self.start_step)
+        begins = self.start_step == 0 and not (self.path.exists() and self.path.stat().st_size)
+        cut_lines(self.path, self.stage, self.start_step)
         self._record_run(begins)
-        self._lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._lines = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if self.config.tracking.tensorboard:
             self._guard("tensorboard", self._open_tensorboard)
         self._start_wandb()
@@ -98,13 +99,12 @@ class Tracker:
                 self._warn(text)
         self._write_lines()
         if self._waiting:
-            self._warn(f"{self.run_dir / 'metrics.jsonl'} lacks the last {len(self._waiting)} lines")
+            self._warn(f"{self.path} lacks the last {len(self._waiting)} lines")
         os.close(self._lines)
         if self._tensorboard is not None:
             self._guard("tensorboard", self._tensorboard.close)
         if self._wandb is not None:
-            run = self._wandb
-            self._guard("wandb", lambda: run.finish(exit_code=0 if error is None else 1))
+            self._guard("wandb", lambda: self._wandb.finish(exit_code=0 if error is None else 1))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step`, names as given, and `time/<phase>` of phases that ended since the last call."""
@@ -112,10 +112,9 @@ class Tracker:
         self._waiting.append((format_line(step, self.stage, values) + "\n").encode())
         self._write_lines()
         if self._tensorboard is not None:
-            self._guard("tensorboard", lambda: self._add_scalars(step, values))
+            self._guard("tensorboard", lambda: [self._tensorboard.add_scalar(*item, step) for item in values.items()])
         if self._wandb is not None:
-            run = self._wandb
-            self._guard("wandb", lambda: run.log({"step": step, **values}))
+            self._guard("wandb", lambda: self._wandb.log({"step": step, **values}))
         self.console.show(step, values)
         text = self._watch.after(values)
         if text and step + 1 < self.console.total_steps:  # after the last one it is told as a whole
@@ -131,7 +130,7 @@ class Tracker:
         except OSError as error:
             os.ftruncate(self._lines, size)
             if len(self._waiting) == 1:
-                self._warn(f"{self.run_dir / 'metrics.jsonl'}: {error.strerror}; its lines wait")
+                self._warn(f"{self.path}: {error.strerror}; its lines wait")
 
     def _open_tensorboard(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -139,10 +138,6 @@ class Tracker:
         folder = self.run_dir / "tensorboard" / self.stage
         threading.excepthook = _unless_tensorboard
         self._tensorboard = SummaryWriter(str(folder), purge_step=self.start_step)
-
-    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
 
     def _record_run(self, begins: bool) -> None:
         import yaml
@@ -188,13 +183,7 @@ class Tracker:
                 job_type=self.stage,
                 dir=str(self.run_dir),
                 config=self.config.model_dump(mode="json"),
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    init_timeout=WANDB_INIT_SECONDS,
-                    finish_timeout=WANDB_FINISH_SECONDS,
-                    save_code=False,
-                ),
+                settings=wandb.Settings(silent=True, console="off", save_code=False, **WANDB_SECONDS),
             )
         # Stages and late evaluations may log an earlier step again; wandb's own counter would drop such rows.
         run.define_metric("*", step_metric="step")
@@ -206,25 +195,21 @@ class Tracker:
         except Exception as error:
             setattr(self, f"_{which}", None)
             if which == "wandb":
-                _forget_wandb()
+                # Its service may be gone (a signal to every process of a job); at exit it would be asked once more, with a traceback.
+                with contextlib.suppress(Exception):
+                    import wandb
+
+                    wandb.teardown(exit_code=1)
             self._warn(f"{which} failed ({_first_line(error)}); the run goes on without it")
 
     def _warn(self, text: str) -> None:
-        self.console.say(f"warning: {text}")
+        self.say(f"warning: {text}")
 
 
 def _unless_tensorboard(failure: threading.ExceptHookArgs) -> None:
     """Its writing thread ends with an error that the next call raises again: there it is told, in one line."""
     if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
         threading.__excepthook__(failure)
-
-
-def _forget_wandb() -> None:
-    """Its service may be gone (a signal to every process of a job); at exit it would be asked once more, with a traceback."""
-    with contextlib.suppress(Exception):
-        import wandb
-
-        wandb.teardown(exit_code=1)
 
 
 def format_line(step: int, stage: str, values: Mapping[str, float]) -> str:
@@ -248,24 +233,20 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 def cut_lines(path: Path, stage: str, start_step: int) -> None:
     """Move lines of `stage` from `start_step` on, and a broken last line, to metrics.replaced.jsonl beside it."""
-    if not path.exists():
-        return
     kept, moved = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
         try:
             record = json.loads(line)
+            again = record.get("stage") == stage and record["step"] >= start_step
         except json.JSONDecodeError:
-            moved.append(line)
-            continue
-        again = record.get("stage") == stage and record["step"] >= start_step
-        (moved if again else kept).append(line)
-    if not moved:
-        return
-    with path.with_name("metrics.replaced.jsonl").open("a", encoding="utf-8") as handle:
-        handle.writelines(line + "\n" for line in moved)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(fresh, path)
+            again = True
+        (moved if again else kept).append(line.rstrip("\n") + "\n")
+    if moved:
+        with path.with_name("metrics.replaced.jsonl").open("a", encoding="utf-8") as handle:
+            handle.writelines(moved)
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from eureka_megatron.config import RunConfig, make_config
+from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
 from eureka_megatron.types import Picture, Prompt
+from eureka_megatron.weights.table import hub_name
 
 MERGED_PATCH = 28  # pixels a side of one vision embedding
 
@@ -154,3 +156,18 @@ def worst(
         for prompt, group in zip(prompts, groups, strict=True)
         for rollout in group.rollouts
     )
+
+
+def score(
+    pool: Any, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0
+) -> list[np.ndarray]:
+    """float32 [R] each: the first engine's log-probabilities of given responses, see Engine.score."""
+    part = [prompt.without_patches() for prompt in prompts]
+    return pool._result(pool.actors[0].score.remote(part, list(responses), temperature), 0, None)
+
+
+def module_source(module: torch.nn.Module, *, dtype: torch.dtype | None = None) -> MegatronWeightSource:
+    """A source over a transformers model in this process, under hub names; tied weights once."""
+    named = [(hub_name(name), parameter) for name, parameter in module.named_parameters()]
+    declared = [TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named]
+    return MegatronWeightSource(lambda: named, declared, dtype=dtype)

@@ -17,6 +17,7 @@ from tests.helpers.engines import (
     private_ray,
     reference_logprobs,
     run_config,
+    score,
     worst,
 )
 
@@ -79,7 +80,7 @@ def test_scores_of_given_responses_equal_transformers(
     mixture = prompts.mixture()
     responses = [np.array([300, 12, 44, 9]), np.array([7]), np.arange(50, 80)]
     for temperature in (0.5, 1.0):
-        scores = pool.score(mixture, responses, temperature)
+        scores = score(pool, mixture, responses, temperature)
         for prompt, tokens_R, found in zip(mixture, responses, scores, strict=True):
             assert found.dtype == np.float32
             expected = reference_logprobs(reference, tiny_dir, prompt, tokens_R, temperature)
@@ -148,7 +149,7 @@ def test_a_prompt_without_room_for_a_response_is_refused(pool: Any, prompts: Pro
 
 def test_vision_tokens_in_a_given_response_are_refused(pool: Any, prompts: Prompts) -> None:
     with pytest.raises(UserError, match="vision special tokens"):
-        pool.score(prompts.mixture()[:1], [np.array([5, prompts.placeholder])])
+        score(pool, prompts.mixture()[:1], [np.array([5, prompts.placeholder])])
 
 
 def test_the_processors_prompts_give_transformers_logprobs(pool: Any, data: Any, tiny_dir: Path) -> None:
@@ -159,7 +160,7 @@ def test_the_processors_prompts_give_transformers_logprobs(pool: Any, data: Any,
     reference = load_reference(tiny_dir)
     assert worst(reference, tiny_dir, prompts, groups) <= 1e-5
     rollout = groups[0].rollouts[0]
-    scores = pool.score([prompts[0]], [rollout.tokens_R])[0]
+    scores = score(pool, [prompts[0]], [rollout.tokens_R])[0]
     assert np.abs(scores - reference_logprobs(reference, tiny_dir, prompts[0], rollout.tokens_R)).max() <= 1e-5
 
 

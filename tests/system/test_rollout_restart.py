@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.sync.source import module_source
-from tests.helpers.engines import Prompts, load_reference, noise_picture, private_ray, run_config, worst
+from tests.helpers.engines import Prompts, load_reference, module_source, noise_picture, private_ray, run_config, worst
 
 pytestmark = pytest.mark.system
 

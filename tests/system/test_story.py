@@ -20,6 +20,7 @@ from eureka_megatron.rollout.engine import Engine
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.run.run import Run
 from eureka_megatron.types import Sample
+from tests.helpers.engines import score
 
 pytestmark = pytest.mark.system
 PROMPTS = 12
@@ -75,7 +76,7 @@ def largest_difference(run: Run, groups: list[Any]) -> float:
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     samples = [training_sample(prompt, rollout.tokens_R) for prompt, rollout in pairs]
     by_trainer = trainer_logprobs(run, samples)
-    by_engine = run.pool.score([prompt for prompt, _ in pairs], [rollout.tokens_R for _, rollout in pairs])
+    by_engine = score(run.pool, [prompt for prompt, _ in pairs], [rollout.tokens_R for _, rollout in pairs])
     return max(
         float(np.abs(ours[len(prompt.tokens_S) :] - theirs).max())
         for (prompt, _), ours, theirs in zip(pairs, by_trainer, by_engine, strict=True)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from eureka_megatron.sync.check import compare
-from eureka_megatron.sync.source import module_source
-from tests.helpers.engines import load_reference, private_ray, run_config
+from tests.helpers.engines import load_reference, module_source, private_ray, run_config
 
 pytestmark = pytest.mark.system
 

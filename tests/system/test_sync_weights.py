@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from eureka_megatron.sync.check import compare, fingerprints
-from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta, module_source
-from tests.helpers.engines import Prompts, load_reference, private_ray, run_config, worst
+from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
+from tests.helpers.engines import Prompts, load_reference, module_source, private_ray, run_config, score, worst
 
 pytestmark = pytest.mark.system
 
@@ -134,7 +134,7 @@ def test_without_dropping_the_encoder_cache_the_old_tower_goes_on(
         ray.get(pool.actors[0].keep_encoder_cache.remote(False))
     print(f"largest difference with stale vision embeddings: {difference:.2e}")
     assert difference > 1e-3
-    pool.reset()
+    pool._on_all("drop_caches")
     assert worst(trainer, tiny_dir, mixture, pool.generate(mixture, **OPTIONS, seed=1)) <= 1e-5
 
 
@@ -216,7 +216,7 @@ def test_an_update_that_breaks_off_serves_nothing_until_a_whole_one_came(
     with pytest.raises(SyncError, match=mixed):
         pool.generate(mixture, **OPTIONS, seed=1)
     with pytest.raises(SyncError, match=mixed):
-        pool.score(mixture[:1], [np.array([5])])
+        score(pool, mixture[:1], [np.array([5])])
     report = _send(pool, module_source(trainer), 52, with_fingerprints=True)
     compare(report.fingerprints, pool.fingerprints()[0])
     assert worst(trainer, tiny_dir, mixture, pool.generate(mixture, **OPTIONS, seed=1)) <= 1e-5

@@ -12,9 +12,8 @@ import torch
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.data.batch import make_batch
 from eureka_megatron.data.samples import training_sample
-from eureka_megatron.sync.source import module_source
 from eureka_megatron.types import Batch, Prompt, Sample
-from tests.helpers.engines import load_reference, private_ray, run_config
+from tests.helpers.engines import load_reference, module_source, private_ray, run_config, score
 from tests.helpers.ranks import run_ranks
 from tests.helpers.videos import video_prompts
 
@@ -121,7 +120,7 @@ def test_sampled_logprobs_are_those_of_the_trainer(pairs: list[tuple[Prompt, Any
 def test_scores_of_given_responses_are_those_of_the_trainer(
     pool: Any, pairs: list[tuple[Prompt, Any]], ours: list[np.ndarray]
 ) -> None:
-    scores = pool.score([prompt for prompt, _ in pairs], [rollout.tokens_R for _, rollout in pairs])
+    scores = score(pool, [prompt for prompt, _ in pairs], [rollout.tokens_R for _, rollout in pairs])
     difference = worst(ours, scores)
     print(f"trainer against vLLM, given tokens: {difference:.1e}")
     assert difference <= 1e-5  # measured 9.5e-7
@@ -171,6 +170,6 @@ def test_after_a_changed_vision_tower_the_same_videos_agree_again(
     chosen = [(prompt, rollout.tokens_R) for prompt, rollout in pairs]
     now = by_trainer(tmp_path / "hf", chosen)
     assert worst(now, ours) > 1e-3
-    difference = worst(now, pool.score([prompt for prompt, _ in chosen], [tokens_R for _, tokens_R in chosen]))
+    difference = worst(now, score(pool, [prompt for prompt, _ in chosen], [tokens_R for _, tokens_R in chosen]))
     print(f"after the sync: {difference:.1e}")
     assert difference <= 1e-5  # measured 4.8e-7

@@ -325,14 +325,13 @@ def test_the_tracker_warns_after_a_good_end_only(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_live_table_shows_phase_progress_and_values_on_a_terminal():
+def test_the_live_table_shows_phase_and_values_on_a_terminal():
     code = """
 import time
 from eureka_megatron.tracking.console import Console
 with Console(3, title="demo") as console:
     for step in range(2):
-        with console.phase("rollout", total=8) as rollout:
-            rollout.update(5)
+        with console.phase("rollout"):
             time.sleep(0.3)
         console.show(step, {"train/reward": 0.25 + step})
     console.say("engine ready")
@@ -341,7 +340,7 @@ with Console(3, title="demo") as console:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, timeout=60, stdin=subprocess.DEVNULL)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stdout.decode())
-    assert "rollout 5/8" in text
+    assert "rollout  0s" in text
     assert "train/reward" in text
     assert "1.25" in text
     assert "2/3" in text
