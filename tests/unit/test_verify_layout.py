@@ -2,7 +2,7 @@
 
 import inspect
 
-from eureka_megatron.cli.commands import _parse
+from eureka_megatron.cli.arguments import parse
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.train.trainer import PolicyTrainer
 from eureka_megatron.verify import Layout
@@ -50,6 +50,6 @@ def test_options_hold_what_was_chosen_and_nothing_else() -> None:
 
 
 def test_every_axis_can_be_given_on_the_command_line() -> None:
-    plain, full = (_parse(["verify", "--hf", "x", *words.split()]) for words in ("", WORDS))
+    plain, full = (parse(["verify", "--hf", "x", *words.split()]) for words in ("", WORDS))
     assert {name: getattr(plain, name) for name in vars(Layout())} == vars(Layout())
     assert {name: getattr(full, name) for name in vars(Layout())} == vars(EVERYTHING)
