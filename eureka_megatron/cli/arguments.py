@@ -15,8 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class _Parser(argparse.ArgumentParser):
     """argparse whose complaints are ConfigErrors that show the nearest valid name."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; see `{self.prog} --help`")
