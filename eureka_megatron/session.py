@@ -59,8 +59,8 @@ def session(output: Path | None = None, *, save_on_signal: bool = False) -> Iter
     with _signals(save_on_signal), ExitStack() as stack:
         if output is not None:
             stack.enter_context(occupied(output))
-        stack.enter_context(temporary_folder())
-        stack.enter_context(_home())
+        folder = stack.enter_context(temporary_folder())
+        stack.enter_context(_home(folder))
         yield
 
 
@@ -95,15 +95,15 @@ def _signals(save: bool) -> Iterator[None]:
             with suppress(OSError):  # of a terminal that is gone
                 print(f"{came.name}: the run ends after this step, with a checkpoint", file=sys.stderr, flush=True)
             return
-        for one in before:  # while everything is given back; whoever cannot wait has SIGKILL
-            signal.signal(one, signal.SIG_IGN)
+        for caught in before:  # while everything is given back; whoever cannot wait has SIGKILL
+            signal.signal(caught, signal.SIG_IGN)
         _ending = came
         raise Stopped(came)
 
     # What is ignored stays so (nohup, a shell's background jobs).
-    before = {one: signal.getsignal(one) for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN}
-    for one in before:
-        signal.signal(one, receive)
+    before = {caught: signal.getsignal(caught) for caught in SIGNALS if signal.getsignal(caught) != signal.SIG_IGN}
+    for caught in before:
+        signal.signal(caught, receive)
     try:
         yield
     except BaseException as error:
@@ -112,15 +112,15 @@ def _signals(save: bool) -> Iterator[None]:
             raise
         raise stop from error
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 def rearm() -> None:
     """Python's handlers once more, for libraries put their own below them: Ray's core has one that dumps its stack at SIGTERM."""
-    for one in SIGNALS:
+    for caught in SIGNALS:
         with suppress(ValueError, TypeError):  # not in the main thread; a handler that Python does not know
-            signal.signal(one, signal.getsignal(one))
+            signal.signal(caught, signal.getsignal(caught))
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def occupied(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK_FILE
     try:
-        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        made = [missing for missing in (folder, *folder.parents) if not missing.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     except OSError as error:
@@ -157,8 +157,8 @@ def occupied(folder: Path) -> Iterator[None]:
             path.unlink()
         lock.close()
         with suppress(OSError):  # not empty
-            for one in made:
-                one.rmdir()
+            for missing in made:
+                missing.rmdir()
 
 
 def _locked(path: Path) -> IO[str]:
@@ -275,12 +275,12 @@ def _user() -> str:
 
 
 @contextmanager
-def _home() -> Iterator[None]:
-    """A temporary home where there is none that can be written; what can be read of the real one still is."""
+def _home(folder: Path) -> Iterator[None]:
+    """A home in `folder` where there is none that can be written; what can be read of the real one still is."""
     home = Path(os.path.expanduser("~"))  # "~" itself where there is none at all
     changes = {} if "USER" in os.environ or "LOGNAME" in os.environ else {"USER": _user()}
     if not (home.is_absolute() and os.access(home, os.W_OK | os.X_OK)):
-        stand_in = _folder / "home"
+        stand_in = folder / "home"
         stand_in.mkdir(exist_ok=True)
         changes["HOME"] = str(stand_in)
         for name, path in (("HF_HOME", home / ".cache" / "huggingface"), ("NETRC", home / ".netrc")):

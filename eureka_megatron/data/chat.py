@@ -151,7 +151,8 @@ def _read_picture(part: dict[str, Any], where: str) -> Visual:
     address = _address(part, "image")
     if not isinstance(address, Address) or not address:
         raise UserError(f"a picture {where} has no address, found {_kind(address)}")
-    return Visual("image", (address,), **_pixels(part, f"a picture {where}"))
+    pixels = _pixels(part, f"a picture {where}")
+    return Visual("image", (address,), min_pixels=pixels["min_pixels"], max_pixels=pixels["max_pixels"])
 
 
 def _read_video(part: dict[str, Any], where: str) -> Visual:

@@ -17,13 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
 from eureka_megatron.data.chat import located
 from eureka_megatron.data.processor import Processor
-from eureka_megatron.data.rows import SHOWN, AnswerCheck, Rejects, Row, RowRules, good_rows
+from eureka_megatron.data.rows import SHOWN, Rejects, Row, RowOptions, RowRules, good_rows
 from eureka_megatron.data.sources import Lines, Table, as_chat, open_source
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.types import Prompt, Sample
@@ -244,10 +244,7 @@ def load_dataset(
     media: Sequence[Path | str] = (),
     on_bad_row: Literal["error", "skip"] = "error",
     rejected: Path | str | None = None,
-    check_answer: AnswerCheck | None = None,
-    response_key: str | None = None,
-    response_optional: bool = False,
-    max_tokens: int | None = None,
+    **rules: Unpack[RowOptions],
 ) -> Rows:
     """Open and check a JSONL file, a parquet file, a directory of `datasets`, or a mixture `a.jsonl:0.7,b.parquet:0.3`.
 
@@ -255,9 +252,7 @@ def load_dataset(
         media: folders pictures and videos may come from besides the data file's own.
         on_bad_row: "error" raises, naming up to five bad rows; "skip" counts them and writes them to `rejected`.
         rejected: a JSONL file, begun anew, of `{"origin", "reason", "row"}` and, where a line is no UTF-8, `"row_base64"`; None writes none.
-        check_answer: returns why an answer can never be judged, or None; without it answers need only be non-empty.
-        response_key: a further key that every row must have, unless `response_optional`, with the text to imitate.
-        max_tokens: of prompt and response together, in rows that have one.
+        rules: the fields of `RowRules`; without `check_answer` answers need only be non-empty.
 
     Raises:
         UserError: a file is missing or holds no good row; or bad rows, as `file:line: reason`.
@@ -271,9 +266,9 @@ def load_dataset(
     parts = []
     for path, _ in mixture:
         source = open_source(path)
-        rules = RowRules((source.folder, *map(Path, media)), check_answer, response_key, response_optional, max_tokens)
+        row_rules = RowRules((source.folder, *map(Path, media)), **rules)
         rejects = Rejects(rejected_path)
-        rows = good_rows(source, processor, rules, rejects)
+        rows = good_rows(source, processor, row_rules, rejects)
         if rejects.count and on_bad_row == "error":
             more = f"\n… {rejects.count} bad rows in all" if rejects.count > SHOWN else ""
             raise UserError("\n".join(rejects.first) + f"{more}\n(data.on_bad_row=skip leaves bad rows out)")
@@ -285,7 +280,7 @@ def load_dataset(
             source,
             rows,
             processor,
-            rules=rules,
+            rules=row_rules,
             rejects=rejects,
             on_bad_row=on_bad_row,
             cache_bytes=CACHE_BYTES // len(mixture),

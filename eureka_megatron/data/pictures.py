@@ -24,7 +24,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # a JPEG of several pic
 MAX_PICTURE_PIXELS = 64 * 1024 * 1024  # decoded: 192 MiB as RGB
 MAX_PICTURE_BYTES = 64 * 1024 * 1024
 MAX_ADDRESS = 255  # characters that a message shows where a file was looked for; what is longer is hardly a path
-_TURNS = {
+_ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -82,7 +82,7 @@ def load_picture(address: Address, folders: Sequence[Path]) -> Image.Image:
     """
     with _opened(address, folders) as picture:
         picture.load()
-        turn = _turn(picture)
+        turn = _rotation(picture)
         return _to_rgb(picture) if turn is None else _to_rgb(picture).transpose(turn)
 
 
@@ -136,9 +136,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
+def _rotation(picture: Image.Image) -> Image.Transpose | None:
     try:
-        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+        return _ROTATIONS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken EXIF, of which Pillow raises nearly anything, does not cost a sound picture
         return None
 

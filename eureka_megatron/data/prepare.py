@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
@@ -19,7 +19,7 @@ from eureka_megatron.data.chat import located
 from eureka_megatron.data.dataset import load_dataset
 from eureka_megatron.data.pictures import FORMATS, load_picture
 from eureka_megatron.data.processor import Processor
-from eureka_megatron.data.rows import read_answer
+from eureka_megatron.data.rows import RowOptions, read_answer
 from eureka_megatron.data.sources import Table, as_chat, open_parquet, open_source, rows_of
 from eureka_megatron.errors import UserError
 
@@ -125,13 +125,19 @@ class Validation:
     responses: int = 0  # to imitate
 
 
+class ValidationOptions(RowOptions, total=False):
+    """The keywords of `load_dataset` that a validation takes."""
+
+    media: Sequence[Path | str]
+
+
 def validate(
     path: Path,
     processor: Processor,
     *,
     clean: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **rules: Any,
+    **rules: Unpack[ValidationOptions],
 ) -> Validation:
     """Read every row as training would, pictures and videos decoded and the prompt's tokens counted.
 
@@ -181,7 +187,9 @@ def _problem(record: dict[str, str]) -> Problem:
     return Problem(record["origin"], record["reason"].removeprefix(f"{record['origin']}: "))
 
 
-def show_validation(path: Path, processor: Processor, *, clean: Path | None = None, **rules: Any) -> int:
+def show_validation(
+    path: Path, processor: Processor, *, clean: Path | None = None, **rules: Unpack[ValidationOptions]
+) -> int:
     """Validate with a progress bar, print a table of problems. → exit code 0 when there are none, else 1. Arguments: see `validate`."""
     from rich.console import Console
     from rich.progress import Progress

@@ -10,9 +10,10 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -39,14 +40,39 @@ from eureka_megatron.types import Picture, Prompt, Sample
 _HIDDEN = re.compile("\ufdd0(\\d+)\ufdd0")
 
 
+@dataclass(frozen=True)
+class VisualLimits:
+    """How large pictures and videos become; a row may narrow or change them.
+
+    Attributes:
+        min_pixels, max_pixels: of a picture. None: the checkpoint's own. min_pixels holds for frames, too.
+        video_max_pixels: of a frame.
+        video_fps: frames a second to take from a file, or that a list of frames was taken with, where the row does not say.
+        video_max_frames: the most to take from a file, or that a list may have.
+    """
+
+    min_pixels: int | None = 4 * 28 * 28
+    max_pixels: int | None = 640 * 28 * 28
+    video_max_pixels: int = 128 * 28 * 28
+    video_fps: float = 2.0
+    video_max_frames: int = 768
+
+
+class VisualOptions(TypedDict, total=False):
+    """`VisualLimits` as keywords."""
+
+    min_pixels: int | None
+    max_pixels: int | None
+    video_max_pixels: int
+    video_fps: float
+    video_max_frames: int
+
+
 class Processor:
     """Tokenizer, chat template, image and video processor of one checkpoint. Several threads may make prompts at once.
 
     Args:
-        min_pixels, max_pixels: of a picture; a row may narrow them. None: the checkpoint's own.
-        video_max_pixels: of a frame; a row may say otherwise. min_pixels holds for frames, too.
-        video_fps: frames a second to take from a file, or that a list of frames was taken with, where the row does not say.
-        video_max_frames: the most to take from a file, or that a list may have.
+        limits: the fields of `VisualLimits`.
         dtype: of the rollout engine's model. vLLM hands "seconds per time step" on in it, so positions depend on it.
 
     Attributes:
@@ -65,18 +91,16 @@ class Processor:
         self,
         model_dir: Path | str,
         *,
-        min_pixels: int | None = 4 * 28 * 28,
-        max_pixels: int | None = 640 * 28 * 28,
         max_prompt_tokens: int = 3000,
         system_prompt: str = "none",
-        video_max_pixels: int = 128 * 28 * 28,
-        video_fps: float = 2.0,
-        video_max_frames: int = 768,
         dtype: str = "float32",
+        **limits: Unpack[VisualOptions],
     ) -> None:
+        bounds = VisualLimits(**limits)
         self.model_dir = Path(model_dir)
         self.max_prompt_tokens = max_prompt_tokens
-        self.video_max_pixels, self.video_fps, self.video_max_frames = video_max_pixels, video_fps, video_max_frames
+        self.video_max_pixels, self.video_fps = bounds.video_max_pixels, bounds.video_fps
+        self.video_max_frames = bounds.video_max_frames
         self._dtype: torch.dtype = getattr(torch, dtype)
         self.system_prompt = named_system_prompt(system_prompt)
         config = read_hf_config(self.model_dir)
@@ -84,8 +108,8 @@ class Processor:
         self._template, _ = read_template(self.model_dir)
         self._own_bounds = picture_bounds(self._hf.image_processor, self.model_dir)
         check_patches(self._hf, config.vision_config, self.model_dir)
-        self.min_pixels = self._own_bounds[0] if min_pixels is None else min_pixels
-        self.max_pixels = self._own_bounds[1] if max_pixels is None else max_pixels
+        self.min_pixels = self._own_bounds[0] if bounds.min_pixels is None else bounds.min_pixels
+        self.max_pixels = self._own_bounds[1] if bounds.max_pixels is None else bounds.max_pixels
         self.tokenizer, self._one_at_a_time = self._hf.tokenizer, threading.Lock()
         self._vision, self._rows = config.vision_config, config.text_config.vocab_size
         names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from eureka_megatron.data.chat import located, read_chat, sound_text
 from eureka_megatron.data.pictures import locate
@@ -34,6 +34,15 @@ class Row:
     answer: str
     number: int  # from 1: line of a file, row of a table
     place: int  # of the source: byte at which the line begins, row from 0
+
+
+class RowOptions(TypedDict, total=False):
+    """`RowRules` as keywords of `load_dataset`, without the folders."""
+
+    check_answer: AnswerCheck | None
+    response_key: str | None
+    response_optional: bool
+    max_tokens: int | None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Form:
     pictures: frozenset[str] = frozenset(_PIXELS | {"size"})  # keys of preprocessor_config.json that bound pictures
     image_processor: str = "Qwen2VLImageProcessor"
     videos: bool = False  # video_preprocessor_config.json is there
-    sizes: Values = field(default_factory=dict)  # of TinySizes, where the form depends on them
+    sizes: Values = field(default_factory=dict)  # of TinyOptions, where the form depends on them
 
 
 def build_published(directory: Path | str, form: str = DEFAULT_FORM, **options: Any) -> Path:

@@ -80,13 +80,23 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class TinySizes:
-    """Shape of a tiny model; parity tests vary it. `full_attention_blocks` of the tower do without windows.
+class TinyOptions:
+    """A tiny checkpoint; parity tests vary its shape. `full_attention_blocks` of the tower do without windows.
 
-    window_size, min_pixels, max_pixels are in pixels; vocab_size, the tokens of the tokenizer, is at least 268 (bytes, special tokens,
+    randomize_all makes biases and norm weights random too (by default biases are 0 and norms 1, which hides mistakes). window_size and the
+    image processor's min_pixels and max_pixels are in pixels. The tokenizer's merges are learned from `sentences`. Weights above
+    max_shard_size are split over several safetensors files with an index; `weights=False` leaves them out. vocab_size, the tokens of the tokenizer, is at least 268 (bytes, special tokens,
     tags), the rest are merges. The embedding has `spare_rows` more, as published ones do.
     """
 
+    seed: int = 0
+    randomize_all: bool = False
+    min_pixels: int = 28 * 28
+    max_pixels: int = 640 * 28 * 28
+    sentences: Sequence[str] = SENTENCES
+    dtype: torch.dtype = torch.float32
+    max_shard_size: int | str = "5GB"
+    weights: bool = True
     tied: bool = False  # the output layer shares the embedding, as in the 3B model
     text_hidden: int = 128
     text_layers: int = 4
@@ -108,40 +118,28 @@ class TinySizes:
     rope_theta: float = 1e6
 
 
-def build_tiny(
-    directory: Path | str,
-    *,
-    seed: int = 0,
-    randomize_all: bool = False,
-    min_pixels: int = 28 * 28,
-    max_pixels: int = 640 * 28 * 28,
-    sentences: Sequence[str] = SENTENCES,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: int | str = "5GB",
-    weights: bool = True,
-    **sizes: Any,
-) -> Path:
+def build_tiny(directory: Path | str, **options: Any) -> Path:
     """Write a tiny Qwen2.5-VL checkpoint into `directory` (created when missing) and return it.
 
     Args:
-        randomize_all: biases and norm weights random too (by default biases are 0 and norms 1, which hides mistakes).
-        min_pixels, max_pixels: bounds of the image processor, in pixels.
-        sentences: what the tokenizer's merges are learned from.
-        max_shard_size: weights above it are split over several safetensors files with an index.
-        weights: False leaves the weights out (for tests of what only reads configuration and tokenizer).
-        sizes: fields of `TinySizes`.
+        options: fields of `TinyOptions`.
+
+    Raises:
+        TypeError: there is no such field.
+        ValueError: the sizes do not fit each other.
     """
-    directory, shape = Path(directory), TinySizes(**sizes)
-    tokenizer = build_tokenizer(shape.vocab_size, sentences)
+    directory, shape = Path(directory), TinyOptions(**options)
+    tokenizer = build_tokenizer(shape.vocab_size, shape.sentences)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    _check_sizes(shape.text_hidden, shape.text_heads, shape.kv_heads, shape.vision_hidden, shape.vision_heads)
+    _check_sizes(shape)
     directory.mkdir(parents=True, exist_ok=True)
-    config = _hf_config(shape, ids, dtype)
+    config = _hf_config(shape, ids)
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    _write_processor_files(directory, min_pixels, max_pixels)
-    if weights:
-        build_weights(config, seed, randomize_all).to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    _write_processor_files(directory, shape.min_pixels, shape.max_pixels)
+    if shape.weights:
+        model = build_weights(config, shape.seed, shape.randomize_all).to(shape.dtype)
+        model.save_pretrained(directory, max_shard_size=shape.max_shard_size)
     # After the weights: saving those writes a generation_config.json of its own, with one end token only.
     GenerationConfig(
         do_sample=True,
@@ -153,7 +151,7 @@ def build_tiny(
     return directory
 
 
-def _hf_config(shape: TinySizes, ids: dict[str, int], dtype: torch.dtype) -> Qwen2_5_VLConfig:
+def _hf_config(shape: TinyOptions, ids: dict[str, int]) -> Qwen2_5_VLConfig:
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
     return Qwen2_5_VLConfig(
         text_config={
@@ -193,7 +191,7 @@ def _hf_config(shape: TinySizes, ids: dict[str, int], dtype: torch.dtype) -> Qwe
         vision_end_token_id=ids["<|vision_end|>"],
         pad_token_id=ids["<|endoftext|>"],
         architectures=["Qwen2_5_VLForConditionalGeneration"],
-        dtype=dtype,
+        dtype=shape.dtype,
         **ends,
     )
 
@@ -267,13 +265,15 @@ def build_weights(
     return model
 
 
-def _check_sizes(text_hidden: int, text_heads: int, kv_heads: int, vision_hidden: int, vision_heads: int) -> None:
-    if text_hidden % (2 * text_heads):
-        raise ValueError(f"text_hidden={text_hidden} must be a multiple of 2 × text_heads={text_heads}")
-    if text_heads % kv_heads:
-        raise ValueError(f"kv_heads={kv_heads} must divide text_heads={text_heads}")
-    if vision_hidden % (4 * vision_heads):
-        raise ValueError(f"vision_hidden={vision_hidden} must be a multiple of 4 × vision_heads={vision_heads}")
+def _check_sizes(shape: TinyOptions) -> None:
+    if shape.text_hidden % (2 * shape.text_heads):
+        raise ValueError(f"text_hidden={shape.text_hidden} must be a multiple of 2 × text_heads={shape.text_heads}")
+    if shape.text_heads % shape.kv_heads:
+        raise ValueError(f"kv_heads={shape.kv_heads} must divide text_heads={shape.text_heads}")
+    if shape.vision_hidden % (4 * shape.vision_heads):
+        raise ValueError(
+            f"vision_hidden={shape.vision_hidden} must be a multiple of 4 × vision_heads={shape.vision_heads}"
+        )
 
 
 def _write_processor_files(directory: Path, min_pixels: int, max_pixels: int) -> None:

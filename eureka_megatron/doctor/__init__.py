@@ -9,11 +9,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from eureka_megatron.doctor.environment import environment_findings
+from eureka_megatron.doctor.checks import CHECKS
 from eureka_megatron.doctor.finding import Finding
-from eureka_megatron.doctor.gpu import ask_driver, gpu_findings, kind_of, read_probe, start_probe
-from eureka_megatron.doctor.machine import machine_findings, service_findings
-from eureka_megatron.doctor.packages import package_findings
+from eureka_megatron.doctor.gpu import Machine, ask_driver, read_probe, start_probe
 
 
 def run_doctor(*, as_json: bool = False) -> int:
@@ -30,12 +28,9 @@ def run_doctor(*, as_json: bool = False) -> int:
 def examine(folder: Path | str = ".") -> list[Finding]:
     """All findings about this machine; `folder` is where runs would be written."""
     probe = start_probe()
-    driver, others = (
-        ask_driver(),
-        [*service_findings(), *machine_findings(Path(folder)), *environment_findings()],
-    )  # while the child imports torch
-    torch = read_probe(probe)
-    return [*gpu_findings(driver, torch), *package_findings(kind_of(driver, torch)), *others]
+    driver = ask_driver()  # while the child imports torch
+    machine = Machine(Path(folder), driver, read_probe(probe))
+    return [check.find(machine) for check in CHECKS]
 
 
 def _print_table(findings: list[Finding]) -> None:

@@ -5,20 +5,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from eureka_megatron.doctor.finding import Finding
+from eureka_megatron.doctor.finding import Answer
+from eureka_megatron.doctor.gpu import Machine
 from eureka_megatron.session import LONGEST_PLACE, silence_of
 
 GIB = 2**30
 LEAST_FREE = 2 * GIB  # Ray's log files, spilled objects, compiled kernels
 
 
-def environment_findings() -> list[Finding]:
-    return [_tmpdir(), _home(), _ray_address()]
-
-
-def _tmpdir() -> Finding:
-    named = os.environ.get("TMPDIR")
-    folder = Path(named or tempfile.gettempdir())
+def ask_tmpdir(machine: Machine) -> Answer:
+    folder = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
     problem, note = _unusable(folder), ""
     if not problem:
         free = shutil.disk_usage(folder).free
@@ -29,40 +25,25 @@ def _tmpdir() -> Finding:
             problem = "mounted noexec: what Triton and torch compile there does not load"
         elif len(os.fsencode(folder.absolute() / "eureka-x3k9q2ab")) > LONGEST_PLACE:
             note += ", too long a path for Ray's sockets: they go to a shorter one"
-    return Finding(
-        "TMPDIR",
-        "limited" if problem else "present",
-        f"{folder}{note}" + (f": {problem}" if problem else ""),
-        required=False,
-        lost="the place of Ray's sockets and log files, of spilled objects and of what is compiled for GPUs",
-        fix="unset TMPDIR (then it is /tmp; or name a folder that exists, with room, that you may write to)",
-    )
+    return _of_folder(f"{folder}{note}", problem)
 
 
-def _home() -> Finding:
+def ask_home(machine: Machine) -> Answer:
     folder = Path(os.path.expanduser("~"))
-    problem = _unusable(folder) if os.environ.get("HOME") else "not set"
-    return Finding(
-        "HOME",
-        "limited" if problem else "present",
-        f"{folder}" + (f": {problem}" if problem else ""),
-        required=False,
-        lost="what is kept between runs: models of the hub, vLLM's and Triton's compiled kernels, the wandb login",
-        fix="sudo chown $USER $HOME (or export HOME=DIR, a folder that you may write to)",
-    )
+    return _of_folder(str(folder), _unusable(folder) if os.environ.get("HOME") else "not set")
 
 
-def _ray_address() -> Finding:
+def _of_folder(found: str, problem: str) -> Answer:
+    return Answer("limited", f"{found}: {problem}") if problem else Answer("present", found)
+
+
+def ask_ray_address(machine: Machine) -> Answer:
+    """An address that leads nowhere blocks: a run would join that cluster, and no other."""
     named = os.environ.get("RAY_ADDRESS", "")
-    problem = "" if named in ("", "local") else _silence(named)
-    return Finding(
-        "RAY_ADDRESS",
-        "absent" if problem else "present",
-        f"{named}: {problem or 'answers'}" if named else "not set: runs start Ray by themselves",
-        required=bool(problem),  # a run would join that cluster, and no other
-        lost="every run: it would wait for this cluster",
-        fix="unset RAY_ADDRESS (runs then start Ray by themselves; or ray start --head on that node)",
-    )
+    if not named:
+        return Answer("present", "not set: runs start Ray by themselves")
+    problem = "" if named == "local" else _silence(named)
+    return Answer("absent" if problem else "present", f"{named}: {problem or 'answers'}", required=bool(problem))
 
 
 def _unusable(folder: Path) -> str:

@@ -5,17 +5,10 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from eureka_megatron.doctor.finding import Finding
-from eureka_megatron.doctor.installation import (
-    Kind,
-    differences,
-    install_one,
-    install_pins,
-    installed,
-    pins,
-    shortened,
-)
+from eureka_megatron.doctor.finding import Answer
+from eureka_megatron.doctor.installation import Kind, install_one, install_pins, installed
 
 PROBE_SECONDS = 120  # importing torch from a cold network file system can take a minute
 DRIVER_SECONDS = 20
@@ -105,131 +98,79 @@ def read_probe(probe: subprocess.Popen[str]) -> Torch:
     )
 
 
-def kind_of(driver: Driver, torch: Torch) -> Kind:
-    """Which file of requirements/ this machine is judged by: that of torch's build, without a torch that of the hardware."""
-    if torch.problem:
-        return "gpu" if driver.gpus else "cpu"
-    return "gpu" if torch.cuda else "cpu"
+@dataclass(frozen=True)
+class Machine:
+    """What the checks are asked about; `folder` is where runs would be written."""
+
+    folder: Path
+    driver: Driver
+    torch: Torch
+
+    @property
+    def kind(self) -> Kind:
+        """Which file of requirements/ it is judged by: that of torch's build, without a torch that of the hardware."""
+        return "gpu" if (self.driver.gpus if self.torch.problem else self.torch.cuda) else "cpu"
 
 
-def gpu_findings(driver: Driver, torch: Torch) -> list[Finding]:
-    kind = kind_of(driver, torch)
-    return [
-        _python(kind),
-        _driver(driver, torch),
-        _torch(torch, kind),
-        _torchvision(torch, kind),
-        _devices(driver, torch),
-        Finding(
-            "NCCL",
-            "present" if torch.nccl else "absent",
-            torch.nccl or "this build of torch has none",
-            required=False,
-            lost="ranks talk through gloo, weights reach the rollout engines through Ray's object store",
-            fix=f"{install_pins('gpu')} (every CUDA build of torch has it)",
-        ),
-        _pinned(kind),
-    ]
-
-
-def _python(kind: Kind) -> Finding:
+def ask_python(machine: Machine) -> Answer:
     known = sys.version_info >= (3, 11)
-    fits = kind == "cpu" or sys.version_info[:2] == GPU_PYTHON
-    command = "make install-gpu PYTHON=python3.12" if kind == "gpu" else "make install PYTHON=python3.11"
-    return Finding(
-        "python",
+    fits = machine.kind == "cpu" or sys.version_info[:2] == GPU_PYTHON
+    return Answer(
         ("present" if fits else "limited") if known else "absent",
         platform.python_version() + ("" if fits else ", the GPU pins are for 3.12"),
-        required=True,
-        lost="the pinned set of packages, which is the tested one" if known else "nothing runs",
-        fix=command,
+        lost=None if known else "nothing runs",
+        fix="make install-gpu PYTHON=python3.12" if machine.kind == "gpu" else "make install PYTHON=python3.11",
     )
 
 
-def _driver(driver: Driver, torch: Torch) -> Finding:
-    cuda = int(torch.cuda.partition(".")[0]) if torch.cuda else PINNED_CUDA
+def ask_nvidia_driver(machine: Machine) -> Answer:
+    driver, built = machine.driver, machine.torch.cuda
+    cuda = int(built.partition(".")[0]) if built else PINNED_CUDA
     needed = DRIVER_OF_CUDA.get(cuda, DRIVER_OF_CUDA[PINNED_CUDA])
     old = bool(driver.version) and int(driver.version.partition(".")[0]) < needed
-    return Finding(
-        "NVIDIA driver",
+    return Answer(
         "absent" if driver.problem else ("limited" if old else "present"),
         driver.problem or driver.version + (f", older than {needed}, which CUDA {cuda} needs" if old else ""),
-        required=False,
-        lost="no GPU can be used",
         fix=f"sudo apt-get install nvidia-driver-{needed} (Ubuntu; elsewhere who runs the node), then reboot",
     )
 
 
-def _torch(torch: Torch, kind: Kind) -> Finding:
-    return Finding(
-        "torch",
-        "absent" if torch.problem else "present",
-        torch.problem or str(torch.version),
-        required=True,
-        lost="nothing runs",
-        fix=install_pins(kind),
+def ask_torch(machine: Machine) -> Answer:
+    torch = machine.torch
+    return Answer("absent" if torch.problem else "present", torch.problem or str(torch.version))
+
+
+def ask_torchvision(machine: Machine) -> Answer:
+    torch = machine.torch
+    mend = "python tools/mend_torchvision.py" if machine.kind == "cpu" else install_one("torchvision", "gpu")
+    found = torch.torchvision or torch.torchvision_problem
+    return Answer("present" if torch.torchvision else "absent", found, fix=None if torch.problem else mend)
+
+
+def ask_devices(machine: Machine) -> Answer:
+    driver, torch = machine.driver, machine.torch
+    shown = f"the driver shows {counted(list(driver.gpus))}"
+    if torch.gpus:
+        weak = any(capability < CAPABILITY for _, capability in torch.gpus)
+        found = f"{counted([name for name, _ in torch.gpus])}, CUDA {torch.cuda}"
+        if not weak:
+            return Answer("present", found)
+        lost = "bf16 flash attention, which training needs"
+        return Answer("limited", f"{found}; compute capability below {CAPABILITY}", lost=lost)
+    if not driver.gpus:
+        return Answer("absent", "none")
+    built = f"built for CUDA {torch.cuda}" if torch.cuda else "a CPU build"
+    fix = (
+        "unset CUDA_VISIBLE_DEVICES, or see the row of the driver" if torch.cuda else "make install-gpu VENV=.venv-gpu"
     )
+    return Answer("absent", shown if torch.problem else f"{shown}, torch none: {built}", fix=fix)
 
 
-def _torchvision(torch: Torch, kind: Kind) -> Finding:
-    mend = "python tools/mend_torchvision.py" if kind == "cpu" else install_one("torchvision", "gpu")
-    return Finding(
-        "torchvision import",
-        "present" if torch.torchvision else "absent",
-        torch.torchvision or torch.torchvision_problem,
-        required=True,
-        lost="transformers and vLLM cannot process pictures",
-        fix=install_pins(kind) if torch.problem else mend,
-    )
-
-
-def _devices(driver: Driver, torch: Torch) -> Finding:
-    names = [name for name, _ in torch.gpus]
-    weak = any(capability < CAPABILITY for _, capability in torch.gpus)
-    if names:
-        found = f"{counted(names)}, CUDA {torch.cuda}" + (f"; compute capability below {CAPABILITY}" if weak else "")
-    elif driver.gpus and not torch.problem:
-        built = f"built for CUDA {torch.cuda}" if torch.cuda else "a CPU build"
-        found = f"the driver shows {counted(list(driver.gpus))}, torch none: {built}"
-    else:
-        found = f"the driver shows {counted(list(driver.gpus))}" if driver.gpus else "none"
-    fix = "srun --gpus=1 eureka doctor (or log in to a node with NVIDIA GPUs of the A100's generation or newer)"
-    if driver.gpus and not names:
-        fix = (
-            "unset CUDA_VISIBLE_DEVICES, or see the row of the driver"
-            if torch.cuda
-            else "make install-gpu VENV=.venv-gpu"
-        )
-    return Finding(
-        "CUDA devices",
-        ("limited" if weak else "present") if names else "absent",
-        found,
-        required=False,
-        lost="bf16 flash attention, which training needs"
-        if weak
-        else "training runs on the CPU with gloo: right for the demo and for tests, not for 3B and more",
-        fix=fix,
-    )
-
-
-def _pinned(kind: Kind) -> Finding:
-    pinned = pins(kind)
-    problems = differences(pinned)
-    if not pinned:
-        problems, found = ["unknown"], "unknown: eureka-megatron is not installed"
-    elif problems:
-        found = f"{len(problems)} of {len(pinned)} differ from requirements/{kind}.txt: {shortened(problems)}"
-    else:
-        found = f"all {len(pinned)} of requirements/{kind}.txt"
-    return Finding(
-        "pinned versions",
-        "limited" if problems else "present",
-        found,
-        required=False,
-        lost="the set of versions that was tested together",
-        fix=install_pins(kind),
-    )
+def ask_nccl(machine: Machine) -> Answer:
+    nccl, fix = machine.torch.nccl, f"{install_pins('gpu')} (every CUDA build of torch has it)"
+    return Answer("present" if nccl else "absent", nccl or "this build of torch has none", fix=fix)
 
 
 def counted(names: list[str]) -> str:
+    """Example: "2 × H200, 1 × L4"."""
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))

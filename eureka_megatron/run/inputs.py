@@ -1,15 +1,16 @@
 """What a run reads, by its configuration: data sets and how responses are judged."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eureka_megatron.config import RunConfig
+from eureka_megatron.config import RunConfig, load_config, make_config
 from eureka_megatron.data.dataset import Rows, load_dataset, read_mixture
 from eureka_megatron.data.prepare import show_validation
 from eureka_megatron.data.processor import Processor, make_processor
 from eureka_megatron.data.rows import AnswerCheck
-from eureka_megatron.errors import UserError
+from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.places import absolute, model_directory
 from eureka_megatron.rewards import RewardRules, ScoringRules, parseable_gold
 
@@ -51,6 +52,47 @@ def open_dataset(config: RunConfig, data: Path | str, processor: Processor, resp
 def answer_check(config: RunConfig) -> AnswerCheck | None:
     """Why an answer can never be judged; None where not the rules judge, which alone must be able to read it."""
     return None if config.rewards.function or config.rewards.urls else unjudgeable
+
+
+def validate_named(
+    command: str,
+    words: Sequence[str],
+    *,
+    config: Path | None,
+    model: Path | None,
+    limits: dict[str, Any],
+    responses: str | None,
+    clean: Path | None,
+) -> int:
+    """`validate_data` for what a command line names. → exit code.
+
+    Args:
+        command: named in messages, e.g. "eureka data validate".
+        words: a data file, or a run's YAML file (or `config`) and overrides of it.
+        model: whose processor reads; needed without a run.
+        limits: values of the section `data` that go before the run's.
+        responses: the key of the text to imitate, which every row must then have.
+
+    Raises:
+        ConfigError: nothing, too much, or overrides without a run are named.
+    """
+    files = [Path(word) for word in words if "=" not in word or os.path.exists(word)]
+    overrides = [word for word in words if Path(word) not in files]
+    run = config or next((file for file in files if file.suffix in (".yaml", ".yml")), None)
+    files = [file for file in files if file != run]
+    if len(files) + bool(run) == 0 or len(files) > 1 or not (run or model):
+        raise ConfigError(f"{command}: needs a data file and --model, or a run's YAML file; see `{command} --help`")
+    if overrides and not run:
+        raise ConfigError(f"{command}: {overrides[0]!r}: overrides are for a run's YAML file")
+    given = {} if run else {"model": {"path": model}, "data": {"train": str(files[0])}}
+    found = load_config(run, overrides) if run else make_config(given, command)
+    changes: dict[str, Any] = {"data": found.data.model_copy(update=limits)}
+    if model:
+        changes["model"] = found.model.model_copy(update={"path": model})
+    if responses:
+        changes["sft"] = found.sft.model_copy(update={"responses": responses})
+    found = settle(found.model_copy(update=changes))
+    return validate_data(found, files, whole_run=bool(run), responses=bool(responses), clean=clean)
 
 
 def validate_data(

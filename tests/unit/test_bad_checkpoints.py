@@ -257,7 +257,7 @@ def test_a_full_or_forbidden_disk_is_told_and_nothing_is_left(
         target.chmod(0o555)
         limit = limit.replace("os.seteuid(65534)", "")
     program = (
-        "import sys, eureka_megatron.release.export, eureka_megatron.cli.conversions, torch.distributed.checkpoint.filesystem\n"
+        "import sys, eureka_megatron.release.export, torch.distributed.checkpoint.filesystem\n"
         f"from eureka_megatron import cli\n{limit}\nsys.exit(cli.main(sys.argv[1:]))\n"
     )
     done = subprocess.run(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from eureka_megatron import __version__
-from eureka_megatron.cli.commands import _parse, main
+from eureka_megatron.cli.arguments import parse
+from eureka_megatron.cli.commands import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,9 +138,9 @@ def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch, tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["data", "counting", "--output=~/x y", "--train", "1", "--test", "1"]) == 0
     assert (tmp_path / "x y" / "train.jsonl").exists()
-    parsed = _parse(["data", "mmk12", "--input", "~/a", "b~", "--output=~"])
+    parsed = parse(["data", "mmk12", "--input", "~/a", "b~", "--output=~"])
     assert (parsed.input, parsed.output) == ([tmp_path / "a", Path("b~")], tmp_path)
-    parsed = _parse(["sft", "~/run.yaml", "--resume=~/runs/1", "run.name=~"])
+    parsed = parse(["sft", "~/run.yaml", "--resume=~/runs/1", "run.name=~"])
     assert (parsed.config, parsed.resume, parsed.overrides) == (
         tmp_path / "run.yaml",
         f"{tmp_path}/runs/1",

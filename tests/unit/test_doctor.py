@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from eureka_megatron import doctor
-from eureka_megatron.doctor import environment, gpu, installation
+from eureka_megatron.doctor import checks, environment, gpu, installation
 from eureka_megatron.doctor import machine as resources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +36,12 @@ OPTIONAL = (
     "RAY_ADDRESS",
 )
 REQUIRED = ("python", "torch", "torchvision import", "megatron-core", "vllm", "ray", "other requirements")
+
+
+def finding_of(name: str) -> doctor.Finding:
+    """One check alone, of a machine without GPUs."""
+    machine = gpu.Machine(Path(), gpu.Driver(), gpu.Torch())
+    return next(check for check in checks.CHECKS if check.name == name).find(machine)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def test_resources_are_measured(findings):
 
 def test_tmpdir_is_one_that_can_be_written_with_room(tmp_path, monkeypatch):
     def found() -> doctor.Finding:
-        return environment.environment_findings()[0]
+        return finding_of("TMPDIR")
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert found().status == "present"
@@ -96,12 +102,12 @@ def test_tmpdir_mounted_noexec_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     room = SimpleNamespace(f_flag=os.ST_NOEXEC, f_frsize=2**30, f_bavail=50, f_bfree=50, f_blocks=99)
     monkeypatch.setattr("os.statvfs", lambda path: room)
-    assert "mounted noexec" in environment.environment_findings()[0].found
+    assert "mounted noexec" in finding_of("TMPDIR").found
 
 
 def test_a_home_that_is_absent_or_cannot_be_written_is_told(tmp_path, monkeypatch):
     def found() -> tuple[str, str]:
-        row = environment.environment_findings()[1]
+        row = finding_of("HOME")
         return row.status, row.found
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -117,7 +123,7 @@ def test_a_home_that_is_absent_or_cannot_be_written_is_told(tmp_path, monkeypatc
 def test_an_address_of_ray_must_answer(tmp_path, monkeypatch, capsys):
     def found(address: str) -> doctor.Finding:
         monkeypatch.setenv("RAY_ADDRESS", address)
-        return environment.environment_findings()[2]
+        return finding_of("RAY_ADDRESS")
 
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     for fine in ("", "local"):
@@ -146,16 +152,16 @@ def test_an_address_of_ray_must_answer(tmp_path, monkeypatch, capsys):
 def test_a_machine_without_a_c_compiler_or_pythons_headers_is_told_so(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    row = resources._compiler()
+    row = finding_of("C compiler")
     assert (row.status, row.found.partition(";")[0]) == ("absent", "none")
     (tmp_path / "clang").write_text("#!/bin/sh\n")
     (tmp_path / "clang").chmod(0o755)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    row = resources._compiler()
+    row = finding_of("C compiler")
     assert row.status == "limited"
     assert row.found.startswith("clang; no Python.h of Python 3.")
     (tmp_path / "Python.h").write_text("")
-    assert resources._compiler().status == "present"
+    assert finding_of("C compiler").status == "present"
 
 
 def test_json_is_complete_and_the_exit_code_is_0():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eureka_megatron.cli.conversions import main
+from eureka_megatron.cli import main
 from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
 from eureka_megatron.weights import offline
@@ -216,8 +216,8 @@ def convert_with_a_file_limit(source: Path, output: Path) -> subprocess.Complete
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-        "from eureka_megatron.cli.conversions import main\n"
-        "sys.exit(main('hf-to-megatron', ['--input', sys.argv[1], '--output', sys.argv[2], '--quiet']))\n"
+        "from eureka_megatron.cli import main\n"
+        "sys.exit(main(['convert', 'hf-to-megatron', '--input', sys.argv[1], '--output', sys.argv[2], '--quiet']))\n"
     )
     return subprocess.run([sys.executable, "-c", code, source, output], capture_output=True, text=True)
 
@@ -263,13 +263,13 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(tmp_path):
 def test_inspection_lists_and_compares(tmp_path, capsys):
     source = build_published(tmp_path / "hf", randomize_all=True)
     hf_to_megatron(source, tmp_path / "megatron")
-    assert main("inspect", [str(tmp_path / "megatron"), "--json"]) == 0
+    assert main(["convert", "inspect", str(tmp_path / "megatron"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["format"] == "torch_dist"
     assert report["parameters_by_dtype"] == {"float32": report["parameters"]}
-    assert main("inspect", [str(source)]) == 0
+    assert main(["convert", "inspect", str(source)]) == 0
     assert "lm_head.weight" in capsys.readouterr().out
-    assert main("inspect", [str(source), str(tmp_path / "megatron")]) == 0
+    assert main(["convert", "inspect", str(source), str(tmp_path / "megatron")]) == 0
     other = shutil.copytree(source, tmp_path / "other")
     content = load_file(other / "model.safetensors")
     content["model.norm.weight"][:3] += 1
@@ -277,7 +277,7 @@ def test_inspection_lists_and_compares(tmp_path, capsys):
     del content["visual.merger.ln_q.weight"]
     save_file(content, other / "model.safetensors")
     capsys.readouterr()
-    assert main("inspect", [str(source), str(other)]) == 1
+    assert main(["convert", "inspect", str(source), str(other)]) == 1
     out = capsys.readouterr().out.splitlines()
     assert "model.norm.weight: 3 of 128 values differ" in out
     assert "lm_head.weight: dtype torch.float32 against torch.bfloat16" in out

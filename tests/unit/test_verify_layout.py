@@ -2,7 +2,7 @@
 
 import pytest
 
-from eureka_megatron.cli.commands import _parse
+from eureka_megatron.cli.arguments import parse
 from eureka_megatron.errors import ConfigError
 from eureka_megatron.layout import Execution, Layout, from_options
 
@@ -24,7 +24,7 @@ WORDS = (
 
 
 def test_every_axis_can_be_given_on_the_command_line() -> None:
-    plain, full = (_parse(["verify", "--hf", "x", *words.split()]) for words in ("", WORDS))
+    plain, full = (parse(["verify", "--hf", "x", *words.split()]) for words in ("", WORDS))
     assert from_options(Layout, plain) == Layout()
     assert from_options(Layout, full) == EVERYTHING
     assert EVERYTHING.model_fields_set == set(Layout.model_fields)
@@ -42,7 +42,7 @@ def test_every_axis_can_be_given_on_the_command_line() -> None:
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_one_line(words: str, message: str) -> None:
-    options = _parse(["verify", "--hf", "x", *words.split()])
+    options = parse(["verify", "--hf", "x", *words.split()])
     with pytest.raises(ConfigError, match=message) as caught:
         from_options(Layout, options), from_options(Execution, options)
     assert "\n" not in str(caught.value)

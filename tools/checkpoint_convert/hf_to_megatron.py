@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without installation
 
-from eureka_megatron.cli.conversions import main
+from eureka_megatron.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main("hf-to-megatron"))
+    sys.exit(main(["convert", "hf-to-megatron", *sys.argv[1:]]))
