@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parsed = parse([argument for argument in arguments if argument != "--debug"])
         return int(COMMANDS[parsed.prog](parsed) or 0)
-    except SystemExit as stop:  # --help and --version
-        return int(stop.code or 0)
+    except SystemExit as ended:  # --help and --version
+        return int(ended.code or 0)
     except UserError as error:
         # Ray hands on what a remote rank raised with the remote traceback in its text; `cause` is the plain error.
         return _complain(getattr(error, "cause", None) or error, error.exit_code, debug)
