@@ -56,6 +56,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf demo build *.egg-info .pytest_cache .ruff_cache
+	rm -rf demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"the package {missing!r} is not installed; `eureka doctor` says how to get it", 1, debug)
     except (Stopped, KeyboardInterrupt) as error:
         stop = stop_behind(error)
+        assert stop is not None, "it was one itself"
         return _complain("; ".join(filter(None, (str(stop), stop.note))), stop.exit_code, debug)
     except BrokenPipeError:  # `eureka doctor | head`: nobody reads on, also not at interpreter shutdown
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

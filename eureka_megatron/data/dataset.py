@@ -395,7 +395,7 @@ class PromptStream:
         return index, found
 
     def _read_ahead(self) -> None:
-        while len(self._ahead) < self.prefetch:
+        while self._readers is not None and len(self._ahead) < self.prefetch:
             index = self._advance(self._planned)
             self._ahead.append((index, self._readers.submit(self.dataset.load, index)))
 

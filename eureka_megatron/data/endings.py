@@ -38,10 +38,7 @@ def read_template(model_dir: Path) -> tuple[str, Path]:
     for path in (model_dir / name for name in _FILES):
         if not path.is_file():
             continue
-        if path.suffix == ".jinja":
-            found = _text(path)
-        else:
-            found = _object(path).get("chat_template")
+        found: Any = _text(path) if path.suffix == ".jinja" else _object(path).get("chat_template")
         if isinstance(found, list):
             found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         if isinstance(found, dict):

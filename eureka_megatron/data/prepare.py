@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from PIL import Image
 
 from eureka_megatron.data.chat import located
-from eureka_megatron.data.dataset import load_dataset
+from eureka_megatron.data.dataset import Dataset, load_dataset
 from eureka_megatron.data.pictures import FORMATS, load_picture
 from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.rows import RowOptions, read_answer
@@ -159,6 +159,7 @@ def validate(
     with tempfile.TemporaryDirectory() as folder:
         rejected = Path(folder) / "rejected.jsonl"
         dataset = load_dataset(path, processor, on_bad_row="skip", rejected=rejected, **rules)
+        assert isinstance(dataset, Dataset), "one file is no mixture"
         good: list[int] = []
         counts: Counter[str] = Counter()
         for index in range(len(dataset)):

@@ -231,8 +231,8 @@ class Processor:
         """
         together = self._hf.video_processor.temporal_patch_size
         with closing(clip.frames):
-            frames = list(self._resized(clip, name, min_pixels, max_pixels))
-        frames = np.stack(frames + [frames[-1]] * (-len(frames) % together))
+            resized = list(self._resized(clip, name, min_pixels, max_pixels))
+        frames = np.stack(resized + [resized[-1]] * (-len(resized) % together))
         values = self._hf.video_processor(videos=[frames], do_resize=False, do_sample_frames=False, return_tensors="pt")
         # Through float32 into the engine's type: the way the number takes through vLLM's input processor.
         seconds = torch.tensor(together / clip.fps, dtype=torch.float32).to(self._dtype).item()
@@ -325,9 +325,9 @@ class Processor:
     def _name(self, token: int) -> str:
         return self.tokenizer.convert_ids_to_tokens(token)
 
-    def _expand(self, tokens: list[int], pictures: Sequence[Picture]) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _expand(self, unexpanded: list[int], pictures: Sequence[Picture]) -> tuple[np.ndarray, tuple[int, ...]]:
         """Tokens with one placeholder an embedding, and where each picture's placeholders begin."""
-        tokens = np.array(tokens, dtype=np.int64)
+        tokens = np.array(unexpanded, dtype=np.int64)
         units_I = np.array([picture.units for picture in pictures], dtype=np.int64)
         places_I = np.flatnonzero(np.isin(tokens, (self.image_token_id, self.video_token_id)))
         repeats = np.ones(len(tokens), dtype=np.int64)
@@ -376,7 +376,7 @@ class Processor:
         for number, frame in enumerate(clip.frames, start=1):
             if first is None:
                 first = frame.shape
-                size = self._frame_size(clip, *first[:2], name, min_pixels, max_pixels)
+                size = self._frame_size(clip, first[0], first[1], name, min_pixels, max_pixels)
             if frame.shape != first:
                 raise UserError(
                     f"video {short(name)}: frame {number} is {frame.shape[1]}×{frame.shape[0]}, the first is {first[1]}×{first[0]}; "

@@ -119,7 +119,7 @@ def _check_row(row: dict[str, Any], processor: Processor, rules: RowRules) -> No
             locate(visual.addresses[0], rules.folders)
         else:
             check_video(visual, rules.folders)
-    for key in ("id", "answer", rules.response_key):
+    for key in filter(None, ("id", "answer", rules.response_key)):
         if isinstance(row.get(key), str):
             sound_text(row[key], repr(key))
     answer = read_answer(row["answer"])

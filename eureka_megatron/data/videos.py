@@ -7,7 +7,7 @@ Files are decoded by OpenCV (FFmpeg inside), imported when the first one is open
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ Choose = Callable[[int, float], Sequence[int]]
 class Clip:
     """The frames of a video, not decoded yet. Example: Clip(frames=…, count=12, fps=2.0) lasts six seconds."""
 
-    frames: Iterator[np.ndarray]  # uint8 RGB [height, width, 3] each
+    frames: Generator[np.ndarray, None, None]  # uint8 RGB [height, width, 3] each
     count: int
     fps: float  # of these frames, not of the file they come from
 
@@ -114,7 +114,7 @@ def _open_file(address: Address, folders: Sequence[Path], choose: Choose) -> Cli
     return Clip(_decode(capture, indices, total, address), len(indices), len(indices) / total * fps)
 
 
-def _decode(capture: Any, indices: Sequence[int], total: int, address: Address) -> Iterator[np.ndarray]:
+def _decode(capture: Any, indices: Sequence[int], total: int, address: Address) -> Generator[np.ndarray, None, None]:
     """The frames at `indices`. Frames between them are skipped, yet must be decoded: each builds upon the last."""
     cv2, place, frame = _decoder(), -1, None
     try:

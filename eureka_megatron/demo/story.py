@@ -143,6 +143,7 @@ def score_export(config: RunConfig, directory: Path) -> dict[str, float]:
         start_ray(stack)
         pool = RolloutPool(exported)  # loads while transformers generates
         stack.callback(pool.shutdown)
+        assert exported.data.test is not None, "demo.yaml names it"
         dataset = open_dataset(exported, exported.data.test, make_processor(exported))
         prompts = list(dataset)
 

@@ -130,7 +130,7 @@ def build_tiny(directory: Path | str, **options: Any) -> Path:
     """
     directory, shape = Path(directory), TinyOptions(**options)
     tokenizer = build_tokenizer(shape.vocab_size, shape.sentences)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     _check_sizes(shape)
     directory.mkdir(parents=True, exist_ok=True)
     config = _hf_config(shape, ids)
@@ -138,8 +138,8 @@ def build_tiny(directory: Path | str, **options: Any) -> Path:
     tokenizer.save_pretrained(directory)
     _write_processor_files(directory, shape.min_pixels, shape.max_pixels)
     if shape.weights:
-        model = build_weights(config, shape.seed, shape.randomize_all).to(shape.dtype)
-        model.save_pretrained(directory, max_shard_size=shape.max_shard_size)
+        model: Any = build_weights(config, shape.seed, shape.randomize_all)
+        model.to(dtype=shape.dtype).save_pretrained(directory, max_shard_size=shape.max_shard_size)
     # After the weights: saving those writes a generation_config.json of its own, with one end token only.
     GenerationConfig(
         do_sample=True,
@@ -151,8 +151,9 @@ def build_tiny(directory: Path | str, **options: Any) -> Path:
     return directory
 
 
-def _hf_config(shape: TinyOptions, ids: dict[str, int]) -> Qwen2_5_VLConfig:
-    ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+def _hf_config(shape: TinyOptions, ids: dict[str, Any]) -> Qwen2_5_VLConfig:
+    ends: dict[str, Any] = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    whole: dict[str, Any] = ends | {"pad_token_id": ids["<|endoftext|>"]}
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": shape.vocab_size + shape.spare_rows,
@@ -189,10 +190,10 @@ def _hf_config(shape: TinyOptions, ids: dict[str, int]) -> Qwen2_5_VLConfig:
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        pad_token_id=ids["<|endoftext|>"],
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         dtype=shape.dtype,
         **ends,
+        pad_token_id=ids["<|endoftext|>"],
     )
 
 

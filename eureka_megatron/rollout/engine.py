@@ -111,7 +111,7 @@ class Engine:
             model=str(directory),
             load_format=load_format(directory),
             hf_overrides=hf_overrides(options, positions, on_gpu=on_gpu),
-            dtype=options.dtype,
+            dtype="float32" if options.dtype == "float32" else "bfloat16",
             max_model_len=options.max_model_tokens + 1,
             max_num_seqs=options.max_concurrent,
             seed=options.seed,
@@ -310,7 +310,7 @@ class Engine:
         return min(wanted, room)
 
     @staticmethod
-    def _request(prompt: Prompt, response: Sequence[int] = ()) -> dict[str, Any]:
+    def _request(prompt: Prompt, response: Sequence[int] = ()) -> Any:
         request: dict[str, Any] = {"prompt_token_ids": [*collapse_placeholders(prompt), *response]}
         images = [picture.image for picture in prompt.pictures if not picture.is_video]
         videos = [_video_item(picture) for picture in prompt.pictures if picture.is_video]
@@ -318,7 +318,7 @@ class Engine:
             request["multi_modal_data"] = {k: v for k, v in (("image", images), ("video", videos)) if v}
         return request
 
-    def _run(self, requests: list[dict[str, Any]], parameters: Any) -> list[Any]:
+    def _run(self, requests: list[Any], parameters: Any) -> list[Any]:
         return self._llm.generate(requests, parameters, use_tqdm=False) if requests else []
 
     def _rollout(self, sample: Any) -> Rollout:
@@ -392,6 +392,8 @@ def _repack_tied_head(model: Any) -> None:
 
 def _video_item(picture: Picture) -> tuple[np.ndarray, dict[str, Any]]:
     """Frames and metadata as vLLM's input processor wants them; it works out 2 / fps again, the seconds of a time step."""
+    assert picture.frames is not None, "a video"
+    assert picture.seconds_per_grid is not None, "a video"
     count = len(picture.frames)
     fps = count / picture.grid_thw[0] / picture.seconds_per_grid
     return picture.frames, {

@@ -81,7 +81,7 @@ class RolloutPool:
         self._actor_class = ray.remote(engine_class).options(
             num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}}
         )
-        self._actors = [self._actor_class.remote(self._options) for _ in range(count)]
+        self._actors: list[Any] = [self._actor_class.remote(self._options) for _ in range(count)]
 
     @property
     def actors(self) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -47,7 +48,7 @@ def start_ray(stack: ExitStack) -> None:
     stack.callback(_end, started)
     try:
         with _apart(started):
-            ray.init(logging_level="ERROR", **options)
+            ray.init(logging_level=logging.ERROR, **options)
     except Exception as error:
         where = (
             f"RAY_ADDRESS={address}: the cluster cannot be joined" if address else "Ray cannot start on this machine"
@@ -79,11 +80,11 @@ def _apart(started: list[psutil.Process]) -> Iterator[None]:
             started.append(psutil.Process(self.pid))
 
     usual = services.ConsolePopen, utils.set_sigterm_handler
-    services.ConsolePopen, utils.set_sigterm_handler = Apart, lambda _: rearm()
+    vars(services)["ConsolePopen"], vars(utils)["set_sigterm_handler"] = Apart, lambda _: rearm()
     try:
         yield
     finally:
-        services.ConsolePopen, utils.set_sigterm_handler = usual
+        vars(services)["ConsolePopen"], vars(utils)["set_sigterm_handler"] = usual
         rearm()
 
 

@@ -46,9 +46,10 @@ def supervise(
         checkpoint: go on after the step of this one, as if the run had never stopped.
     """
     sft, rows = config.sft, len(dataset)
-    trainer.start_phase(config.optimizer, sft.steps)
+    steps = counted_steps(config)
+    trainer.start_phase(config.optimizer, steps)
     tracker.say(
-        f"{sft.steps:,} steps of {sft.samples_per_step:,} rows: {sft.steps * sft.samples_per_step / rows:,.3g} epochs of {rows:,} rows, "
+        f"{steps:,} steps of {sft.samples_per_step:,} rows: {steps * sft.samples_per_step / rows:,.3g} epochs of {rows:,} rows, "
         f"largest learning rate {config.optimizer.lr:g}"
     )
     stream = PromptStream(dataset, config.run.seed, workers=config.data.workers, prefetch=config.data.prefetch)
@@ -62,8 +63,8 @@ def supervise(
         stream.load_state_dict(found["data"])
         tell_of_resumption(checkpoint, found, config, tracker)
         first = found["step"]
-    schedule = CheckpointSchedule(trainer, config, sft.steps, state, tracker)
-    for step in range(first, sft.steps):
+    schedule = CheckpointSchedule(trainer, config, steps, state, tracker)
+    for step in range(first, steps):
         metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
         metrics["epoch"] = (step + 1) * sft.samples_per_step / rows
         tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()} | schedule.figures())
@@ -81,6 +82,12 @@ def in_steps(config: RunConfig, rows: int) -> RunConfig:
     return config.model_copy(update={"sft": sft.model_copy(update={"steps": steps, "epochs": None})})
 
 
+def counted_steps(config: RunConfig) -> int:
+    """`sft.steps`, once `in_steps` has set it."""
+    assert config.sft.steps is not None, "in_steps comes first"
+    return config.sft.steps
+
+
 def run_sft(config: RunConfig, resume: str | None = None) -> None:
     """`eureka sft`: from `model.path`, on the rows of `data.train`, to a Hugging Face export in `run.output`/hf.
 
@@ -92,7 +99,7 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
     if config.sft.steps is None:  # epochs are known once the rows are
         dataset = _open(config)
         config = in_steps(config, len(dataset))
-    start = starting_point(config, resume, output, stage="sft", steps=config.sft.steps)
+    start = starting_point(config, resume, output, stage="sft", steps=counted_steps(config))
     if start is None:
         return
     checkpoint, first = start

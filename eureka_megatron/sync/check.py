@@ -206,8 +206,12 @@ def _linear_tensors(module: Any, path: str, leaf: str, packed: Mapping[str, Sequ
     for part, size in zip(parts, rows, strict=True):
         name = hub_name(f"{parent}.{part}.{leaf}")
         meta = TensorMeta(name, dtype, (size, *columns))
-        yield EngineTensor(meta, f"{path}.{leaf}", lambda first=first, size=size: whole()[first : first + size])
+        yield EngineTensor(meta, f"{path}.{leaf}", partial(_rows_of, whole, first, size))
         first += size
+
+
+def _rows_of(whole: Callable[[], Tensor], first: int, size: int) -> Tensor:
+    return whole()[first : first + size]
 
 
 def _read_linear(module: Any, leaf: str, dtype: torch.dtype) -> Tensor:
@@ -220,9 +224,10 @@ def _read_vocabulary(module: Any) -> Tensor:
     """The rows of real tokens. An output layer multiplies by its packed copy, an embedding reads the table itself."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+    whole: Tensor = module.weight
     if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-        return _through_identity(module, module.embedding_dim, module.weight.dtype)[: module.org_vocab_size]
-    return module.weight.detach()[: module.org_vocab_size]
+        return _through_identity(module, module.embedding_dim, whole.dtype)[: module.org_vocab_size]
+    return whole.detach()[: module.org_vocab_size]
 
 
 def _through_identity(module: Any, columns: int, dtype: torch.dtype, rows_at_once: int = 1024) -> Tensor:

@@ -252,7 +252,8 @@ def register_backend() -> str:
             if not isinstance(update_info, Bucket):
                 return super().receive_weights(update_info)
             views = unpack(update_info.buffer, update_info.entries)
-            self.model.load_weights((name, tensor.to(self.device)) for name, tensor in views)
+            model: Any = self.model
+            model.load_weights((name, tensor.to(self.device)) for name, tensor in views)
             return None
 
     WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
@@ -326,7 +327,7 @@ class _EngineClient:
     def start_weight_update(self) -> None:
         ray.get([engine.start_weight_update.remote(*self.announced) for engine in self._engines])
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         ray.get([engine.update_weights.remote(update_info) for engine in self._engines])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

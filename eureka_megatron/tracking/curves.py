@@ -157,7 +157,7 @@ def _draw_panel(axis: Axes, section: Section, chosen: Series, levels: Mapping[st
         axis.axhline(value, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), alpha=0.8)
         at, side = ((0.985, "right"), (0.015, "left"))[place % 2]
         patch = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 1.5}
-        style = {"va": "center", "ha": side, "fontsize": 9.5, "fontweight": "bold", "bbox": patch}
+        style: dict[str, Any] = {"va": "center", "ha": side, "fontsize": 9.5, "fontweight": "bold", "bbox": patch}
         axis.annotate(f"{name} {value:.2f}", (at, value), xycoords=("axes fraction", "data"), **style)
     if section.log and all((values > 0).any() for _, values in chosen.values()):
         axis.set_yscale("log")
@@ -194,7 +194,7 @@ def _draw_stack(axis: Axes, chosen: Series) -> None:
         heights[name][np.searchsorted(steps, own)] = values
     order = sorted(heights, key=lambda name: -heights[name].sum())
     if len(order) > len(COLOURS):
-        heights["time/other"] = sum(heights[name] for name in order[len(COLOURS) - 1 :])
+        heights["time/other"] = np.sum([heights[name] for name in order[len(COLOURS) - 1 :]], axis=0)
         order = [*order[: len(COLOURS) - 1], "time/other"]
     labels = [f"{_label(name)} {heights[name].mean():.2g} s" for name in order]
     colours = COLOURS[: len(order)]

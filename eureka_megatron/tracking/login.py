@@ -2,16 +2,20 @@
 
 import netrc
 import os
+from typing import Literal, get_args
 from urllib.parse import urlparse
 
+Mode = Literal["online", "offline", "disabled"]
 
-def wandb_mode(setting: str) -> str:
+
+def wandb_mode(setting: Literal["auto", "online", "offline", "disabled"]) -> Mode:
     """`auto` follows WANDB_MODE where set, else goes online exactly when there is a login."""
     if setting != "auto":
         return setting
     asked = os.environ.get("WANDB_MODE", "")
-    if asked in ("online", "offline", "disabled"):
-        return asked
+    for mode in get_args(Mode):
+        if asked == mode:
+            return mode
     return "online" if has_wandb_login() else "offline"
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from eureka_megatron.config import RunConfig
 from eureka_megatron.session import shielded
 from eureka_megatron.tracking.console import Console
-from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
+from eureka_megatron.tracking.login import Mode, has_wandb_login, wandb_mode
 from eureka_megatron.tracking.watch import Watch
 
 VERSIONED = [
@@ -64,7 +64,7 @@ class Tracker:
     ) -> None:
         self.config, self.run_dir, self.stage, self.start_step = config, Path(run_dir), stage, start_step
         self.path = self.run_dir / "metrics.jsonl"
-        steps = total_steps or (config.sft.steps if stage == "sft" else config.training.steps)
+        steps = total_steps or (config.sft.steps if stage == "sft" else config.training.steps) or 0
         self.console = Console(
             steps, title=f"{config.run.name} {stage}", first_step=start_step, enabled=config.tracking.console
         )
@@ -159,14 +159,15 @@ class Tracker:
         if mode == "online" and not has_wandb_login():
             self._warn("tracking.wandb is online, but there is no login (`wandb login`); recording offline")
             mode = "offline"
-        for attempt in dict.fromkeys((mode, "offline")):
+        attempts: tuple[Mode, ...] = (mode, "offline")
+        for attempt in dict.fromkeys(attempts):
             try:
                 self._wandb = self._open_wandb(attempt)
                 return
             except Exception as error:
                 self._warn(f"wandb {attempt} could not start ({_first_line(error)})")
 
-    def _open_wandb(self, mode: str) -> Any:
+    def _open_wandb(self, mode: Mode) -> Any:
         import wandb
 
         path = self.run_dir / f"wandb-{self.stage}.id"
@@ -233,7 +234,8 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 def cut_lines(path: Path, stage: str, start_step: int) -> None:
     """Move lines of `stage` from `start_step` on, and a broken last line, to metrics.replaced.jsonl beside it."""
-    kept, moved = [], []
+    kept: list[str] = []
+    moved: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
         try:
             record = json.loads(line)
