@@ -192,8 +192,7 @@ def _hf_config(shape: TinyOptions, ids: dict[str, Any]) -> Qwen2_5_VLConfig:
         vision_end_token_id=ids["<|vision_end|>"],
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         dtype=shape.dtype,
-        **ends,
-        pad_token_id=ids["<|endoftext|>"],
+        **whole,
     )
 
 
