@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream
@@ -21,6 +20,7 @@ from eureka_megatron.run.output import replacing
 from eureka_megatron.sync.check import compare
 from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.train.actor import TrainerGroup, model_card
+from eureka_megatron.types import Batch
 
 
 class Run:
@@ -80,7 +80,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def learn(self, batch: Any) -> dict[str, float]:
+    def learn(self, batch: Batch) -> dict[str, float]:
         """All optimizer steps on this batch. → means of their metrics; maxima, or the last value, where the name says so."""
         results = self.trainer.train(batch)
 

@@ -239,7 +239,7 @@ class PolicyTrainer:
 
     def hf_weights(
         self, *, select: Callable[[nn.Parameter], Tensor] | None = None, skip: frozenset[str] = frozenset()
-    ) -> Iterable[tuple[str, Any]]:
+    ) -> Iterable[tuple[str, Tensor | None]]:
         """(HF name, full tensor) in table order, a collective in lockstep; None in place of the tensor where it is not received."""
         chunks = [chunk.module for chunk in self.chunks]
         return iter_hf_weights(chunks, self.parallel, skip=skip, select=select)
