@@ -54,7 +54,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def run(config: RunConfig) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eureka_megatron.loop.RolloutPool", lambda c: RolloutPool(c, engine_class=ForgetfulEngine))
+        patch.setattr("eureka_megatron.run.run.RolloutPool", lambda c: RolloutPool(c, engine_class=ForgetfulEngine))
         with Run(config) as run:
             run.trainer.start_phase(config.optimizer, 100)
             yield run
