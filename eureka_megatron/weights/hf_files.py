@@ -121,7 +121,7 @@ def read_part(info: TensorInfo, bounds: Sequence[slice], out: Tensor) -> None:
         rows = torch.empty((*(1,) * axis, stop - start, *info.shape[axis + 1 :]), dtype=info.dtype)
         read_part(info, (*bounds[:axis], slice(start, stop), *whole), rows)
         here = out.narrow(axis, start - band.start, stop - start)
-        here.copy_(rows[(..., *bounds[axis + 1 :])])
+        here.copy_(rows[(slice(None),) * (axis + 1) + tuple(bounds[axis + 1 :])])
 
 
 def _read_bytes(path: Path, at: int, out: memoryview) -> None:
