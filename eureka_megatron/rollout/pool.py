@@ -247,7 +247,8 @@ class RolloutPool:
         return self._on_all("checksums")
 
     def status(self) -> list[dict[str, Any]]:
-        """Of every engine: process id, weight version, failure."""
+        """Of every engine: process id, weight version, failure. Waits for those that start again."""
+        self._freshen(wait=True)
         return list(self._on_all("status").values())
 
     def shutdown(self) -> None:

@@ -30,6 +30,7 @@ from eureka_megatron.release.card import run_card
 from eureka_megatron.sync import ray_transfer
 from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.train.parcel import Rules, Share, shares
+from eureka_megatron.train.pulse import BEAT_SECONDS, Pulse, Watch, keep_log, last_words, log_file
 from eureka_megatron.types import Batch, Sample
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name, which torch looks at first
@@ -51,6 +52,7 @@ class TrainerRank:
         self.config, self.rank = config, rank
         self._nccl: ray_transfer.NcclTransfer | None = None
         self._nccl_engines: list[ActorHandle] = []
+        Pulse(min(BEAT_SECONDS, config.training.stall_seconds / 4))
 
     def address(self) -> str:
         """A free TCP address on this rank's node, for the rendezvous (asked of rank 0)."""
@@ -64,6 +66,7 @@ class TrainerRank:
         from eureka_megatron.train.checkpointing import TrainerCheckpoints
         from eureka_megatron.train.trainer import PolicyTrainer
 
+        keep_log(log_file(self.config.run.output, self.rank))
         layout, model, algorithm = self.config.layout, self.config.model, self.config.algorithm
         torch.manual_seed(self.config.run.seed)
         self.trainer = PolicyTrainer(
@@ -241,19 +244,20 @@ class TrainerGroup:
             calls: list[ray.ObjectRef] = [
                 rank.call.remote(method, *own) for rank, own in zip(self.ranks, arguments, strict=True)
             ]
-        waiting = calls
+        waiting, watch = calls, Watch(self.ranks, self.config.training.stall_seconds)
         while waiting:  # after a failure the others may wait for ever, in a collective that the failed rank never joins
-            done, waiting = ray.wait(waiting, num_returns=1)
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=BEAT_SECONDS)
+            if not done:
+                watch.look(map(calls.index, waiting), method)
+                continue
             rank = calls.index(done[0])
             try:
                 ray.get(done[0])
             except RayTaskError as error:
                 raise from_remote(f"trainer rank {rank}", error) from None
             except RayActorError as error:
-                raise UserError(
-                    f"trainer rank {rank} died during {method!r} ({str(error).splitlines()[0]}); "
-                    "look for an out-of-memory kill in its log"
-                ) from error
+                word = last_words(log_file(self.config.run.output, rank))
+                raise UserError(f"trainer rank {rank} died during {method!r}: {word}") from error
         return ray.get(calls)
 
 
