@@ -341,6 +341,16 @@ class RunConfig(Section):
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds rollout.max_model_tokens="
                 f"{self.rollout.max_model_tokens}"
             )
+        engines, world = self.rollout.engines * self.rollout.tensor, self.parallel.world_size
+        if self.placement == "colocated" and world % engines:
+            right = [n for n in range(1, world + 1) if world % (n * self.rollout.tensor) == 0]
+            fitting = (
+                f"rollout.engines={' or '.join(map(str, right))}" if right else f"rollout.tensor that divides {world}"
+            )
+            raise ValueError(
+                f"placement=colocated needs rollout.engines × rollout.tensor = {engines} to divide the {world} trainer ranks whose GPUs "
+                f"the engines share: {fitting}"
+            )
         return self
 
 
