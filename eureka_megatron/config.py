@@ -242,6 +242,8 @@ class TrainingSection(Section):
     evaluate_top_p: float = Field(1.0, gt=0, le=1)
     # rollout steps between HF exports; 0: only at the end
     export_every: int = Field(0, ge=0)
+    # colocated: while engines sample, the optimizer's state waits in host memory and the gradients' memory is free
+    offload: bool = True
 
 
 class CheckpointSection(Section):

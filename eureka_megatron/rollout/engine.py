@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ import torch
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, read_hf_config
+from eureka_megatron.rollout.kv_cache import drop_kv_cache, restore_kv_cache
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.sync.check import (
     Fingerprint,
@@ -65,6 +66,7 @@ class EngineOptions:
     max_pixels: int = 640 * 28 * 28
     seed: int = 0
     weight_version: int = 0  # of the weights in `model`
+    sleeps: bool = False  # whether the trainer has its GPU in turn (`sleep`, `wake`)
 
 
 def request_seeds(prompts: Sequence[Prompt], seed: int, seen: Counter[str] | None = None) -> list[int]:
@@ -272,6 +274,18 @@ class Engine:
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
+    def sleep(self) -> None:
+        """Free what sampling alone needs: the KV cache; on GPUs the weights too, which wait in host memory (vLLM's level 1)."""
+        self._llm.sleep(level=1)
+        if not torch.cuda.is_available():
+            self._llm.collective_rpc(drop_kv_cache)
+
+    def wake(self, *parts: Literal["weights", "kv_cache"]) -> None:
+        """Take these parts back. Weights can be updated before the KV cache is there; sampling needs both."""
+        if "kv_cache" in parts and not torch.cuda.is_available():
+            self._llm.collective_rpc(restore_kv_cache)
+        self._llm.wake_up(tags=list(parts))
+
     def checksums(self) -> dict[str, Fingerprint]:
         """Of every weight the engine computes with, read back from its kernels, by Hugging Face name (hub naming)."""
         return engine_fingerprints(self._model)
@@ -435,7 +449,10 @@ def hf_overrides(options: EngineOptions, positions: int, *, on_gpu: bool) -> dic
 
 
 def _gpu_settings(options: EngineOptions) -> dict[str, Any]:
-    settings: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    settings: dict[str, Any] = {
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_sleep_mode": options.sleeps,
+    }
     if options.max_model_tokens > 8192:  # vLLM's smallest default: a video must fit into one step of the encoder whole
         settings["max_num_batched_tokens"] = options.max_model_tokens + 1
     return settings

@@ -44,6 +44,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
         seed=config.run.seed,
+        sleeps=config.placement == "colocated",
     )
 
 
@@ -59,6 +60,7 @@ class RolloutPool:
     Attributes:
         version: of the weights every engine has.
         restarts: engines replaced so far.
+        before_sampling: called before engines sample; colocated ones are woken there.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RolloutPool:
     ) -> None:
         self.config = config
         self.resend = resend
+        self.before_sampling: Callable[[], None] = lambda: None
         self.version = 0
         self.restarts = 0
         self.timeout_seconds = config.rollout.timeout_seconds
@@ -112,6 +115,7 @@ class RolloutPool:
         """
         if set(sampling) != Sampling.__required_keys__:
             raise TypeError(f"generate wants {sorted(Sampling.__required_keys__)}, got {sorted(sampling)}")
+        self.before_sampling()
         seeds = request_seeds(prompts, sampling["seed"], seen)
         costs = [len(prompt.tokens_S) + sampling["n"] * sampling["max_tokens"] for prompt in prompts]
         # call → (engine, the prompts it does, when it must have answered)
@@ -168,6 +172,14 @@ class RolloutPool:
         """Of every engine: process id, weight version, failure."""
         return self._on_all("status")
 
+    def sleep(self) -> None:
+        """Free the engines' memory for the trainer, see `Engine.sleep`."""
+        self._on_all("sleep")
+
+    def wake(self, *parts: str) -> None:
+        """Take these parts back, see `Engine.wake`. An engine that died meanwhile is replaced by one that is awake."""
+        self._on_all("wake", *parts)
+
     def shutdown(self) -> None:
         """End the engines. The pool cannot be used afterwards."""
         for actor in self._actors:
@@ -176,9 +188,9 @@ class RolloutPool:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _on_all(self, method: str) -> list[Any]:
+    def _on_all(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every engine; dead ones are replaced first."""
-        calls = [getattr(actor, method).remote() for actor in self._actors]
+        calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
 
         def answer(index: int, call: Any, may_die: bool) -> Any:
             try:
@@ -188,7 +200,7 @@ class RolloutPool:
                     reason = f"died twice in one call ({method}): {last_message(error)}"
                     raise UserError(f"rollout engine {index} {reason}") from error
                 self._replace(index)
-                return answer(index, getattr(self._actors[index], method).remote(), False)
+                return answer(index, getattr(self._actors[index], method).remote(*arguments), False)
 
         return [answer(index, call, True) for index, call in enumerate(calls)]
 

@@ -20,6 +20,7 @@ from eureka_megatron.run.cluster import start_ray
 from eureka_megatron.run.inputs import open_dataset, reward_rules
 from eureka_megatron.run.output import replacing
 from eureka_megatron.run.placement import Placement
+from eureka_megatron.run.turns import Turns
 from eureka_megatron.sync.check import compare
 from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.tracking.console import counted, tell
@@ -68,11 +69,19 @@ class Run:
         self._stack.callback(self.placement.close)
         self.trainer = TrainerGroup(config, self.placement.rank_options())
         self._stack.callback(self.trainer.close)
-        self.pool = RolloutPool(config, self.placement.engine_options())  # engines load while the trainer ranks do
+        self.turns: Turns | None = None
+        if config.placement == "colocated":
+            self.layout = self.trainer.start()
+            self.trainer.rest()  # the engines measure how much memory is left for them
+        self.pool = RolloutPool(config, self.placement.engine_options(self.trainer.seats))
         self._stack.callback(self.pool.shutdown)
-        self.layout = self.trainer.start()
+        if config.placement == "split":
+            self.layout = self.trainer.start()  # while the engines load
         tell("the trainer has its weights; vLLM loads and warms up …")
         self.pool.start()
+        if config.placement == "colocated":
+            self.turns = Turns(self.trainer, self.pool)
+            self.trainer.before_training, self.pool.before_sampling = self.turns.train, self.turns.sample
         self.placement.tell(self.trainer.seats, self.pool.actors)
         self.pool.resend = self._resend
         self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
@@ -104,6 +113,8 @@ class Run:
         """Hand the trainer's weights to every engine; with `check`, compare a checksum of every tensor on both sides."""
         self.weight_version += 1
         start = time.perf_counter()
+        if self.turns is not None:
+            self.turns.wake("weights")
         report = self.trainer.send_weights(self.pool.actors, self.weight_version, with_fingerprints=check)
         self.pool.weights_sent(report)  # engines lost on the way are replaced here
         if check:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -176,6 +176,10 @@ class TrainerRank:
         """See TrainerCheckpoints.save."""
         self.checkpoints.save(step, texts, **state)
 
+    def rest(self) -> None:
+        """See PolicyTrainer.rest."""
+        self.trainer.rest(move=self.config.training.offload)
+
     def save_ended(self) -> bool:
         """See TrainerCheckpoints.ended."""
         return self.checkpoints.ended
@@ -204,6 +208,8 @@ class TrainerGroup:
             actor.options(**common, **own).remote(config) for own in options or [{}] * world
         ]
         self.seats: list[Seat] = []
+        # Called before everything that needs the optimizer; colocated engines are put to sleep there.
+        self.before_training: Callable[[], None] = lambda: None
 
     def take_seats(self) -> list[Seat]:
         """Give the ranks out by (node, GPU), nodes in the order of the options: neighbours are neighbours. → the seats, by rank."""
@@ -225,15 +231,18 @@ class TrainerGroup:
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """Fresh optimizer and schedule with this horizon (optimizer steps)."""
+        self.before_training()
         self._all("trainer.start_phase", section, total_updates)
 
     def train(self, batch: Batch) -> list[dict[str, float]]:
         """Metrics of each optimizer step of this rollout step."""
+        self.before_training()
         first = self.places[0]  # a rank of the first stage, which has the tower
         return self._shared("train", shares(batch, first.rules, first.tower_ranks))
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
+        self.before_training()
         return self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
 
     def _shared(self, method: str, parts: Sequence[Share]) -> Any:
@@ -264,7 +273,16 @@ class TrainerGroup:
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Fill weights, optimizer and schedule from a training checkpoint; after `start_phase`. → its state.json"""
+        self.before_training()
         return self._all("checkpoints.load", directory)[0]
+
+    def rest(self) -> None:
+        """Leave the GPUs' memory to the engines (`training.offload`), see train.offload."""
+        self._all("rest")
+
+    def resume(self) -> None:
+        """Make ready for updates after `rest`."""
+        self._all("trainer.resume")
 
     def close(self) -> None:
         """End the rank processes."""
