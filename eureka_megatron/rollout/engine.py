@@ -106,9 +106,11 @@ class Engine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
+        from eureka_megatron.sync import ipc_transfer
         from eureka_megatron.sync.ray_transfer import register_backend
 
         on_gpu = torch.cuda.is_available()
+        backend = ipc_transfer.BACKEND if options.sleeps and on_gpu else register_backend()
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
@@ -122,7 +124,7 @@ class Engine:
                 "videos_kwargs": {"do_resize": False, "do_sample_frames": False, "cap_pixels_per_frame": False},
             },
             mm_processor_cache_gb=1,
-            weight_transfer_config=WeightTransferConfig(backend=register_backend()),
+            weight_transfer_config=WeightTransferConfig(backend=backend),
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
         self._banned = config.vision_token_ids

@@ -26,7 +26,7 @@ from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.release.card import run_card
-from eureka_megatron.sync import ray_transfer
+from eureka_megatron.sync import ipc_transfer, ray_transfer
 from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.train.parcel import Rules, Share, shares
 from eureka_megatron.types import Batch, Sample
@@ -148,6 +148,15 @@ class TrainerRank:
 
     def _send(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool) -> SyncReport | None:
         source, bucket_mib = self.trainer.weight_source(), self.config.sync.bucket_mib
+        if self.config.placement == "colocated" and torch.cuda.is_available():
+            return ipc_transfer.send_weights(
+                source,
+                engines,
+                version=version,
+                bucket_mib=bucket_mib,
+                rank=self.rank,
+                with_fingerprints=with_fingerprints,
+            )
         if ray_transfer.default_backend() != "nccl":
             return ray_transfer.send_weights(
                 source,
@@ -200,7 +209,11 @@ class TrainerGroup:
         common: dict[str, Any] = {
             "num_cpus": 0,
             "num_gpus": gpus,
-            "runtime_env": {"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)},
+            "runtime_env": {
+                "env_vars": environment_of_a_rank(
+                    world, on_gpu=gpus > 0, exports_memory=config.placement == "colocated"
+                )
+            },
         }
         actor: Any = ray.remote(TrainerRank)
         # In the order of ranks once these are given out.
@@ -317,8 +330,10 @@ def _by_node_and_gpu(seat: Seat, nodes: Sequence[str]) -> Any:
     return nodes.index(seat.node), [(len(gpu), gpu) for gpu in seat.gpus], seat.pid  # "10" after "9"
 
 
-def environment_of_a_rank(world_size: int, *, on_gpu: bool) -> dict[str, str]:
+def environment_of_a_rank(world_size: int, *, on_gpu: bool, exports_memory: bool = False) -> dict[str, str]:
     """Variables of the trainer ranks' processes. On GPUs what this process has set counts, on a cluster too.
+
+    exports_memory: by CUDA IPC, to colocated engines; handles of expandable segments are such as many containers do not let pass.
 
     Of the trainers only: vLLM's sleep mode and expandable segments exclude each other.
     """
@@ -328,7 +343,7 @@ def environment_of_a_rank(world_size: int, *, on_gpu: bool) -> dict[str, str]:
         found["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # Rows of changing lengths would break fixed segments of memory into pieces too small to use.
         own = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
-        found |= own or {ALLOCATOR[0]: "expandable_segments:True"}
+        found |= own or ({} if exports_memory else {ALLOCATOR[0]: "expandable_segments:True"})
     return found
 
 
