@@ -81,7 +81,7 @@ def test_a_colocated_run_is_the_split_run(tmp_path: Path, monkeypatch: pytest.Mo
             watch(patch, found, asleep)
             train(load_config("run.yaml", [f"placement={placement}", f"run.output={placement}"]))
         rows = read_metrics(tmp_path / placement / "metrics.jsonl")
-        timed = ("time", "seconds")
+        timed = ("time", "second")
         metrics[placement] = [{k: v for k, v in row.items() if not any(word in k for word in timed)} for row in rows]
         assert f'"placement": "{placement}"' in (tmp_path / placement / FILE).read_text()
         assert "trainer" in capsys.readouterr().out
