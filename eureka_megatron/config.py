@@ -96,6 +96,8 @@ _OTHER_SAMPLING: dict[str, tuple[Any, ...]] = {
 
 class RolloutSection(Section):
     engines: int = Field(1, ge=1)
+    # tensor-parallel workers of an engine, a GPU each
+    tensor: int = Field(1, ge=1)
     samples_per_prompt: int = Field(8, ge=2)
     # T: the policy that is sampled and trained is softmax(logits / T), in log-probabilities, ratios, KL, entropy and gradients
     temperature: float = Field(1.0, gt=0)
@@ -240,6 +242,8 @@ class TrainingSection(Section):
     evaluate_top_p: float = Field(1.0, gt=0, le=1)
     # rollout steps between HF exports; 0: only at the end
     export_every: int = Field(0, ge=0)
+    # colocated: while engines sample, the optimizer's state waits in host memory and the gradients' memory is free
+    offload: bool = True
 
 
 class CheckpointSection(Section):
@@ -299,6 +303,8 @@ class RunConfig(Section):
 
     model: ModelSection
     data: DataSection
+    # split: engines have GPUs of their own; colocated: they take turns with the trainer ranks on the same ones
+    placement: Literal["split", "colocated"] = "split"
     run: RunSection = RunSection()
     parallel: ParallelSection = ParallelSection()
     rollout: RolloutSection = RolloutSection()
@@ -331,6 +337,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if self.placement == "colocated" and self.training.async_steps:
+            raise ValueError(
+                f"training.async_steps={self.training.async_steps} needs placement=split: colocated engines sleep while the trainer works"
+            )
         responses = self.training.prompts_per_step * self.rollout.samples_per_prompt
         if responses % self.training.responses_per_update:
             raise ValueError(
@@ -344,6 +354,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds rollout.max_model_tokens="
                 f"{self.rollout.max_model_tokens}"
+            )
+        engines, world = self.rollout.engines * self.rollout.tensor, self.parallel.world_size
+        if self.placement == "colocated" and world % engines:
+            right = [n for n in range(1, world + 1) if world % (n * self.rollout.tensor) == 0]
+            fitting = (
+                f"rollout.engines={' or '.join(map(str, right))}" if right else f"rollout.tensor that divides {world}"
+            )
+            raise ValueError(
+                f"placement=colocated needs rollout.engines × rollout.tensor = {engines} to divide the {world} trainer ranks whose GPUs "
+                f"the engines share: {fitting}"
             )
         return self
 

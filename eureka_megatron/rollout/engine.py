@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ import torch
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, read_hf_config
+from eureka_megatron.rollout.kv_cache import drop_kv_cache, restore_kv_cache
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.sync.check import (
     Fingerprint,
@@ -67,6 +68,7 @@ class EngineOptions:
     max_pixels: int = 640 * 28 * 28
     seed: int = 0
     weight_version: int = 0  # of the weights in `model`
+    sleeps: bool = False  # whether the trainer has its GPU in turn (`sleep`, `wake`)
 
 
 def request_seeds(prompts: Sequence[Prompt], seed: int, seen: Counter[str] | None = None) -> list[int]:
@@ -111,9 +113,11 @@ class Engine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
+        from eureka_megatron.sync import ipc_transfer
         from eureka_megatron.sync.ray_transfer import register_backend
 
         on_gpu = torch.cuda.is_available()
+        backend = ipc_transfer.BACKEND if options.sleeps and on_gpu else register_backend()
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
@@ -127,7 +131,7 @@ class Engine:
                 "videos_kwargs": {"do_resize": False, "do_sample_frames": False, "cap_pixels_per_frame": False},
             },
             mm_processor_cache_gb=1,
-            weight_transfer_config=WeightTransferConfig(backend=register_backend()),
+            weight_transfer_config=WeightTransferConfig(backend=backend),
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
         self._llm.llm_engine.set_weight_version(str(options.weight_version))
@@ -317,6 +321,18 @@ class Engine:
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
+    def sleep(self) -> None:
+        """Free what sampling alone needs: the KV cache; on GPUs the weights too, which wait in host memory (vLLM's level 1)."""
+        self._llm.sleep(level=1)
+        if not torch.cuda.is_available():
+            self._llm.collective_rpc(drop_kv_cache)
+
+    def wake(self, *parts: Literal["weights", "kv_cache"]) -> None:
+        """Take these parts back. Weights can be updated before the KV cache is there; sampling needs both."""
+        if "kv_cache" in parts and not torch.cuda.is_available():
+            self._llm.collective_rpc(restore_kv_cache)
+        self._llm.wake_up(tags=list(parts))
+
     def checksums(self) -> dict[str, Fingerprint]:
         """Of every weight the engine computes with, read back from its kernels, by Hugging Face name (hub naming)."""
         return engine_fingerprints(self._model)
@@ -482,7 +498,10 @@ def hf_overrides(options: EngineOptions, positions: int, *, on_gpu: bool) -> dic
 
 
 def _gpu_settings(options: EngineOptions) -> dict[str, Any]:
-    settings: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    settings: dict[str, Any] = {
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_sleep_mode": options.sleeps,
+    }
     if options.max_model_tokens > 8192:  # vLLM's smallest default: a video must fit into one step of the encoder whole
         settings["max_num_batched_tokens"] = options.max_model_tokens + 1
     return settings
