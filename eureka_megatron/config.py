@@ -96,6 +96,8 @@ _OTHER_SAMPLING: dict[str, tuple[Any, ...]] = {
 
 class RolloutSection(Section):
     engines: int = Field(1, ge=1)
+    # tensor-parallel workers of an engine, a GPU each
+    tensor: int = Field(1, ge=1)
     samples_per_prompt: int = Field(8, ge=2)
     # T: the policy that is sampled and trained is softmax(logits / T), in log-probabilities, ratios, KL, entropy and gradients
     temperature: float = Field(1.0, gt=0)
@@ -299,6 +301,8 @@ class RunConfig(Section):
 
     model: ModelSection
     data: DataSection
+    # split: engines have GPUs of their own; colocated: they take turns with the trainer ranks on the same ones
+    placement: Literal["split", "colocated"] = "split"
     run: RunSection = RunSection()
     parallel: ParallelSection = ParallelSection()
     rollout: RolloutSection = RolloutSection()
