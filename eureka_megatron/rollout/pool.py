@@ -44,6 +44,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
         seed=config.run.seed,
+        tensor=rollout.tensor,
     )
 
 
