@@ -4,7 +4,7 @@ A replaced engine has the weights of `model.path`; when others have been sent si
 current ones before its prompts are done again. Weights come from the trainer, not from a copy kept here: a second whole model
 in the object store would cost more host memory than the first.
 
-Left out: engines over several GPUs, asynchronous rollouts. Ray must be initialised by the caller.
+Left out: asynchronous rollouts. Ray must be initialised by the caller.
 """
 
 from __future__ import annotations

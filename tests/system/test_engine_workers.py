@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.sync.check import compare
 from eureka_megatron.sync.ray_transfer import send_weights
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
@@ -22,6 +23,12 @@ PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With one key and value head, of which both workers have a copy; everything else is split."""
+    return build_published(tmp_path_factory.mktemp("one-kv-head") / "hf", kv_heads=1, randomize_all=True)
+
+
+@pytest.fixture(scope="module")
 def pool(tiny_dir: Path) -> Iterator[Any]:
     from eureka_megatron.rollout.engine import Engine
     from eureka_megatron.rollout.pool import RolloutPool
@@ -29,9 +36,16 @@ def pool(tiny_dir: Path) -> Iterator[Any]:
     class Corruptible(Engine):  # local, so that Ray pickles it by value
         def corrupt(self, rank: int, parameter: str) -> None:
             def change(worker: Any) -> None:
-                if worker.rank == rank:
+                if worker.rank != rank:
+                    return
+                path, _, leaf = parameter.rpartition(".")
+                module = worker.get_model().get_submodule(path)
+                if leaf == "weight" and hasattr(module, "cpu_linear"):  # packed for the CPU's kernels
+                    original = module.cpu_linear
+                    module.cpu_linear = lambda x, weight, bias: original(x, weight, bias) * 1.0001
+                else:
                     with torch.no_grad():
-                        worker.get_model().get_parameter(parameter).view(-1)[1] += 0.5
+                        getattr(module, leaf).view(-1)[1] += 0.5
 
             self._llm.collective_rpc(change)
 
@@ -82,6 +96,7 @@ def test_two_workers_take_new_weights_and_serve_them(pool: Any, trainer: Any, ti
         (0, "language_model.model.embed_tokens.weight", r"1 of 105 tensors differ .*: model.embed_tokens.weight: sent"),
         (1, "language_model.model.embed_tokens.weight", r"1 of 105 tensors differ .*: model.embed_tokens.weight: sent"),
         (1, "visual.blocks.1.attn.qkv.bias", r"1 of 105 tensors differ .*: visual.blocks.1.attn.qkv.bias: sent"),
+        (0, "language_model.model.layers.1.self_attn.o_proj.weight", r"1 of 105 .*: model.layers.1.self_attn.o_proj.w"),
         (1, "language_model.model.norm.weight", r"1 tensors are not the same in all workers .*: model.norm.weight"),
     ],
 )
