@@ -40,7 +40,7 @@ def pool(tiny_dir: Path) -> Iterator[Any]:
                     return
                 path, _, leaf = parameter.rpartition(".")
                 module = worker.get_model().get_submodule(path)
-                if leaf == "weight" and hasattr(module, "cpu_linear"):  # packed for the CPU's kernels
+                if not getattr(module, leaf).numel():  # packed for the CPU's kernels, and freed
                     original = module.cpu_linear
                     module.cpu_linear = lambda x, weight, bias: original(x, weight, bias) * 1.0001
                 else:
@@ -86,7 +86,7 @@ def test_two_workers_take_new_weights_and_serve_them(pool: Any, trainer: Any, ti
         after = pool.generate(mixture, **OPTIONS | {"temperature": temperature}, seed=1)
         difference = worst(trainer, tiny_dir, mixture, after, temperature)
         print(f"largest difference to transformers at temperature {temperature}: {difference:.2e}")
-        assert difference <= 1e-5  # measured 1.9e-6
+        assert difference <= 1e-5  # measured 2.4e-6
     assert worst(trainer, tiny_dir, mixture, before) > 1e-3  # so the change did matter
 
 
