@@ -123,9 +123,9 @@ class EngineWorker:
         """Put the new weights in place of the old."""
         assert self._update is not None
         self._worker.finish_weight_update()
+        _repack_tied_head(self._model)
         self._update.close()
         self._update = None
-        _repack_tied_head(self._model)
 
     def abort(self) -> int:
         """End an update that cannot be finished. → the tensors that had come: with none, the old weights are whole."""

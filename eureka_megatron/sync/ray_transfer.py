@@ -226,7 +226,7 @@ class _Update:
 
     def _end(self, indices: Iterable[int]) -> None:
         """Engines that do not answer: their calls then end as those of dead ones do."""
-        for index in indices:
+        for index in self._engines.keys() & {*indices}:
             log.warning(
                 "rollout engine %d has not answered for %g s in the update to version %d; it is ended",
                 index,
