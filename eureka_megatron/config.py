@@ -197,11 +197,6 @@ class AlgorithmSection(Section):
     compat: Literal["mm_eureka"] | None = None
     filter: FilterSection = FilterSection()
 
-    def all_loss_options(self) -> dict[str, Any]:
-        """`loss_options`, and the KL term where that stands in the loss."""
-        kl = {"kl_coefficient": self.kl_coefficient, "kl_estimator": self.kl_estimator}
-        return {**self.loss_options, **(kl if self.kl_coefficient and self.kl_in == "loss" else {})}
-
 
 class OptimizerSection(Section):
     name: Literal["adam", "sgd"] = "adam"
@@ -230,6 +225,9 @@ class TrainingSection(Section):
     responses_per_update: int = Field(128, ge=1)
     # over the responses of one rollout step
     passes: int = Field(1, ge=1)
+    # rollout steps whose responses are sampled while an earlier one trains, by weights so many updates older at most; 0: in turn.
+    # Above 0 the rollout correction is on (algorithm.loss_options: correction, of itself token_tis)
+    async_steps: Literal[0, 1, 2] = 0
     # prompt and response of the longest sample must fit
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     # rollout steps; 0: never
@@ -318,6 +316,14 @@ class RunConfig(Section):
     @property
     def layout(self) -> Layout:
         return Layout(**self.parallel.model_dump(), vision_parallel=self.model.vision_parallel)
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """`algorithm.loss_options`, the KL term where that stands in the loss, and the correction of responses that older weights sampled."""
+        rule = self.algorithm
+        kl = {"kl_coefficient": rule.kl_coefficient, "kl_estimator": rule.kl_estimator}
+        correction = {"correction": "token_tis"} if self.training.async_steps else {}
+        return {**correction, **rule.loss_options, **(kl if rule.kl_coefficient and rule.kl_in == "loss" else {})}
 
     @property
     def longest_sample(self) -> int:

@@ -23,7 +23,9 @@ vLLM is imported on construction only, after its environment variables are set. 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +87,10 @@ def collapse_placeholders(prompt: Prompt) -> list[int]:
     return prompt.tokens_S[keep_S].tolist()
 
 
+# Number, prompt, seed.
+Work = tuple[int, Prompt, int]
+
+
 class Engine:
     """Not safe for several threads. Construction takes some seconds and the memory of the weights and the KV cache."""
 
@@ -93,6 +99,7 @@ class Engine:
         self.weight_version = options.weight_version
         self._failure: str | None = None  # why the weights are a mixture, and nothing may be served
         self._updating: int | None = None  # version of the update under way
+        self._serving: dict[str, tuple[int, Prompt]] = {}  # what `serve` is at work on, by vLLM's names
         directory = Path(options.model)
         config = read_hf_config(directory)
         positions = config.text_config.max_position_embeddings
@@ -127,6 +134,7 @@ class Engine:
         self._pids = self._on_workers("pid")
         if options.tensor > 1:
             self._end_with_the_workers()
+        self._llm.llm_engine.set_weight_version(str(options.weight_version))
         self._banned = config.vision_token_ids
         self._stop_ids = list(response_ends(directory, self._llm.get_tokenizer(), config).reasons)
 
@@ -146,15 +154,55 @@ class Engine:
 
         Raises UserError when a prompt is too long or vLLM expands its pictures to other tokens than `tokens_S`.
         """
-        from vllm import SamplingParams
+        work: list[Work] = list(zip(range(len(prompts)), prompts, seeds, strict=True))
+        found: dict[int, list[Rollout]] = {}
+        while len(found) < len(prompts):
+            found |= self.serve(work, sampling, math.inf)[1]
+            work = []
+        return [found[number] for number in range(len(prompts))]
+
+    def serve(self, work: Sequence[Work], sampling: Sampling, seconds: float) -> tuple[int, dict[int, list[Rollout]]]:
+        """Takes up more prompts, then samples until one of all it has is finished, or for so long. What is not finished goes on in the next call,
+        also over a weight update. Arguments, responses and errors are those of `generate`; after an error nothing is at work any more.
+
+        Returns:
+            the weight version, and the n responses of each finished prompt by its number.
+        """
+        from vllm import RequestOutput
 
         self._require_whole_weights()
+        finished: dict[int, list[Rollout]] = {}
+        until = time.monotonic() + seconds
+        try:
+            self._take_up(work, sampling)
+            while self._serving and not finished and time.monotonic() < until:
+                for output in self._llm.llm_engine.step():
+                    assert isinstance(output, RequestOutput)
+                    if output.request_id not in self._serving:  # abandoned
+                        continue
+                    number, prompt = self._serving.pop(output.request_id)
+                    _check_expansion(prompt, output.prompt_token_ids or [], prompt.tokens_S)
+                    samples = sorted(output.outputs, key=lambda sample: sample.index)
+                    finished[number] = [self._rollout(sample) for sample in samples]
+        except BaseException:
+            self.abandon()
+            raise
+        return self.weight_version, finished
+
+    def abandon(self) -> None:
+        """Ends what `serve` has not finished."""
+        self._llm.llm_engine.abort_request(list(self._serving))
+        self._serving.clear()
+
+    def _take_up(self, work: Sequence[Work], sampling: Sampling) -> None:
+        from vllm import SamplingParams
+
         n, temperature = sampling["n"], sampling["temperature"]
         if temperature == 0 and n > 1:
             raise UserError(f"temperature 0 makes all {n} responses of a prompt equal: ask for n=1")
         self._set_temperature(temperature)
-        parameters = [
-            SamplingParams(
+        for number, prompt, seed in work:
+            parameters = SamplingParams(
                 n=n,
                 temperature=float(temperature > 0),  # greedy, or of the scaled logits
                 top_p=sampling["top_p"],
@@ -165,15 +213,11 @@ class Engine:
                 stop_token_ids=self._stop_ids,
                 logit_bias=dict.fromkeys(self._banned, float("-inf")),
             )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        outputs = self._run([self._request(prompt) for prompt in prompts], parameters)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            _check_expansion(prompt, output.prompt_token_ids, prompt.tokens_S)
-        return [
-            [self._rollout(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-            for output in outputs
-        ]
+            (request,) = self._llm.enqueue([self._request(prompt)], parameters, use_tqdm=False)
+            self._serving[request.rpartition("-")[0]] = (
+                number,
+                prompt,
+            )  # outputs go by the name before vLLM's addition
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0
@@ -246,8 +290,10 @@ class Engine:
         except BaseException as error:
             self.abort_weight_update(str(error))
             raise
-        self.weight_version, self._updating, self._failure = self._updating, None, None
+        version, self._updating = self._updating, None
         self.drop_caches()
+        self._failure, self.weight_version = None, version
+        self._llm.llm_engine.set_weight_version(str(version))
         return received
 
     def abort_weight_update(self, reason: str) -> None:
@@ -261,11 +307,11 @@ class Engine:
             self._failure = before
 
     def drop_caches(self) -> None:
-        """Everything computed from the old weights: KV blocks of shared prefixes, processed pictures, vision embeddings.
+        """Everything computed from the old weights: KV blocks, those of unfinished responses too, processed pictures, vision embeddings.
 
         The last is the one vLLM's own `reset_prefix_cache` leaves: the same picture would go on with the old tower's embeddings.
         """
-        self._llm.reset_prefix_cache()
+        self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
@@ -342,12 +388,14 @@ class Engine:
         flat = sample.logprobs
         chosen = [flat.token_ids[start] for start in flat.start_indices]
         assert chosen == list(sample.token_ids), "log-probabilities are not those of the sampled tokens"
+        first, *later = sample.weight_versions
         return Rollout(
             tokens_R=np.array(sample.token_ids, dtype=np.int64),
             logprobs_R=np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32),
             text=sample.text,
             finish_reason=sample.finish_reason,
-            weight_version=self.weight_version,
+            weight_version=int(first.version),
+            switches=tuple((span.start, int(span.version)) for span in later),
         )
 
 

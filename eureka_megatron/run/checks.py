@@ -62,7 +62,7 @@ def check_algorithm(config: RunConfig) -> None:
         raise ConfigError("algorithm.reference is set but algorithm.kl_coefficient is 0: no reference would be built")
     options: dict[str, Any] = {**algorithm.advantage_options, "compat": algorithm.compat}
     try:
-        resolve_options(algorithm.loss, algorithm.compat, **algorithm.all_loss_options())
+        resolve_options(algorithm.loss, algorithm.compat, **config.loss_options)
         advantages.compute(algorithm.advantage, torch.zeros(1, 2), lengths_GN=torch.ones(1, 2), **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"algorithm: {error}") from error

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.rewards import Rewarder
+from eureka_megatron.rollout.ahead import Ahead
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
@@ -18,6 +21,7 @@ from eureka_megatron.run.cluster import start_ray
 from eureka_megatron.run.inputs import open_dataset, reward_rules
 from eureka_megatron.run.output import replacing
 from eureka_megatron.sync.check import compare
+from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.train.actor import TrainerGroup, model_card
 from eureka_megatron.types import Batch
@@ -32,6 +36,9 @@ class Run:
         self.global_step = 0  # optimizer steps of reinforcement learning
         self.scores: dict[str, float] = {}  # of the last evaluation, which was of the weights with `scored_version`
         self.scored_version = -1
+        # Whoever changes the trainer's weights holds it until the engines have them, so that a replaced engine never gets newer ones than
+        # its version says.
+        self.trainer_turn = threading.RLock()
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -67,7 +74,7 @@ class Run:
         self.layout = self.trainer.start()
         tell("the trainer has its weights; vLLM loads and warms up …")
         self.pool.start()
-        self.pool.resend = lambda engines: self.trainer.send_weights(engines, self.weight_version)
+        self.pool.resend = self._resend
         self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
         self.collector = Collector(
             self.pool,
@@ -76,6 +83,10 @@ class Run:
             config,
             max_age=config.algorithm.filter.max_age,
         )
+        training = config.training
+        self.rollouts = Ahead(self.collector, ahead=training.async_steps, steps=training.steps)
+        self._stack.callback(self.rollouts.close)
+        self._stack.callback(self.pool.shutdown)  # before it: what waits for rollouts learns that none will come
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -95,14 +106,23 @@ class Run:
 
     def sync_weights(self, check: bool = False) -> dict[str, float]:
         """Hand the trainer's weights to every engine; with `check`, compare a checksum of every tensor on both sides."""
-        self.weight_version += 1
         start = time.perf_counter()
-        report = self.trainer.send_weights(self.pool.actors, self.weight_version, with_fingerprints=check)
-        self.pool.weights_sent(report)  # engines lost on the way are replaced here
-        if check:
-            for index, checksums in enumerate(self.pool.fingerprints()):
+        with self.trainer_turn, self.pool.paused() as engines:
+            self.weight_version += 1
+            report = self.trainer.send_weights(engines, self.weight_version, with_fingerprints=check)
+            self.pool.weights_sent(report)  # engines lost on the way are replaced here
+            for index, checksums in self.pool.fingerprints().items() if check else ():
                 compare(report.fingerprints, checksums, where=f"rollout engine {index}")
         return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
+
+    def _resend(self, engines: list[Any], wait: bool) -> SyncReport | None:
+        """See RolloutPool."""
+        if not self.trainer_turn.acquire(blocking=wait):
+            return None
+        try:
+            return self.trainer.send_weights(engines, self.weight_version)
+        finally:
+            self.trainer_turn.release()
 
     def evaluate(self) -> dict[str, float]:
         """Sample every test prompt once and judge it."""

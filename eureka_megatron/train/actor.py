@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -108,7 +109,7 @@ class TrainerRank:
         algorithm = self.config.algorithm
         objective = Objective(
             algorithm.loss,
-            algorithm.all_loss_options(),
+            self.config.loss_options,
             algorithm.compat,
             passes=self.config.training.passes,
             shaping=shaping_of(algorithm),
@@ -170,6 +171,7 @@ class TrainerGroup:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self._submitting = threading.Lock()
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         actor: Any = ray.remote(TrainerRank).options(
@@ -243,9 +245,10 @@ class TrainerGroup:
 
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call the method on every rank with its arguments. → the answers, by rank; the first failure is raised at once."""
-        calls: list[ray.ObjectRef] = [
-            rank.call.remote(method, *own) for rank, own in zip(self.ranks, arguments, strict=True)
-        ]
+        with self._submitting:  # all ranks get the calls of several threads in the same order: they are collectives
+            calls: list[ray.ObjectRef] = [
+                rank.call.remote(method, *own) for rank, own in zip(self.ranks, arguments, strict=True)
+            ]
         waiting = calls
         while waiting:  # after a failure the others may wait for ever, in a collective that the failed rank never joins
             done, waiting = ray.wait(waiting, num_returns=1)
