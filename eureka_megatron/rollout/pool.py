@@ -52,6 +52,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
         max_pixels=config.data.max_pixels,
         seed=config.run.seed,
         sleeps=config.placement == "colocated",
+        tensor=rollout.tensor,
     )
 
 

@@ -170,13 +170,15 @@ class TrainerRank:
                 is_sender=self.rank == 0,
                 with_fingerprints=with_fingerprints,
             )
-        if self._nccl is None or self._nccl_engines != list(
-            engines
-        ):  # also after an engine was replaced: a new NCCL group
+        # Also after an engine was replaced: a new NCCL group.
+        if self._nccl is None or self._nccl.broken or self._nccl_engines != list(engines):
             if self._nccl is not None:
                 self._nccl.shutdown()
                 self._nccl, self._nccl_engines = None, []
-            self._nccl = ray_transfer.NcclTransfer(source, engines, rank=self.rank, bucket_mib=bucket_mib)
+            workers = self.config.rollout.tensor
+            self._nccl = ray_transfer.NcclTransfer(
+                source, engines, rank=self.rank, bucket_mib=bucket_mib, workers=workers
+            )
             self._nccl_engines = list(engines)
         return self._nccl.send(version, with_fingerprints=with_fingerprints)
 
@@ -270,8 +272,14 @@ class TrainerGroup:
         return next(answer for answer, place in zip(answers, self.places, strict=True) if place.reports)
 
     def send_weights(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool = False) -> SyncReport:
-        """Send the present weights to the engines as `version`."""
-        return self._all("send_weights", list(engines), version, with_fingerprints)[0]
+        """Send the present weights to the engines as `version`; again to those that live, when one that died broke the update off."""
+        alive = list(range(len(engines)))
+        while True:
+            handles = [engines[index] for index in alive]
+            report: SyncReport = self._all("send_weights", handles, version, with_fingerprints)[0]
+            alive = [index for place, index in enumerate(alive) if place not in report.lost]
+            if not report.broken:
+                return replace(report, lost=tuple(sorted({*range(len(engines))} - {*alive})))
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
         """Write the present weights as a Hugging Face directory."""

@@ -39,6 +39,10 @@ def pool(tiny_dir: Path) -> Iterator[Any]:
     from eureka_megatron.rollout.pool import RolloutPool
 
     class ForgetfulEngine(Engine):  # local, so that Ray pickles it by value; an ordinary engine until told otherwise
+        @property
+        def _model(self) -> Any:  # with one worker it is in this process
+            return self._llm.collective_rpc(lambda worker: worker.get_model())[0]
+
         def keep_encoder_cache(self, keep: bool) -> None:
             self._llm.llm_engine.reset_encoder_cache = (lambda: None) if keep else None
             if not keep:
