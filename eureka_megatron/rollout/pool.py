@@ -264,7 +264,8 @@ class RolloutPool:
         return list(self._on_all("status").values())
 
     def sleep(self) -> None:
-        """Free the engines' memory for the trainer, see `Engine.sleep`."""
+        """Free the engines' memory for the trainer, see `Engine.sleep`; also of those that still start, which is waited for."""
+        self._freshen(wait=True)
         self._on_all("sleep")
 
     def wake(self, *parts: str) -> None:

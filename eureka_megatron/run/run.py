@@ -121,14 +121,15 @@ class Run:
     def sync_weights(self, check: bool = False) -> dict[str, float]:
         """Hand the trainer's weights to every engine; with `check`, compare a checksum of every tensor on both sides."""
         start = time.perf_counter()
-        with self.trainer_turn, self.pool.paused() as engines:
+        with self.trainer_turn:
             self.weight_version += 1
             if self.turns is not None:
-                self.turns.wake("weights")
-            report = self.trainer.send_weights(engines, self.weight_version, with_fingerprints=check)
-            self.pool.weights_sent(report)  # engines lost on the way are replaced here
-            for index, checksums in self.pool.fingerprints().items() if check else ():
-                compare(report.fingerprints, checksums, where=f"rollout engine {index}")
+                self.turns.wake("weights")  # engines that died in their sleep are replaced here
+            with self.pool.paused() as engines:
+                report = self.trainer.send_weights(engines, self.weight_version, with_fingerprints=check)
+                self.pool.weights_sent(report)  # and here those lost on the way
+                for index, checksums in self.pool.fingerprints().items() if check else ():
+                    compare(report.fingerprints, checksums, where=f"rollout engine {index}")
         return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
 
     def _resend(self, engines: Sequence[Any], wait: bool) -> SyncReport | None:

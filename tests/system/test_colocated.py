@@ -1,5 +1,7 @@
-"""Ranks and an engine that take turns on the same machine: the same run, call by call, as with processes apart."""
+"""Ranks and an engine that take turns on the same machine: the same run, call by call, as with processes apart, also when the engine is killed."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,18 @@ tracking: {wandb: disabled, tensorboard: false}
 # What the driver asks for, in order; what a call brings with it stands behind it.
 START = ["start", "rest", "init", "send_weights", "start_phase", "sleep", "resume"]
 STEPS = [
-    *("generate", "rest", "wake weights kv_cache", "train", "sleep", "resume"),
-    *("rest", "wake weights", "send_weights", "save"),
+    *("generate", "rest", "wake weights kv_cache", "train", "sleep", "kill", "resume"),
+    *(
+        "rest",
+        "wake weights",
+        "send_weights",
+        "send_weights",
+        "save",
+    ),  # the first of the two to the engine that was killed
     *("generate", "wake kv_cache", "train", "sleep", "resume"),
     *("rest", "wake weights", "send_weights", "save"),
 ]
-COLOCATED_ONLY = {"rest", "resume", "sleep", "wake weights", "wake kv_cache", "wake weights kv_cache"}
+COLOCATED_ONLY = {"rest", "resume", "sleep", "wake weights", "wake kv_cache", "wake weights kv_cache", "kill"}
 
 
 def kv_bytes(engine: Any) -> int:
@@ -43,8 +51,8 @@ def kv_bytes(engine: Any) -> int:
     return sum(cache.untyped_storage().nbytes() for cache in caches)
 
 
-def watch(patch: pytest.MonkeyPatch, calls: list[str], bytes_asleep: list[int]) -> None:
-    """Note the calls that matter, in the order in which the driver makes them."""
+def watch(patch: pytest.MonkeyPatch, calls: list[str], bytes_asleep: list[int], *, kills: bool) -> None:
+    """Note the calls that matter, in the order in which the driver makes them. kills: the engine, once it sleeps for the first update."""
     import ray
 
     def noted(owner: type, method: str, name: str | None = None) -> None:
@@ -55,6 +63,9 @@ def watch(patch: pytest.MonkeyPatch, calls: list[str], bytes_asleep: list[int]) 
             answer = whole(self, *arguments, **options)
             if method == "sleep":
                 bytes_asleep.extend(ray.get([actor.__ray_call__.remote(kv_bytes) for actor in self.actors]))
+                if kills and calls.count("train") == 1:
+                    calls.append("kill")
+                    os.kill(self.status()[0]["pid"], signal.SIGKILL)
             return answer
 
         patch.setattr(owner, method, call)
@@ -78,7 +89,7 @@ def test_a_colocated_run_is_the_split_run(tmp_path: Path, monkeypatch: pytest.Mo
     asleep: list[int] = []
     for placement, found in calls.items():
         with pytest.MonkeyPatch.context() as patch:
-            watch(patch, found, asleep)
+            watch(patch, found, asleep, kills=placement == "colocated")
             train(load_config("run.yaml", [f"placement={placement}", f"run.output={placement}"]))
         rows = read_metrics(tmp_path / placement / "metrics.jsonl")
         timed = ("time", "second")
@@ -89,5 +100,5 @@ def test_a_colocated_run_is_the_split_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row["train/grad_norm"] > 0 for row in metrics["split"]] == [True, True], "it learns"
     assert calls["colocated"] == START + STEPS
     together = [call for call in calls["colocated"] if call not in COLOCATED_ONLY]
-    assert sorted(calls["split"]) == sorted(together), "and nothing else is called"
+    assert sorted([*calls["split"], "send_weights"]) == sorted(together), "and nothing else is called"
     assert asleep == [0, 0, 0], "bytes of KV cache while the trainer works"
