@@ -230,6 +230,8 @@ class TrainingSection(Section):
     async_steps: Literal[0, 1, 2] = 0
     # prompt and response of the longest sample must fit
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    # a trainer rank that gives no sign of life for so long ends the run
+    stall_seconds: float = Field(60.0, gt=0)
     # rollout steps; 0: never
     evaluate_every: int = Field(0, ge=0)
     # also before the first step, as eval_before/*
@@ -240,6 +242,8 @@ class TrainingSection(Section):
     evaluate_top_p: float = Field(1.0, gt=0, le=1)
     # rollout steps between HF exports; 0: only at the end
     export_every: int = Field(0, ge=0)
+    # colocated: while engines sample, the optimizer's state waits in host memory and the gradients' memory is free
+    offload: bool = True
 
 
 class CheckpointSection(Section):
@@ -333,6 +337,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if self.placement == "colocated" and self.training.async_steps:
+            raise ValueError(
+                f"training.async_steps={self.training.async_steps} needs placement=split: colocated engines sleep while the trainer works"
+            )
         responses = self.training.prompts_per_step * self.rollout.samples_per_prompt
         if responses % self.training.responses_per_update:
             raise ValueError(
@@ -346,6 +354,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds rollout.max_model_tokens="
                 f"{self.rollout.max_model_tokens}"
+            )
+        engines, world = self.rollout.engines * self.rollout.tensor, self.parallel.world_size
+        if self.placement == "colocated" and world % engines:
+            right = [n for n in range(1, world + 1) if world % (n * self.rollout.tensor) == 0]
+            fitting = (
+                f"rollout.engines={' or '.join(map(str, right))}" if right else f"rollout.tensor that divides {world}"
+            )
+            raise ValueError(
+                f"placement=colocated needs rollout.engines × rollout.tensor = {engines} to divide the {world} trainer ranks whose GPUs "
+                f"the engines share: {fitting}"
             )
         return self
 

@@ -33,7 +33,7 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class EngineOptions:
     max_pixels: int = 640 * 28 * 28
     seed: int = 0
     weight_version: int = 0  # of the weights in `model`
+    sleeps: bool = False  # whether the trainer has its GPU in turn (`sleep`, `wake`)
     tensor: int = 1  # tensor-parallel workers, each with a GPU of this node
 
 
@@ -107,9 +108,11 @@ class Engine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
+        from eureka_megatron.sync import ipc_transfer
         from eureka_megatron.sync.ray_transfer import register_backend
 
         on_gpu = torch.cuda.is_available()
+        backend = ipc_transfer.BACKEND if options.sleeps and on_gpu else register_backend()
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
@@ -128,7 +131,7 @@ class Engine:
             worker_extension_cls=EXTENSION,
             # A tower that cannot be split is whole in every worker, and they share the pictures.
             mm_encoder_tp_mode="weights" if tower_divides(config.vision_config, options.tensor) else "data",
-            weight_transfer_config=WeightTransferConfig(backend=register_backend()),
+            weight_transfer_config=WeightTransferConfig(backend=backend),
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
         self._pids = self._on_workers("pid")
@@ -200,7 +203,8 @@ class Engine:
         n, temperature = sampling["n"], sampling["temperature"]
         if temperature == 0 and n > 1:
             raise UserError(f"temperature 0 makes all {n} responses of a prompt equal: ask for n=1")
-        self._set_temperature(temperature)
+        if work:
+            self._set_temperature(temperature)
         for number, prompt, seed in work:
             parameters = SamplingParams(
                 n=n,
@@ -314,6 +318,18 @@ class Engine:
         self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
+
+    def sleep(self) -> None:
+        """Free what sampling alone needs: the KV cache; on GPUs the weights too, which wait in host memory (vLLM's level 1)."""
+        self._llm.sleep(level=1)
+        if not torch.cuda.is_available():
+            self._on_workers("drop_kv_cache")
+
+    def wake(self, *parts: Literal["weights", "kv_cache"]) -> None:
+        """Take these parts back. Weights can be updated before the KV cache is there; sampling needs both."""
+        if "kv_cache" in parts and not torch.cuda.is_available():
+            self._on_workers("restore_kv_cache")
+        self._llm.wake_up(tags=list(parts))
 
     def checksums(self) -> dict[str, Fingerprint]:
         """Of every weight the engine computes with, read back from its kernels, by Hugging Face name (hub naming)."""
@@ -444,7 +460,10 @@ def hf_overrides(options: EngineOptions, positions: int, *, on_gpu: bool) -> dic
 
 
 def _gpu_settings(options: EngineOptions) -> dict[str, Any]:
-    settings: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    settings: dict[str, Any] = {
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_sleep_mode": options.sleeps,
+    }
     if options.max_model_tokens > 8192:  # vLLM's smallest default: a video must fit into one step of the encoder whole
         settings["max_num_batched_tokens"] = options.max_model_tokens + 1
     return settings

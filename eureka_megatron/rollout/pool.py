@@ -51,6 +51,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
         seed=config.run.seed,
+        sleeps=config.placement == "colocated",
         tensor=rollout.tensor,
     )
 
@@ -69,6 +70,7 @@ class RolloutPool:
     """`rollout.engines` engines. They begin to start on construction; `start` waits for them.
 
     Args:
+        options: Ray's, of each engine's actor; none: they start anywhere, with `rollout.tensor` GPUs each where the cluster has any.
         resend: called with the handles of replaced engines and whether to wait for a trainer that is at work: must send them the current
             weights under the current version and return the SyncReport, or None where it did not wait. Without it engines can be replaced
             only as long as no weights have been sent.
@@ -77,30 +79,35 @@ class RolloutPool:
     Attributes:
         version: of the weights every engine has.
         restarts: engines replaced so far.
+        before_sampling: called before engines sample; colocated ones are woken there.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        options: Sequence[dict[str, Any]] | None = None,
         *,
         resend: Callable[[list[Any], bool], Any] | None = None,
         engine_class: type[Engine] = Engine,
     ) -> None:
         self.config = config
         self.resend = resend
+        self.before_sampling: Callable[[], None] = lambda: None
         self.version = 0
         self.restarts = 0
         self.timeout_seconds = config.rollout.timeout_seconds
         self._sent = False  # whether the engines have other weights than those of model.path
         self._options = engine_options(config)
         count = config.rollout.engines
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        gpus = config.rollout.tensor if ray.cluster_resources().get("GPU") else 0
         # Trainer ranks rest while engines sample; still, whoever shares the machine with others says so by OMP_NUM_THREADS.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
-        self._actor_class = ray.remote(engine_class).options(
-            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}}
-        )
-        self._actors: list[Any] = [self._actor_class.remote(self._options) for _ in range(count)]
+        self._actor_classes: list[Any] = []
+        for own in options or [{}] * count:
+            seen = {"OMP_NUM_THREADS": threads, **own.get("runtime_env", {}).get("env_vars", {})}
+            given = {"num_cpus": 0, "num_gpus": gpus, **own, "runtime_env": {"env_vars": seen}}
+            self._actor_classes.append(ray.remote(engine_class).options(**given))
+        self._actors: list[Any] = [actor_class.remote(self._options) for actor_class in self._actor_classes]
         self._stale: dict[int, Any] = {}  # replaced engines without the current weights → their first answer, to come
         self._calls: dict[Any, _Call] = {}  # of `serve`, to be answered
         self._one_at_a_time = threading.Lock()  # generate
@@ -111,6 +118,10 @@ class RolloutPool:
     def actors(self) -> list[Any]:
         """Handles of the engines, for `send_weights`. An entry changes when its engine is replaced; one that still starts is left out."""
         return [self._actors[index] for index in self._started]
+
+    def number(self, actor: Any) -> int:
+        """Of the engine with this handle."""
+        return self._actors.index(actor)
 
     def start(self) -> list[dict[str, Any]]:
         """Wait until all engines are up. → status of each. Raises UserError naming an engine that cannot start, and why."""
@@ -132,6 +143,7 @@ class RolloutPool:
         """
         if set(sampling) != Sampling.__required_keys__:
             raise TypeError(f"generate wants {sorted(Sampling.__required_keys__)}, got {sorted(sampling)}")
+        self.before_sampling()
         work = list(zip(range(len(prompts)), prompts, request_seeds(prompts, sampling["seed"], seen), strict=True))
         with self._one_at_a_time:
             try:
@@ -163,9 +175,8 @@ class RolloutPool:
                 self._calls[call] = _Call(engine, actor, self.version, time.monotonic() + self.timeout_seconds)
 
         while len(found) < len(work):
-            self._freshen(
-                wait=len(self._stale) == len(self._actors)
-            )  # outside the gate: whoever trains passes it first
+            # Outside the gate: whoever trains passes it first.
+            self._freshen(wait=len(self._stale) == len(self._actors))
             with self._gate:
                 busy = {call.engine for call in self._calls.values()}
                 for engine in range(len(self._actors)):
@@ -248,8 +259,17 @@ class RolloutPool:
         return self._on_all("checksums")
 
     def status(self) -> list[dict[str, Any]]:
-        """Of every engine: process id, weight version, failure."""
+        """Of every engine: process id, weight version, failure. Waits for those that start again."""
+        self._freshen(wait=True)
         return list(self._on_all("status").values())
+
+    def sleep(self) -> None:
+        """Free the engines' memory for the trainer, see `Engine.sleep`."""
+        self._on_all("sleep")
+
+    def wake(self, *parts: str) -> None:
+        """Take these parts back, see `Engine.wake`. An engine that died meanwhile is replaced by one that is awake."""
+        self._on_all("wake", *parts)
 
     def shutdown(self) -> None:
         """End the engines. The pool cannot be used afterwards; a `generate` of another thread ends with an error."""
@@ -264,9 +284,10 @@ class RolloutPool:
         """Engines that are not starting again; all where all are."""
         return [i for i in range(len(self._actors)) if i not in self._stale] or list(range(len(self._actors)))
 
-    def _on_all(self, method: str) -> dict[int, Any]:
+    def _on_all(self, method: str, *arguments: Any) -> dict[int, Any]:
         """Call a method of every started engine; dead ones are replaced first. → answers by engine"""
-        calls = {index: (self._actors[index], getattr(self._actors[index], method).remote()) for index in self._started}
+        actors = {index: self._actors[index] for index in self._started}
+        calls = {index: (actor, getattr(actor, method).remote(*arguments)) for index, actor in actors.items()}
 
         def answer(index: int, actor: Any, call: Any, may_die: bool) -> Any:
             try:
@@ -278,7 +299,7 @@ class RolloutPool:
                 self._replace(index, actor)
                 self._freshen(wait=True)
                 actor = self._actors[index]
-                return answer(index, actor, getattr(actor, method).remote(), False)
+                return answer(index, actor, getattr(actor, method).remote(*arguments), False)
 
         return {index: answer(index, actor, call, True) for index, (actor, call) in calls.items()}
 
@@ -309,7 +330,7 @@ class RolloutPool:
                 )
             self.restarts += 1
             log.warning("rollout engine %d died; starting another in its place", index)
-            self._actors[index] = self._actor_class.remote(self._options)
+            self._actors[index] = self._actor_classes[index].remote(self._options)
             self._stale[index] = self._actors[index].status.remote()
 
     def _freshen(self, *, wait: bool) -> None:

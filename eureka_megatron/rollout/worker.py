@@ -75,6 +75,7 @@ class EngineWorker:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._update: _Update | None = None
+        self._dropped: list[int] = []  # bytes of each layer's KV cache
 
     @property
     def _model(self) -> Any:
@@ -87,6 +88,20 @@ class EngineWorker:
     def scale_logits(self, scale: float) -> None:
         """Sample from softmax(scale × logits) from now on."""
         self._model.language_model.logits_processor.scale = scale
+
+    def drop_kv_cache(self) -> None:
+        """Free the memory of the KV cache on a CPU, which vLLM's sleep mode leaves out; the tensors stay."""
+        storages = [cache.untyped_storage() for cache in self._worker.model_runner.kv_caches]
+        self._dropped = [storage.nbytes() for storage in storages]
+        for storage in storages:
+            storage.resize_(0)
+
+    def restore_kv_cache(self) -> None:
+        """Take it back, empty; nothing to do where it was not dropped."""
+        for cache, nbytes in zip(self._worker.model_runner.kv_caches, self._dropped, strict=False):
+            cache.untyped_storage().resize_(nbytes)
+            cache.zero_()  # kernels read whole blocks, and what lies there may be no number
+        self._dropped = []
 
     def expected(self) -> dict[str, TensorMeta]:
         """Whole tensors that an update must bring, by hub name."""

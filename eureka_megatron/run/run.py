@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
 from eureka_megatron.run.cluster import start_ray
 from eureka_megatron.run.inputs import open_dataset, reward_rules
 from eureka_megatron.run.output import replacing
+from eureka_megatron.run.placement import Placement
+from eureka_megatron.run.turns import Turns
 from eureka_megatron.sync.check import compare
 from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.tracking.console import counted, tell
@@ -67,13 +70,24 @@ class Run:
         ranks = counted(config.parallel.world_size, "trainer rank")
         tell(f"{rows}; starting Ray, {ranks} and {counted(config.rollout.engines, 'rollout engine')} …")
         start_ray(self._stack)
-        self.trainer = TrainerGroup(config)
+        self.placement = Placement(config)
+        self._stack.callback(self.placement.close)
+        self.trainer = TrainerGroup(config, self.placement.rank_options())
         self._stack.callback(self.trainer.close)
-        self.pool = RolloutPool(config)  # engines load while the trainer ranks do
+        self.turns: Turns | None = None
+        if config.placement == "colocated":
+            self.layout = self.trainer.start()
+            self.trainer.rest()  # the engines measure how much memory is left for them
+        self.pool = RolloutPool(config, self.placement.engine_options(self.trainer.seats))
         self._stack.callback(self.pool.shutdown)
-        self.layout = self.trainer.start()
+        if config.placement == "split":
+            self.layout = self.trainer.start()  # while the engines load
         tell("the trainer has its weights; vLLM loads and warms up …")
         self.pool.start()
+        if config.placement == "colocated":
+            self.turns = Turns(self.trainer, self.pool)
+            self.trainer.before_training, self.pool.before_sampling = self.turns.train, self.turns.sample
+        self.placement.tell(self.trainer.seats, self.pool.actors)
         self.pool.resend = self._resend
         self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
         self.collector = Collector(
@@ -109,17 +123,21 @@ class Run:
         start = time.perf_counter()
         with self.trainer_turn, self.pool.paused() as engines:
             self.weight_version += 1
+            if self.turns is not None:
+                self.turns.wake("weights")
             report = self.trainer.send_weights(engines, self.weight_version, with_fingerprints=check)
             self.pool.weights_sent(report)  # engines lost on the way are replaced here
             for index, checksums in self.pool.fingerprints().items() if check else ():
                 compare(report.fingerprints, checksums, where=f"rollout engine {index}")
         return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
 
-    def _resend(self, engines: list[Any], wait: bool) -> SyncReport | None:
-        """See RolloutPool."""
+    def _resend(self, engines: Sequence[Any], wait: bool) -> SyncReport | None:
+        """The present weights for engines that were started anew, see RolloutPool; their lines of the topology are brought up to date."""
         if not self.trainer_turn.acquire(blocking=wait):
             return None
         try:
+            for engine in engines:
+                self.placement.replaced(self.pool.number(engine), engine)
             return self.trainer.send_weights(engines, self.weight_version)
         finally:
             self.trainer_turn.release()
