@@ -127,11 +127,10 @@ def limit_seconds(text: str) -> int:
     if found is None:
         raise ConfigError(f"--time {text!r}: need minutes, hours:minutes:seconds or days-hours")
     fields = [int(field) for field in found["fields"].split(":")]
-    if found["days"] is not None:
-        scale = (3600, 60, 1)
-    else:
-        scale = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(fields)]
-    return int(found["days"] or 0) * 86400 + sum(number * unit for number, unit in zip(fields, scale, strict=False))
+    units = (3600, 60, 1)
+    if found["days"] is None and len(fields) < 3:
+        units = (60, 1, 0)
+    return int(found["days"] or 0) * 86400 + sum(number * unit for number, unit in zip(fields, units, strict=False))
 
 
 Job = tuple[dict[str, str], list[str]]  # variables for the job, and the words of its command
