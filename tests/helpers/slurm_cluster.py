@@ -44,6 +44,7 @@ SlurmdParameters=config_overrides
 SlurmdTimeout=15
 KillWait=5
 OverTimeLimit=5
+MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
 {more}
@@ -62,7 +63,7 @@ mount --bind "$2/hosts" /etc/hosts
 echo ready
 read -r _
 slurmd -D -N "$1" &
-while :; do wait || true; sleep 60 & done
+wait
 """
 CONTROLLER = 'set -eu; hostname controller; echo ready; read -r _; "$@"'
 
@@ -153,6 +154,35 @@ class SlurmCluster:
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says of it. Example: {"JobState": "RUNNING", "Restarts": "0", …}"""
         return fields(self.run("scontrol", "--oneliner", "show", "job", job))
+
+    def runs_out(self, job: str, seconds: float = 400) -> None:
+        """Waits for its end, requeues included. AssertionError with what its logs say when that is not a good one."""
+        wait_until(
+            lambda: self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"),
+            seconds,
+            f"job {job}",
+            lambda: self.said(job),
+        )
+        assert self.job(job)["JobState"] == "COMPLETED", self.said(job)
+
+    def is_queued_again(self, job: str, restarts: int, seconds: float = 200) -> None:
+        """Waits until it was requeued so often."""
+
+        def requeued() -> bool:
+            found = self.job(job)
+            return (found["JobState"], found["Restarts"]) == ("PENDING", str(restarts))
+
+        wait_until(requeued, seconds, f"requeue {restarts} of job {job}", lambda: self.said(job))
+
+    def start_now(self, job: str) -> None:
+        """Of a requeued job, which by itself starts two minutes later."""
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def said(self, job: str) -> str:
+        """The end of what it has printed, and its driver."""
+        output = Path(self.job(job)["StdOut"])
+        logs = [output, *sorted(output.parent.glob(f"job_{job}/*/driver.log"))]
+        return "\n".join(log.read_text()[-2000:] for log in logs if log.exists())
 
     def state(self, node: str) -> str:
         return fields(self.run("scontrol", "--oneliner", "show", "node", node))["State"]
