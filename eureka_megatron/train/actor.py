@@ -171,10 +171,7 @@ class TrainerGroup:
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         actor: Any = ray.remote(TrainerRank).options(
-            num_cpus=0,
-            num_gpus=gpus,
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)},
+            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)}
         )
         self.ranks: list[ActorHandle] = [actor.remote(config, rank) for rank in range(world)]
 

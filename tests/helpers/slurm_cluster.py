@@ -21,6 +21,7 @@ import psutil
 
 NODES = ("node1", "node2")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "unshare", "nsenter", "setpriv", "ip")
+ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 CONF = """
 ClusterName=eureka
 SlurmctldHost=controller(10.213.7.254)
@@ -155,28 +156,31 @@ class SlurmCluster:
         """What `scontrol show job` says of it. Example: {"JobState": "RUNNING", "Restarts": "0", …}"""
         return fields(self.run("scontrol", "--oneliner", "show", "job", job))
 
-    def runs_out(self, job: str, seconds: float = 400) -> None:
-        """Waits for its end, requeues included. AssertionError with what its logs say when that is not a good one."""
-        wait_until(
-            lambda: self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"),
-            seconds,
-            f"job {job}",
-            lambda: self.said(job),
-        )
-        assert self.job(job)["JobState"] == "COMPLETED", self.said(job)
+    def while_alive(self, job: str, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
+        """Waits for it. AssertionError with what the job's logs say when the job fails first, or does not get there in time."""
 
-    def is_queued_again(self, job: str, restarts: int, seconds: float = 200) -> None:
+        def found() -> object:
+            assert self.job(job)["JobState"] in (*ALIVE, "COMPLETED"), self.said(job)
+            return condition()
+
+        wait_until(found, seconds, f"job {job}: {what}", lambda: self.said(job))
+
+    def runs_out(self, job: str) -> None:
+        """Waits for its good end."""
+        self.while_alive(job, lambda: self.job(job)["JobState"] == "COMPLETED", "end", seconds=500)
+
+    def is_queued_again(self, job: str, restarts: int) -> None:
         """Waits until it was requeued so often."""
 
         def requeued() -> bool:
             found = self.job(job)
             return (found["JobState"], found["Restarts"]) == ("PENDING", str(restarts))
 
-        wait_until(requeued, seconds, f"requeue {restarts} of job {job}", lambda: self.said(job))
+        self.while_alive(job, requeued, f"requeue {restarts}", seconds=400)
 
-    def start_now(self, job: str) -> None:
-        """Of a requeued job, which by itself starts two minutes later."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def start_soon(self, job: str) -> None:
+        """Of a requeued job, which by itself starts two minutes later; at once it could not: its node has just revoked its credential."""
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
     def said(self, job: str) -> str:
         """The end of what it has printed, and its driver."""

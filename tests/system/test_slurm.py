@@ -17,7 +17,7 @@ import pytest
 from eureka_megatron.checkpoint.store import list_checkpoints
 from eureka_megatron.demo.counting import write_counting
 from eureka_megatron.demo.forms import build_published
-from tests.helpers.slurm_cluster import SlurmCluster, lacking, slurm_cluster, wait_until
+from tests.helpers.slurm_cluster import SlurmCluster, lacking, slurm_cluster
 from tests.system.test_resume import CONFIG, numbers
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1200), pytest.mark.skipif(bool(lacking()), reason=lacking())]
@@ -88,19 +88,19 @@ def test_a_job_saves_before_its_limit_and_goes_on_beside_another_one_on_its_node
     (job,) = site.submit(site.config("limit", SFT.format(steps=1000000)), *options)
     submitted = site.base / "limit" / "slurm" / "submission_1" / "config.yaml"
     assert steps in submitted.read_text()
-    cluster.is_queued_again(job, 1, seconds=300)
+    cluster.is_queued_again(job, 1)
     first = site.phases("limit", job, 0)
     assert "signal: the run is to end with a checkpoint" in first
     assert "driver ended with exit code 75" in first
     reached = site.saved("limit")
     assert reached > 0
-    cluster.start_now(job)
+    cluster.start_soon(job)
     cluster.configure()
-    wait_until(lambda: site.saved("limit") > reached, 200, "a step of the second attempt", lambda: cluster.said(job))
+    cluster.while_alive(job, lambda: site.saved("limit") > reached, "a step of the second attempt")
     site.stop(job)
     cluster.is_queued_again(job, 2)
     submitted.write_text(submitted.read_text().replace(steps, f"steps: {site.saved('limit') + 2}"))
-    cluster.start_now(job)
+    cluster.start_soon(job)
     cluster.runs_out(job)
     cluster.configure("RequeueExit=75")
     assert numbers(site.base / "limit" / "metrics.jsonl").keys() == set(range(site.saved("limit")))
@@ -120,12 +120,12 @@ def test_a_job_saves_before_its_limit_and_goes_on_beside_another_one_on_its_node
 def test_a_run_whose_node_dies_goes_on_to_the_numbers_of_one_that_never_stopped(site: Site, undisturbed: str) -> None:
     cluster = site.cluster
     (job,) = site.submit(site.config("killed", TWO_RANKS), *TWO_NODES)
-    wait_until(lambda: site.saved("killed") >= 2, 300, "two steps", lambda: cluster.said(job))
+    cluster.while_alive(job, lambda: site.saved("killed") >= 2, "two steps")
     cluster.kill("node2")
     cluster.is_queued_again(job, 1)
     assert site.saved("killed") < 5
     cluster.start("node2")
-    cluster.start_now(job)
+    cluster.start_soon(job)
     cluster.runs_out(job)
     cluster.runs_out(undisturbed)
     whole, killed = (numbers(site.base / name / "metrics.jsonl") for name in ("whole", "killed"))
@@ -148,7 +148,7 @@ def test_a_chain_of_three_jobs_does_one_run(site: Site) -> None:
     cluster.run("scontrol", "hold", jobs[2])
     reached = 0
     for job in jobs[:2]:
-        wait_until(lambda: site.saved("chain") > reached, 200, "a step", lambda: cluster.said(job))  # noqa: B023
+        cluster.while_alive(job, lambda: site.saved("chain") > reached, "a step")  # noqa: B023
         site.stop(job)
         cluster.runs_out(job)
         assert "the next job of the chain goes on" in site.phases("chain", job, 0)
