@@ -96,6 +96,8 @@ _OTHER_SAMPLING: dict[str, tuple[Any, ...]] = {
 
 class RolloutSection(Section):
     engines: int = Field(1, ge=1)
+    # tensor-parallel workers of an engine, a GPU each
+    tensor: int = Field(1, ge=1)
     samples_per_prompt: int = Field(8, ge=2)
     # T: the policy that is sampled and trained is softmax(logits / T), in log-probabilities, ratios, KL, entropy and gradients
     temperature: float = Field(1.0, gt=0)
@@ -299,6 +301,8 @@ class RunConfig(Section):
 
     model: ModelSection
     data: DataSection
+    # split: engines have GPUs of their own; colocated: they take turns with the trainer ranks on the same ones
+    placement: Literal["split", "colocated"] = "split"
     run: RunSection = RunSection()
     parallel: ParallelSection = ParallelSection()
     rollout: RolloutSection = RolloutSection()
@@ -336,6 +340,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds rollout.max_model_tokens="
                 f"{self.rollout.max_model_tokens}"
+            )
+        engines, world = self.rollout.engines * self.rollout.tensor, self.parallel.world_size
+        if self.placement == "colocated" and world % engines:
+            right = [n for n in range(1, world + 1) if world % (n * self.rollout.tensor) == 0]
+            fitting = (
+                f"rollout.engines={' or '.join(map(str, right))}" if right else f"rollout.tensor that divides {world}"
+            )
+            raise ValueError(
+                f"placement=colocated needs rollout.engines × rollout.tensor = {engines} to divide the {world} trainer ranks whose GPUs "
+                f"the engines share: {fitting}"
             )
         return self
 

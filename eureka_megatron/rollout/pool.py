@@ -51,6 +51,7 @@ class RolloutPool:
     """`rollout.engines` engines. They begin to start on construction; `start` waits for them.
 
     Args:
+        options: Ray's, of each engine's actor; none: they start anywhere, with `rollout.tensor` GPUs each where the cluster has any.
         resend: called with the handles of replaced engines, must send them the current weights under the current version and
             return the SyncReport. Without it engines can be replaced only as long as no weights have been sent.
         engine_class: for tests.
@@ -63,6 +64,7 @@ class RolloutPool:
     def __init__(
         self,
         config: RunConfig,
+        options: Sequence[dict[str, Any]] | None = None,
         *,
         resend: Callable[[list[Any]], Any] | None = None,
         engine_class: type[Engine] = Engine,
@@ -75,13 +77,15 @@ class RolloutPool:
         self._sent = False  # whether the engines have other weights than those of model.path
         self._options = engine_options(config)
         count = config.rollout.engines
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        gpus = config.rollout.tensor if ray.cluster_resources().get("GPU") else 0
         # Trainer ranks rest while engines sample; still, whoever shares the machine with others says so by OMP_NUM_THREADS.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
-        self._actor_class = ray.remote(engine_class).options(
-            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}}
-        )
-        self._actors: list[Any] = [self._actor_class.remote(self._options) for _ in range(count)]
+        self._actor_classes: list[Any] = []
+        for own in options or [{}] * count:
+            seen = {"OMP_NUM_THREADS": threads, **own.get("runtime_env", {}).get("env_vars", {})}
+            given = {"num_cpus": 0, "num_gpus": gpus, **own, "runtime_env": {"env_vars": seen}}
+            self._actor_classes.append(ray.remote(engine_class).options(**given))
+        self._actors: list[Any] = [actor_class.remote(self._options) for actor_class in self._actor_classes]
 
     @property
     def actors(self) -> list[Any]:
@@ -212,7 +216,7 @@ class RolloutPool:
             )
         self.restarts += 1
         log.warning("rollout engine %d died; starting another in its place", index)
-        self._actors[index] = self._actor_class.remote(self._options)
+        self._actors[index] = self._actor_classes[index].remote(self._options)
         self._ready(index)
         if self.resend is not None:
             report = self.resend([self._actors[index]])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream
@@ -17,7 +19,9 @@ from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
 from eureka_megatron.run.cluster import start_ray
 from eureka_megatron.run.inputs import open_dataset, reward_rules
 from eureka_megatron.run.output import replacing
+from eureka_megatron.run.placement import Placement
 from eureka_megatron.sync.check import compare
+from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.tracking.console import counted, tell
 from eureka_megatron.train.actor import TrainerGroup, model_card
 from eureka_megatron.types import Batch
@@ -60,14 +64,17 @@ class Run:
         ranks = counted(config.parallel.world_size, "trainer rank")
         tell(f"{rows}; starting Ray, {ranks} and {counted(config.rollout.engines, 'rollout engine')} …")
         start_ray(self._stack)
-        self.trainer = TrainerGroup(config)
+        self.placement = Placement(config)
+        self._stack.callback(self.placement.close)
+        self.trainer = TrainerGroup(config, self.placement.rank_options())
         self._stack.callback(self.trainer.close)
-        self.pool = RolloutPool(config)  # engines load while the trainer ranks do
+        self.pool = RolloutPool(config, self.placement.engine_options())  # engines load while the trainer ranks do
         self._stack.callback(self.pool.shutdown)
         self.layout = self.trainer.start()
         tell("the trainer has its weights; vLLM loads and warms up …")
         self.pool.start()
-        self.pool.resend = lambda engines: self.trainer.send_weights(engines, self.weight_version)
+        self.placement.tell(self.trainer.seats, self.pool.actors)
+        self.pool.resend = self._resend
         self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
         self.collector = Collector(
             self.pool,
@@ -103,6 +110,12 @@ class Run:
             for index, checksums in enumerate(self.pool.fingerprints()):
                 compare(report.fingerprints, checksums, where=f"rollout engine {index}")
         return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
+
+    def _resend(self, engines: Sequence[Any]) -> SyncReport:
+        """The present weights for engines that were started anew; their lines of the topology are brought up to date."""
+        for engine in engines:
+            self.placement.replaced(self.pool.actors.index(engine), engine)
+        return self.trainer.send_weights(engines, self.weight_version)
 
     def evaluate(self) -> dict[str, float]:
         """Sample every test prompt once and judge it."""

@@ -17,6 +17,7 @@ from eureka_megatron.run.checks import check_run
 from eureka_megatron.run.cluster import start_ray
 from eureka_megatron.run.inputs import open_dataset, settle
 from eureka_megatron.run.output import replacing
+from eureka_megatron.run.placement import Placement
 from eureka_megatron.run.resume import (
     CheckpointSchedule,
     common_state,
@@ -108,9 +109,12 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
         ranks = counted(config.parallel.world_size, "trainer rank")
         tell(f"{counted(len(dataset), 'row')}; starting Ray and {ranks}, loading {config.model.path} …")
         start_ray(stack)
-        trainer = TrainerGroup(config)
+        placement = Placement(config, engines=False)
+        stack.callback(placement.close)
+        trainer = TrainerGroup(config, placement.rank_options())
         stack.callback(trainer.close)
         trainer.start()
+        placement.tell(trainer.seats)
         tracker = stack.enter_context(Tracker(config, config.run.output, stage="sft", start_step=first))
         supervise(trainer, dataset, config, tracker, save=True, checkpoint=checkpoint)
         with replacing(output) as fresh:

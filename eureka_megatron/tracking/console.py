@@ -8,7 +8,7 @@ stdout is no terminal (CI, sbatch) a line is printed for the first and the last 
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Self
 
@@ -28,6 +28,14 @@ LEADING = ("reward", "accuracy", "loss", "logprob", "response_length")
 def tell(text: str, stream: IO[str] | None = None) -> None:
     """One line at once, before there is a `Console`: what is being done while nothing else shows yet."""
     print(text, file=stream or sys.stdout, flush=True)
+
+
+def tell_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A small table at once, like `tell`."""
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    RichConsole(width=120, highlight=False).print(table)
 
 
 def counted(number: int, name: str) -> str:

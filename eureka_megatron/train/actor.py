@@ -43,11 +43,28 @@ class Place(NamedTuple):
     tower_ranks: int
 
 
+class Seat(NamedTuple):
+    """Where a process sits. Example: Seat(node="84ae35…", gpus=("3",), pid=4711)."""
+
+    node: str  # Ray's id
+    gpus: tuple[str, ...]  # that it has, or shares; none without GPUs
+    pid: int
+
+
+def own_seat() -> Seat:
+    """Of this process, which must be an actor's."""
+    context = ray.get_runtime_context()
+    gpus = tuple(map(str, context.get_accelerator_ids()["GPU"]))
+    if not gpus and "GPU" in ray.cluster_resources():  # a guest on the GPUs of others
+        gpus = tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    return Seat(context.get_node_id(), gpus, os.getpid())
+
+
 class TrainerRank:
     """Runs inside the actor's process. Methods are collective over all ranks."""
 
-    def __init__(self, config: RunConfig, rank: int) -> None:
-        self.config, self.rank = config, rank
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.rank = config, -1  # until `start` says it
         self._nccl: ray_transfer.NcclTransfer | None = None
         self._nccl_engines: list[ActorHandle] = []
 
@@ -58,11 +75,16 @@ class TrainerRank:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
-    def start(self, address: str) -> dict[str, int]:
-        """Join the others and load the weights. → the layout."""
+    def seat(self) -> Seat:
+        """Where this process sits; asked before it has a rank."""
+        return own_seat()
+
+    def start(self, address: str, rank: int) -> dict[str, int]:
+        """Join the others as this rank and load the weights. → the layout."""
         from eureka_megatron.train.checkpointing import TrainerCheckpoints
         from eureka_megatron.train.trainer import PolicyTrainer
 
+        self.rank = rank
         layout, model, algorithm = self.config.layout, self.config.model, self.config.algorithm
         torch.manual_seed(self.config.run.seed)
         self.trainer = PolicyTrainer(
@@ -164,21 +186,40 @@ class TrainerGroup:
 
     Args:
         config: `parallel` says how many ranks; each takes one GPU where the cluster has any.
+        options: Ray's, of each actor, node by node; none: they start anywhere.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]] | None = None) -> None:
         self.config = config
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        actor: Any = ray.remote(TrainerRank).options(
-            num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)}
-        )
-        self.ranks: list[ActorHandle] = [actor.remote(config, rank) for rank in range(world)]
+        common: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": gpus,
+            "runtime_env": {"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)},
+        }
+        actor: Any = ray.remote(TrainerRank)
+        # In the order of ranks once these are given out.
+        self.ranks: list[ActorHandle] = [
+            actor.options(**common, **own).remote(config) for own in options or [{}] * world
+        ]
+        self.seats: list[Seat] = []
+
+    def take_seats(self) -> list[Seat]:
+        """Give the ranks out by (node, GPU), nodes in the order of the options: neighbours are neighbours. → the seats, by rank."""
+        if not self.seats:
+            found = self._all("seat")
+            nodes = list(dict.fromkeys(seat.node for seat in found))
+            order = sorted(range(len(found)), key=lambda place: _by_node_and_gpu(found[place], nodes))
+            self.ranks = [self.ranks[place] for place in order]
+            self.seats = [found[place] for place in order]
+        return self.seats
 
     def start(self) -> dict[str, int]:
         """Load the model on all ranks. → {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"}."""
+        self.take_seats()
         address = str(ray.get(self.ranks[0].address.remote()))
-        layout = self._all("start", address)[0]
+        layout: dict[str, int] = self._each("start", [(address, rank) for rank in range(len(self.ranks))])[0]
         self.places: list[Place] = self._all("place")
         return layout
 
@@ -252,6 +293,10 @@ class TrainerGroup:
                     "look for an out-of-memory kill in its log"
                 ) from error
         return ray.get(calls)
+
+
+def _by_node_and_gpu(seat: Seat, nodes: Sequence[str]) -> Any:
+    return nodes.index(seat.node), [(len(gpu), gpu) for gpu in seat.gpus], seat.pid  # "10" after "9"
 
 
 def environment_of_a_rank(world_size: int, *, on_gpu: bool) -> dict[str, str]:

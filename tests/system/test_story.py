@@ -4,6 +4,7 @@ One set of processes for the module. What the parts do alone is tested elsewhere
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def run(config: RunConfig) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eureka_megatron.run.run.RolloutPool", lambda c: RolloutPool(c, engine_class=ForgetfulEngine))
+        forgetful = partial(RolloutPool, engine_class=ForgetfulEngine)
+        patch.setattr("eureka_megatron.run.run.RolloutPool", forgetful)
         with Run(config) as run:
             run.trainer.start_phase(config.optimizer, 100)
             yield run

@@ -34,7 +34,7 @@ NEVER = (("train", "rollout"), ("rollout", "train"))
 # Who may import what is heavy, as path prefixes below the package.
 ALLOWED = {
     "vllm": ("rollout/engine.py", "rollout/weights.py", "sync/"),
-    "ray": ("run/cluster.py", "rollout/pool.py", "train/actor.py", "sync/ray_transfer.py"),
+    "ray": ("run/cluster.py", "run/placement.py", "rollout/pool.py", "train/actor.py", "sync/ray_transfer.py"),
     "megatron": ("models/", "parallel/", "train/", "weights/online.py", "checkpoint/store.py"),
 }
 # Tested on bare torch, so they may not reach the trainer's or the engine's libraries by any path.
