@@ -27,10 +27,12 @@ from eureka_megatron.data.dataset import read_mixture
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
 from eureka_megatron.run.inputs import settle
+from eureka_megatron.run.seats import Demand, Node, plan
 from eureka_megatron.tracking.console import tell
 
 HOME = Path(__file__).resolve().parents[2]  # of slurm/, beside the package
 SCRIPT = HOME / "slurm" / "train.sbatch"
+TRAIN, SFT = "train", "sft"  # the commands of eureka that the jobs run
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 
 
@@ -41,7 +43,7 @@ class Request:
     Example: Request(stage="train", nodes=2, gpus_per_node=8, time="1-00:00:00", grace=600, chain=1, options=("--partition=gpu",))
     """
 
-    stage: str  # a command of eureka: train or sft
+    stage: str  # TRAIN or SFT
     nodes: int
     gpus_per_node: int | None  # None: the job asks for none
     time: str | None  # as sbatch takes it; None: the partition's default
@@ -81,7 +83,7 @@ def submit(config: RunConfig, request: Request, *, dry_run: bool) -> None:
 def check(config: RunConfig, request: Request) -> None:
     """Refuse what the jobs would end with, or could never hold. Raises UserError."""
     check_run(config)
-    if request.stage == "train":
+    if request.stage == TRAIN:
         check_rollout(config)
         check_algorithm(config)
     for path in [path for path, _ in read_mixture(config.data.train)] + [*filter(None, [config.data.test])]:
@@ -97,28 +99,20 @@ def check(config: RunConfig, request: Request) -> None:
             f"--time {request.time} leaves nothing before the signal, {request.grace} s ahead of its end: ask for more, or lower --grace"
         )
     if request.gpus_per_node is not None:
-        _check_gpus(
-            config,
-            request.nodes,
-            request.gpus_per_node,
-            engines=config.rollout.engines if request.stage == "train" else 0,
-        )
+        _check_seats(Demand.of(config, engines=request.stage == TRAIN), request.nodes, request.gpus_per_node)
 
 
-def _check_gpus(config: RunConfig, nodes: int, per_node: int, engines: int) -> None:
-    tensor, world = config.parallel.tensor, config.parallel.world_size
-    if tensor > per_node:
-        raise ConfigError(
-            f"parallel.tensor={tensor} does not fit on a node of {per_node} GPUs: a tensor-parallel group stays on one"
-        )
-    groups, whole = world // tensor, per_node // tensor  # of tensor-parallel ranks; as many fit on a node
-    # Engines take what the groups leave over, on their nodes and on the others.
-    if groups > nodes * whole or world + engines > nodes * per_node:
-        asked = f"{world} trainer ranks in groups of {tensor}" + (f" and {engines} rollout engines" if engines else "")
-        enough = next(n for n in count(1) if groups <= n * whole and world + engines <= n * per_node)
-        raise ConfigError(
-            f"{asked} need {enough} nodes of {per_node} GPUs, not {nodes}: --nodes {enough}, or less of parallel or rollout.engines"
-        )
+def _check_seats(demand: Demand, nodes: int, gpus: int) -> None:
+    def refusal(count: int) -> ConfigError | None:
+        try:
+            plan([Node(str(number), f"node {number}", gpus) for number in range(count)], demand)
+        except ConfigError as error:
+            return error
+        return None
+
+    if error := refusal(nodes):
+        enough = next((count for count in range(nodes + 1, demand.gpus + 1) if refusal(count) is None), None)
+        raise ConfigError(f"{error}{f', or --nodes {enough}' if enough else ''}")
 
 
 def limit_seconds(text: str) -> int:

@@ -80,15 +80,15 @@ def test_a_dry_run_prints_the_configuration_the_jobs_would_read_and_writes_nothi
         (["--nodes", "1", "parallel.tensor=3", "--dry-run"], "3"),
         (
             ["--nodes", "1", "--gpus-per-node", "1", "parallel.tensor=2"],
-            "parallel.tensor=2 does not fit on a node of 1 GPUs",
+            "parallel.tensor=2 needs so many GPUs on one node, the largest has 1",
         ),
         (
             ["--nodes", "1", "--gpus-per-node", "8", "parallel.data=8"],
-            "8 trainer ranks in groups of 1 and 1 rollout engines need 2 nodes of 8 GPUs",
+            "this run needs 9 GPUs (8 trainer ranks, 1 engine × 1), the cluster has 8: placement=colocated",
         ),
         (
             ["--nodes", "1", "--gpus-per-node", "3", "parallel.tensor=2", "parallel.data=2"],
-            "need 2 nodes of 3 GPUs, not 1",
+            "this run needs 5 GPUs",
         ),
         (["--nodes", "1", "--time", "10"], "--time 10 leaves nothing before the signal, 600 s ahead of its end"),
         (["--nodes", "1", "--time", "soon"], "--time 'soon': need minutes"),
