@@ -5,6 +5,7 @@
 set -euo pipefail
 head="$1" logs="$2"
 folder="$EUREKA_SCRATCH/eureka-$SLURM_JOB_ID"
+rm -rf "$folder" # of an attempt that this node did not survive
 mkdir -p "$folder"
 export TMPDIR="$folder" RAY_worker_niceness=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_USAGE_STATS_ENABLED=0
 
@@ -28,7 +29,7 @@ fi
 
 ray start "${options[@]}" &
 ray=$!
-trap 'kill -TERM "$ray" 2>/dev/null' TERM INT
+trap 'kill -TERM "$ray" 2>/dev/null' TERM INT USR1
 code=0
 wait "$ray" || code=$?
 wait "$ray" 2>/dev/null || true # a signal interrupts the first
