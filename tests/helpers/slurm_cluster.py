@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -48,9 +49,10 @@ OverTimeLimit=5
 MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
+GresTypes=gpu
 {more}
-NodeName=node1 NodeAddr=10.213.7.1 CPUs=4 RealMemory=8000
-NodeName=node2 NodeAddr=10.213.7.2 CPUs=4 RealMemory=8000
+NodeName=node1 NodeAddr=10.213.7.1 CPUs=4 RealMemory=8000 Gres=gpu:2
+NodeName=node2 NodeAddr=10.213.7.2 CPUs=4 RealMemory=8000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 # The first process of a node, and its reaper. It says `ready` once in its namespaces, and goes on when its network is there.
@@ -80,6 +82,9 @@ class SlurmCluster:
         (base / "hosts").write_text(
             "127.0.0.1 localhost\n10.213.7.254 controller\n10.213.7.1 node1\n10.213.7.2 node2\n"
         )
+        for number in range(2):  # no GPU computes behind these, but Slurm hands them out
+            os.mknod(base / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        (base / "gres.conf").write_text(f"Name=gpu File={base}/gpu[0-1]\n")
         key = base / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
