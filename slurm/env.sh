@@ -21,5 +21,5 @@ export EUREKA_SCRATCH="${EUREKA_SCRATCH:-/tmp}"
 export EUREKA_RAY_SECONDS="${EUREKA_RAY_SECONDS:-300}"
 export EUREKA_OBJECT_STORE_BYTES="${EUREKA_OBJECT_STORE_BYTES:-}"
 
-# 5. How often a job that lost a node may be queued again.
-EUREKA_MAX_RESTARTS="${EUREKA_MAX_RESTARTS:-20}"
+# 5. Attempts, those ended by a time limit included, after which a job that lost a node is no longer queued again.
+EUREKA_MAX_RESTARTS="${EUREKA_MAX_RESTARTS:-100}"

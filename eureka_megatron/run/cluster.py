@@ -56,12 +56,10 @@ def start_ray(stack: ExitStack) -> None:
         )
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
     if address:
-        _wait_for_nodes(
-            int(os.environ.get("EUREKA_RAY_NODES", "1")), float(os.environ.get("EUREKA_RAY_SECONDS", "300"))
-        )
+        wait_for_nodes(int(os.environ.get("EUREKA_RAY_NODES", "1")), float(os.environ.get("EUREKA_RAY_SECONDS", "300")))
 
 
-def _wait_for_nodes(wanted: int, seconds: float) -> None:
+def wait_for_nodes(wanted: int, seconds: float) -> None:
     """Until so many nodes have joined: a batch job starts them all at once. Raises UserError."""
     deadline = time.monotonic() + seconds
     while len(nodes := sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"])) < wanted:
