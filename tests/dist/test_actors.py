@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eureka_megatron.data.batch import shaping_of
+from eureka_megatron.errors import UserError
 from eureka_megatron.train.parcel import Parcel, unwrap, wrap
 from eureka_megatron.types import Batch
 from eureka_megatron.verify.samples import made_up_samples
