@@ -29,10 +29,14 @@ fi
 
 ray start "${options[@]}" &
 ray=$!
-trap 'kill -TERM "$ray" 2>/dev/null' TERM INT USR1
+ended=""
+trap 'ended=1; kill -TERM "$ray" 2>/dev/null || true' TERM INT USR1
 code=0
 wait "$ray" || code=$?
-wait "$ray" 2>/dev/null || true # a signal interrupts the first
+if [[ -n "$ended" ]]; then
+  wait "$ray" 2>/dev/null || true # the signal has interrupted the first
+  code=0 # with another, srun would kill the other nodes' tasks before they have cleaned up
+fi
 cp -r "$folder/session_latest/logs" "$logs/ray_$SLURMD_NODENAME" 2>/dev/null || true
 rm -rf "$folder"
 exit "$code"

@@ -216,6 +216,7 @@ def _slurm(args: argparse.Namespace) -> None:
     from eureka_megatron.config import SFT_DEFAULTS, load_config
 
     config = load_config(args.config, args.overrides, SFT_DEFAULTS if args.stage == "sft" else None)
+    _first_word(sys.stderr)
     from eureka_megatron.run.slurm import Request, submit
 
     named = [f"--{name}={getattr(args, name)}" for name in ("partition", "account") if getattr(args, name)]
