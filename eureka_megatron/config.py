@@ -110,7 +110,7 @@ class RolloutSection(Section):
     # sequences an engine runs at once
     max_concurrent: int = Field(256, ge=1)
     # an engine that has not answered a call by then is ended and replaced
-    timeout_seconds: float = Field(3600.0, gt=0)
+    timeout_seconds: float = Field(600.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod

@@ -241,6 +241,28 @@ _COMMANDS: dict[str, tuple[str, tuple[Argument, ...] | None]] = {
             _path("--media", "DIR", "further picture and video folders", nargs="*"),
         ),
     ),
+    "slurm": (
+        "a run as Slurm jobs: checked here, submitted with sbatch",
+        (
+            *_RUN[:2],
+            _number("--nodes", "nodes of the job", required=True),
+            _number("--gpus-per-node", "GPUs of each (none)"),
+            _value("--time", "LIMIT", "of a job, as sbatch takes it: minutes, H:M:S or D-H (the partition's)"),
+            _value("--partition", "NAME", "of Slurm"),
+            _value("--account", "NAME", "of Slurm"),
+            _number("--chain", "jobs one after the other, for runs longer than the limit (1)", default=1),
+            _number("--grace", "seconds before the limit at which the run saves and ends (600)", default=600),
+            _choice("--stage", ("train", "sft"), "which command the jobs run"),
+            _value(
+                "--sbatch",
+                "OPTION",
+                "a further one, such as --sbatch=--exclusive; repeatable",
+                action="append",
+                default=[],
+            ),
+            _flag("--dry-run", "print configuration and command, submit nothing"),
+        ),
+    ),
     "doctor": (
         "what this machine has and lacks, what is lost, and the fix",
         (_flag("--json", "print the findings as one JSON object"),),

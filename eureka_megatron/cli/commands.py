@@ -212,6 +212,20 @@ def _counting(args: argparse.Namespace) -> None:
     print(f"{args.train} training rows in {paths.train}, {args.test} test rows in {paths.test}")
 
 
+def _slurm(args: argparse.Namespace) -> None:
+    from eureka_megatron.config import SFT_DEFAULTS, load_config
+
+    config = load_config(args.config, args.overrides, SFT_DEFAULTS if args.stage == "sft" else None)
+    _first_word(sys.stderr)
+    from eureka_megatron.run.slurm import Request, submit
+
+    named = [f"--{name}={getattr(args, name)}" for name in ("partition", "account") if getattr(args, name)]
+    request = Request(
+        args.stage, args.nodes, args.gpus_per_node, args.time, args.grace, args.chain, (*named, *args.sbatch)
+    )
+    submit(config, request, dry_run=args.dry_run)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from eureka_megatron.doctor import run_doctor
 
@@ -230,5 +244,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "eureka data counting": _counting,
     "eureka data mmk12": _mmk12,
     "eureka data validate": _validate,
+    "eureka slurm": _slurm,
     "eureka doctor": _doctor,
 }

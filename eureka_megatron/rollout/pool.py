@@ -101,7 +101,9 @@ class RolloutPool:
         count = config.rollout.engines
         gpus = config.rollout.tensor if ray.cluster_resources().get("GPU") else 0
         # Trainer ranks rest while engines sample; still, whoever shares the machine with others says so by OMP_NUM_THREADS.
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(
+            max(1, (os.cpu_count() or 1) // (count * config.rollout.tensor))
+        )
         self._actor_classes: list[Any] = []
         for own in options or [{}] * count:
             seen = {"OMP_NUM_THREADS": threads, **own.get("runtime_env", {}).get("env_vars", {})}

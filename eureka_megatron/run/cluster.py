@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -54,6 +55,20 @@ def start_ray(stack: ExitStack) -> None:
             f"RAY_ADDRESS={address}: the cluster cannot be joined" if address else "Ray cannot start on this machine"
         )
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+    if address:
+        wait_for_nodes(int(os.environ.get("EUREKA_RAY_NODES", "1")), float(os.environ.get("EUREKA_RAY_SECONDS", "300")))
+
+
+def wait_for_nodes(wanted: int, seconds: float) -> None:
+    """Until so many nodes have joined: a batch job starts them all at once. Raises UserError."""
+    deadline = time.monotonic() + seconds
+    while len(nodes := sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"])) < wanted:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{len(nodes)} of EUREKA_RAY_NODES={wanted} nodes have joined Ray within EUREKA_RAY_SECONDS={seconds:g}: "
+                f"{', '.join(nodes)}; the others' node_NAME.log says why"
+            )
+        time.sleep(0.2)
 
 
 def require_cluster(address: str) -> None:

@@ -94,6 +94,14 @@ def test_trainers_get_their_gpu_settings_and_engines_do_not(
         assert not {"CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & engine.keys()
 
 
+def test_nodes_that_do_not_join_are_told(ray_with_gpus: Any) -> None:
+    from eureka_megatron.run.cluster import wait_for_nodes
+
+    wait_for_nodes(1, seconds=0)
+    with pytest.raises(UserError, match=r"1 of EUREKA_RAY_NODES=2 nodes have joined Ray within EUREKA_RAY_SECONDS=0: "):
+        wait_for_nodes(2, seconds=0)
+
+
 def test_a_rank_maps_a_batchs_patches_instead_of_copying_them(ray_with_gpus: Any, tiny_dir: Path) -> None:
     ray = ray_with_gpus
     samples = made_up_samples(tiny_dir, pictures=[((40, 60),)])

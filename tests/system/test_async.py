@@ -75,7 +75,7 @@ def test_an_asynchronous_run_with_engines_that_die_and_lie(tmp_path: Path, monke
         return make_batch(groups, config, step, version)
 
     monkeypatch.setattr("eureka_megatron.loop.make_batch", recorded)
-    monkeypatch.setattr("eureka_megatron.run.run.RolloutPool", lambda c: RolloutPool(c, engine_class=Lying))
+    monkeypatch.setattr("eureka_megatron.run.run.RolloutPool", lambda c, o: RolloutPool(c, o, engine_class=Lying))
     with Run(config) as run, Tracker(config, config.run.output) as tracker:
         run.sync_weights(check=True)
         history = reinforce(run, tracker)

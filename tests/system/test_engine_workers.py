@@ -145,7 +145,7 @@ def test_an_update_that_breaks_off_serves_nothing_until_a_whole_one_came(
 
 
 def test_no_engine_outlives_a_worker_and_no_worker_its_engine(pool: Any, trainer: Any, tiny_dir: Path) -> None:
-    def send(engines: list[Any]) -> Any:
+    def send(engines: list[Any], wait: bool = True) -> Any:
         return send_weights(module_source(trainer), engines, version=5, is_sender=True, bucket_mib=64)
 
     pool.resend = send

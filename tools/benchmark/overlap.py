@@ -78,7 +78,7 @@ def measure(folder: Path, depth: int, options: argparse.Namespace) -> dict[str, 
     config = config.model_copy(update={"run": config.run.model_copy(update={"output": folder / f"run-{depth}"})})
     engine, rank = slow_classes(options.generate, options.train)
     with (
-        mock.patch("eureka_megatron.run.run.RolloutPool", lambda c: RolloutPool(c, engine_class=engine)),
+        mock.patch("eureka_megatron.run.run.RolloutPool", lambda c, o: RolloutPool(c, o, engine_class=engine)),
         mock.patch("eureka_megatron.train.actor.TrainerRank", rank),
         Run(config) as run,
         Tracker(config, config.run.output) as tracker,
