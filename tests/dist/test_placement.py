@@ -24,8 +24,9 @@ class Idle:
         pass
 
 
-def visible(_: Any) -> str | None:
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
+def visible(_: Any) -> tuple[str | None, str | None]:
+    """What an engine's process sees of the GPUs, and how torch is to divide their memory."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,8 @@ def config(folder: Path, sections: dict[str, Any], **rollout: Any) -> RunConfig:
     return run_config(folder / "model", {"run": {"output": str(folder)}, **sections}, **rollout)
 
 
-def placed(wanted: RunConfig) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]], list[str | None]]:
-    """(node, GPUs, rank) of every rank and of every engine as topology.json has them, and what each engine sees of the GPUs."""
+def placed(wanted: RunConfig) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]], list[tuple[str | None, str | None]]]:
+    """(node, GPUs, rank) of every rank and of every engine as topology.json has them, and `visible` of each engine."""
     import ray
 
     from eureka_megatron.rollout.pool import RolloutPool
@@ -93,7 +94,7 @@ def test_a_group_and_an_engine_keep_to_a_node(
     ranks, engines, seen = placed(config(tmp_path, {"parallel": {"tensor": 2}}, engines=1, tensor=2))
     assert ranks == [("/0", "0", 0), ("/0", "1", 1)]
     assert engines == [("/1", "0,1", 0)]
-    assert seen == ["0,1"]
+    assert seen == [("0,1", None)]
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0] == ["node", "GPU", "role", "rank"]
     assert [line[1:] for line in table[1:]] == [["0,1", "trainer", "0–1"], ["0,1", "engine", "0"]]
@@ -105,7 +106,7 @@ def test_colocated_engines_see_the_gpus_of_their_ranks(cluster: Any, tmp_path: P
     ranks, engines, seen = placed(config(tmp_path, sections, engines=2, tensor=2))
     assert ranks == [("/0", "0", 0), ("/0", "1", 1), ("/1", "0", 2), ("/1", "1", 3)]
     assert engines == [("/0", "0,1", 0), ("/1", "0,1", 1)]
-    assert seen == ["0,1", "0,1"]
+    assert seen == [("0,1", "expandable_segments:False")] * 2
 
 
 def test_too_few_gpus_and_taken_ones_are_told_before_anything_starts(
