@@ -51,7 +51,7 @@ setup(
         "gpu": pins("gpu"),  # Python 3.12; sync/ is written for the trainer API of vLLM 0.32, and 0.33 has another
         "quantize": ["nvidia-modelopt>=0.42.0"],
         "video": ["opencv-python-headless>=4.8"],  # for video files; vLLM brings it along
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=2"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=2"],
     },
     entry_points={"console_scripts": ["eureka = eureka_megatron.cli:main"]},
 )

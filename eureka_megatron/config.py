@@ -110,7 +110,7 @@ class RolloutSection(Section):
     # sequences an engine runs at once
     max_concurrent: int = Field(256, ge=1)
     # an engine that has not answered a call by then is ended and replaced
-    timeout_seconds: float = Field(3600.0, gt=0)
+    timeout_seconds: float = Field(600.0, gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -197,11 +197,6 @@ class AlgorithmSection(Section):
     compat: Literal["mm_eureka"] | None = None
     filter: FilterSection = FilterSection()
 
-    def all_loss_options(self) -> dict[str, Any]:
-        """`loss_options`, and the KL term where that stands in the loss."""
-        kl = {"kl_coefficient": self.kl_coefficient, "kl_estimator": self.kl_estimator}
-        return {**self.loss_options, **(kl if self.kl_coefficient and self.kl_in == "loss" else {})}
-
 
 class OptimizerSection(Section):
     name: Literal["adam", "sgd"] = "adam"
@@ -230,8 +225,13 @@ class TrainingSection(Section):
     responses_per_update: int = Field(128, ge=1)
     # over the responses of one rollout step
     passes: int = Field(1, ge=1)
+    # rollout steps whose responses are sampled while an earlier one trains, by weights so many updates older at most; 0: in turn.
+    # Above 0 the rollout correction is on (algorithm.loss_options: correction, of itself token_tis)
+    async_steps: Literal[0, 1, 2] = 0
     # prompt and response of the longest sample must fit
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    # a trainer rank that gives no sign of life for so long ends the run
+    stall_seconds: float = Field(60.0, gt=0)
     # rollout steps; 0: never
     evaluate_every: int = Field(0, ge=0)
     # also before the first step, as eval_before/*
@@ -242,6 +242,8 @@ class TrainingSection(Section):
     evaluate_top_p: float = Field(1.0, gt=0, le=1)
     # rollout steps between HF exports; 0: only at the end
     export_every: int = Field(0, ge=0)
+    # colocated: while engines sample, the optimizer's state waits in host memory and the gradients' memory is free
+    offload: bool = True
 
 
 class CheckpointSection(Section):
@@ -320,6 +322,14 @@ class RunConfig(Section):
         return Layout(**self.parallel.model_dump(), vision_parallel=self.model.vision_parallel)
 
     @property
+    def loss_options(self) -> dict[str, Any]:
+        """`algorithm.loss_options`, the KL term where that stands in the loss, and the correction of responses that older weights sampled."""
+        rule = self.algorithm
+        kl = {"kl_coefficient": rule.kl_coefficient, "kl_estimator": rule.kl_estimator}
+        correction = {"correction": "token_tis"} if self.training.async_steps else {}
+        return {**correction, **rule.loss_options, **(kl if rule.kl_coefficient and rule.kl_in == "loss" else {})}
+
+    @property
     def longest_sample(self) -> int:
         """Tokens of the longest sample that a micro-batch takes; under context parallelism each is padded to a multiple of 2 · context."""
         multiple = 2 * self.parallel.context if self.parallel.context > 1 else 1
@@ -327,6 +337,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if self.placement == "colocated" and self.training.async_steps:
+            raise ValueError(
+                f"training.async_steps={self.training.async_steps} needs placement=split: colocated engines sleep while the trainer works"
+            )
         responses = self.training.prompts_per_step * self.rollout.samples_per_prompt
         if responses % self.training.responses_per_update:
             raise ValueError(
@@ -350,6 +364,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"placement=colocated needs rollout.engines × rollout.tensor = {engines} to divide the {world} trainer ranks whose GPUs "
                 f"the engines share: {fitting}"
+            )
+        if self.placement == "colocated" and self.training.async_steps:
+            raise ValueError(
+                f"training.async_steps={self.training.async_steps} needs placement=split: colocated engines sleep while the trainer works"
             )
         return self
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from eureka_megatron.config import RunConfig
-from eureka_megatron.data.batch import make_batch, mean_return, rewards_differ, rollout_metrics, updates_per_step
+from eureka_megatron.data.batch import (
+    age_metrics,
+    make_batch,
+    mean_return,
+    rewards_differ,
+    rollout_metrics,
+    updates_per_step,
+)
 from eureka_megatron.errors import UserError
 from eureka_megatron.run.inputs import settle
 from eureka_megatron.run.resume import CheckpointSchedule, driver_state, restore, starting_point, told_when_stopped
@@ -29,15 +36,18 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
     schedule = CheckpointSchedule(run.trainer, config, config.training.steps, lambda: driver_state(run), tracker)
     for step in range(first, config.training.steps):
         with tracker.phase("rollout"):
-            groups = run.collector.collect(step)
-        metrics = rollout_metrics(groups) | run.collector.metrics | {"rewards/timeouts": float(run.rewarder.timeouts)}
+            collected = run.rollouts.take(step)  # with training.async_steps those of later steps begin now
+        groups = collected.groups
+        metrics = rollout_metrics(groups) | collected.metrics | {"rewards/timeouts": float(run.rewarder.timeouts)}
         if groups:
-            with tracker.phase("train"):
-                batch = make_batch(groups, config, step, run.weight_version)
-                metrics |= run.learn(batch) | {"train/return": mean_return(batch)}
-                metrics["train/rewards_differ"] = rewards_differ(groups, config)
-            with tracker.phase("sync"):
-                metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
+            metrics |= age_metrics(groups, run.weight_version)
+            with run.trainer_turn:
+                with tracker.phase("train"):
+                    batch = make_batch(groups, config, step, run.weight_version)
+                    metrics |= run.learn(batch) | {"train/return": mean_return(batch)}
+                    metrics["train/rewards_differ"] = rewards_differ(groups, config)
+                with tracker.phase("sync"):
+                    metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
         if _due(config.training.evaluate_every, step) and run.test:
             with tracker.phase("evaluate"):
                 metrics |= {f"eval/{name}": value for name, value in run.evaluate().items()}

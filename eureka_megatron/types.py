@@ -126,8 +126,10 @@ class Rollout:
     logprobs_R: np.ndarray  # float32: log μ of each sampled token at the temperature of sampling
     text: str  # decoded without special tokens
     finish_reason: str  # "stop" | "length"
-    weight_version: int  # of the weights that sampled it
+    weight_version: int  # of the weights that sampled it, or its beginning
     rewards: dict[str, float] = field(default_factory=dict)  # "accuracy", "format", "total", …; empty until judged
+    # (first token, weight version) of each later part, of a response that was carried over a weight update: ((120, 7), (300, 8))
+    switches: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

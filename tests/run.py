@@ -4,8 +4,9 @@
     python tests/run.py -x -k packing        any arguments of pytest
     python tests/run.py tests/unit           any paths
 
-The order (unit, dist, parity, system, gpu) is set in conftest.py. Every skip is printed with its reason, as are the slowest
-tests; the exit code is pytest's, so it is 0 only when something ran and nothing failed.
+Everything runs in two parts: unit and parity, file by file on two workers, then one by one what starts many processes of its own. The order within
+a part is set in conftest.py. Every skip is printed with its reason, as are the slowest tests; the exit code is pytest's, so it is 0 only
+when something ran and nothing failed.
 """
 
 import os
@@ -23,7 +24,14 @@ def main(arguments: list[str]) -> int:
     sys.path[0] = str(ROOT)  # instead of tests/, so that `tests.helpers` is importable
     import pytest
 
-    return int(pytest.main(["-p", "no:cacheprovider", "-rfEsxX", "--durations=20", *arguments]))
+    def run(*words: str) -> int:
+        return int(pytest.main(["-p", "no:cacheprovider", "-rfEsxX", "--durations=20", *words]))
+
+    if arguments:
+        return run(*arguments)
+    first = run("-q", "-n", "2", "--dist", "loadfile", "tests/unit", "tests/parity")
+    second = run("-q", "tests/dist", "tests/system", "tests/gpu")
+    return first or second
 
 
 if __name__ == "__main__":  # the ranks' processes import this file again

@@ -97,3 +97,15 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         if chosen.any():
             metrics[f"train/{name}_response_length"] = float(lengths[chosen].mean())
     return metrics
+
+
+def age_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
+    """How old the responses are when the trainer, whose weights are of this version, learns from them: updates since they were begun."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    ages = [weight_version - rollout.weight_version for rollout in rollouts]
+    return {
+        "rollout/age_mean": float(np.mean(ages)),
+        "rollout/age_max": float(max(ages)),
+        # share that was begun with older weights than it was finished with
+        "rollout/carried_over": float(np.mean([bool(rollout.switches) for rollout in rollouts])),
+    }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,12 +87,17 @@ class Collector:
         self._pool, self._judge, self._stream, self._config = pool, judge, stream, config
         self._max_age = max_age
         self._buffer: list[Group] = []
+        self._one_at_a_time = threading.Lock()  # collect or evaluate: they may come from two threads
 
     def collect(self, step: int) -> list[Group]:
         """Up to `training.prompts_per_step` judged groups, oldest first; empty when fewer than `filter.min_groups` came together.
 
         An empty step is announced by a warning that names the filter; its groups stay in the buffer for the next one.
         """
+        with self._one_at_a_time:
+            return self._collect(step)
+
+    def _collect(self, step: int) -> list[Group]:
         wanted, rule = self._config.training.prompts_per_step, self._config.algorithm.filter
         filtering = rule.enabled and step > rule.freezing_steps
         dropped = self._drop_old()
@@ -124,10 +130,11 @@ class Collector:
         """
         tally, rewards, seen, training = _Tally(), list[Rewards](), Counter[str](), self._config.training
         sampling = self._sampling("evaluate", n, training.evaluate_temperature, training.evaluate_top_p)
-        for part in self._parts(prompts):
-            groups = self._sample(part, sampling, tally, seen)
-            rewards += [rollout.rewards for group in groups for rollout in group.rollouts]
-            del part, groups  # before the next ones are made
+        with self._one_at_a_time:
+            for part in self._parts(prompts):
+                groups = self._sample(part, sampling, tally, seen)
+                rewards += [rollout.rewards for group in groups for rollout in group.rollouts]
+                del part, groups  # before the next ones are made
         if not rewards:
             return {"samples": 0.0}
         names = sorted(set().union(*rewards))

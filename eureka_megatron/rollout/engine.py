@@ -14,41 +14,38 @@ Decisions a reader may wonder about:
   sampled it nor on its neighbours in the batch (up to floating-point noise).
 - On GPUs vLLM runs its Model Runner V2, on CPUs (so in the tests) V1; what is used here is alike in both (tests/unit/test_runner_v2.py), and
   VLLM_USE_V2_MODEL_RUNNER=0 is the way back to V1.
-- The engine runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): its caller is already a process of its own.
+- The engine runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): its caller is already a process of its own. So does the model, unless
+  it is split over several workers (`tensor`), which vLLM then starts as processes. What touches the model is in worker.py either way.
 
-vLLM is imported on construction only, after its environment variables are set. Left out: engines spread over several GPUs.
+vLLM is imported on construction only, after its environment variables are set. Left out: engines over several nodes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, read_hf_config
+from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, read_hf_config, tower_divides
 from eureka_megatron.rollout.weights import load_format
-from eureka_megatron.sync.check import (
-    Fingerprint,
-    check_announced,
-    engine_fingerprints,
-    expected_tensors,
-    has_tied_head,
-    parameters_of,
-    tally,
-)
+from eureka_megatron.rollout.worker import EXTENSION, Failure, shared_bytes
+from eureka_megatron.sync.check import Fingerprint, check_announced, combine
 from eureka_megatron.sync.source import SyncError, TensorMeta
 from eureka_megatron.types import Picture, Prompt, Rollout, Sampling
-from eureka_megatron.weights.table import hub_name
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,14 @@ class EngineOptions:
     dtype: str = "bfloat16"
     max_model_tokens: int = 8192  # prompt and response together
     max_concurrent: int = 256  # sequences running at once
-    kv_cache_gib: float = 1.0  # on a CPU
+    kv_cache_gib: float = 1.0  # on a CPU, of each worker
     gpu_memory_utilization: float = 0.85  # on a GPU: share of its memory for weights and KV cache
     min_pixels: int = 4 * 28 * 28  # bounds of the image processor; pictures already within them pass unchanged
     max_pixels: int = 640 * 28 * 28
     seed: int = 0
     weight_version: int = 0  # of the weights in `model`
+    sleeps: bool = False  # whether the trainer has its GPU in turn (`sleep`, `wake`)
+    tensor: int = 1  # tensor-parallel workers, each with a GPU of this node
 
 
 def request_seeds(prompts: Sequence[Prompt], seed: int, seen: Counter[str] | None = None) -> list[int]:
@@ -89,6 +88,10 @@ def collapse_placeholders(prompt: Prompt) -> list[int]:
     return prompt.tokens_S[keep_S].tolist()
 
 
+# Number, prompt, seed.
+Work = tuple[int, Prompt, int]
+
+
 class Engine:
     """Not safe for several threads. Construction takes some seconds and the memory of the weights and the KV cache."""
 
@@ -96,7 +99,8 @@ class Engine:
         self.options = options
         self.weight_version = options.weight_version
         self._failure: str | None = None  # why the weights are a mixture, and nothing may be served
-        self._update: _Update | None = None
+        self._updating: int | None = None  # version of the update under way
+        self._serving: dict[str, tuple[int, Prompt]] = {}  # what `serve` is at work on, by vLLM's names
         directory = Path(options.model)
         config = read_hf_config(directory)
         positions = config.text_config.max_position_embeddings
@@ -104,9 +108,11 @@ class Engine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
+        from eureka_megatron.sync import ipc_transfer
         from eureka_megatron.sync.ray_transfer import register_backend
 
         on_gpu = torch.cuda.is_available()
+        backend = ipc_transfer.BACKEND if options.sleeps and on_gpu else register_backend()
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
@@ -120,9 +126,18 @@ class Engine:
                 "videos_kwargs": {"do_resize": False, "do_sample_frames": False, "cap_pixels_per_frame": False},
             },
             mm_processor_cache_gb=1,
-            weight_transfer_config=WeightTransferConfig(backend=register_backend()),
+            tensor_parallel_size=options.tensor,
+            distributed_executor_backend="uni" if options.tensor == 1 else "mp",
+            worker_extension_cls=EXTENSION,
+            # A tower that cannot be split is whole in every worker, and they share the pictures.
+            mm_encoder_tp_mode="weights" if tower_divides(config.vision_config, options.tensor) else "data",
+            weight_transfer_config=WeightTransferConfig(backend=backend),
             **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
         )
+        self._pids = self._on_workers("pid")
+        if options.tensor > 1:
+            self._end_with_the_workers()
+        self._llm.llm_engine.set_weight_version(str(options.weight_version))
         self._banned = config.vision_token_ids
         self._stop_ids = list(response_ends(directory, self._llm.get_tokenizer(), config).reasons)
 
@@ -142,15 +157,56 @@ class Engine:
 
         Raises UserError when a prompt is too long or vLLM expands its pictures to other tokens than `tokens_S`.
         """
-        from vllm import SamplingParams
+        work: list[Work] = list(zip(range(len(prompts)), prompts, seeds, strict=True))
+        found: dict[int, list[Rollout]] = {}
+        while len(found) < len(prompts):
+            found |= self.serve(work, sampling, math.inf)[1]
+            work = []
+        return [found[number] for number in range(len(prompts))]
+
+    def serve(self, work: Sequence[Work], sampling: Sampling, seconds: float) -> tuple[int, dict[int, list[Rollout]]]:
+        """Takes up more prompts, then samples until one of all it has is finished, or for so long. What is not finished goes on in the next call,
+        also over a weight update. Arguments, responses and errors are those of `generate`; after an error nothing is at work any more.
+
+        Returns:
+            the weight version, and the n responses of each finished prompt by its number.
+        """
+        from vllm import RequestOutput
 
         self._require_whole_weights()
+        finished: dict[int, list[Rollout]] = {}
+        until = time.monotonic() + seconds
+        try:
+            self._take_up(work, sampling)
+            while self._serving and not finished and time.monotonic() < until:
+                for output in self._llm.llm_engine.step():
+                    assert isinstance(output, RequestOutput)
+                    if output.request_id not in self._serving:  # abandoned
+                        continue
+                    number, prompt = self._serving.pop(output.request_id)
+                    _check_expansion(prompt, output.prompt_token_ids or [], prompt.tokens_S)
+                    samples = sorted(output.outputs, key=lambda sample: sample.index)
+                    finished[number] = [self._rollout(sample) for sample in samples]
+        except BaseException:
+            self.abandon()
+            raise
+        return self.weight_version, finished
+
+    def abandon(self) -> None:
+        """Ends what `serve` has not finished."""
+        self._llm.llm_engine.abort_request(list(self._serving))
+        self._serving.clear()
+
+    def _take_up(self, work: Sequence[Work], sampling: Sampling) -> None:
+        from vllm import SamplingParams
+
         n, temperature = sampling["n"], sampling["temperature"]
         if temperature == 0 and n > 1:
             raise UserError(f"temperature 0 makes all {n} responses of a prompt equal: ask for n=1")
-        self._set_temperature(temperature)
-        parameters = [
-            SamplingParams(
+        if work:
+            self._set_temperature(temperature)
+        for number, prompt, seed in work:
+            parameters = SamplingParams(
                 n=n,
                 temperature=float(temperature > 0),  # greedy, or of the scaled logits
                 top_p=sampling["top_p"],
@@ -161,15 +217,11 @@ class Engine:
                 stop_token_ids=self._stop_ids,
                 logit_bias=dict.fromkeys(self._banned, float("-inf")),
             )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        outputs = self._run([self._request(prompt) for prompt in prompts], parameters)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            _check_expansion(prompt, output.prompt_token_ids, prompt.tokens_S)
-        return [
-            [self._rollout(sample) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
-            for output in outputs
-        ]
+            (request,) = self._llm.enqueue([self._request(prompt)], parameters, use_tqdm=False)
+            self._serving[request.rpartition("-")[0]] = (
+                number,
+                prompt,
+            )  # outputs go by the name before vLLM's addition
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0
@@ -201,102 +253,129 @@ class Engine:
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer's transfer group (NCCL); the Ray transport needs none."""
-        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        """Join the trainer's transfer group (NCCL), worker r as rank_offset + r; the Ray transport needs none."""
+        self._on_workers("join", init_info)
 
     def start_weight_update(self, metadata: Sequence[TensorMeta], version: int, unchanged: Sequence[str] = ()) -> None:
         """Compare the announced tensors with the model's own, then make ready to load. `unchanged` ones stay as they are.
 
         Raises SyncError naming missing, unexpected and ill-shaped tensors; the engine then goes on serving what it has.
         """
-        if self._update is not None:
-            raise SyncError(
-                f"weight update to version {version} begins while that to {self._update.version} is not finished"
-            )
+        if self._updating is not None:
+            raise SyncError(f"weight update to version {version} begins while that to {self._updating} is not finished")
         check_announced(metadata, self._expected, unchanged)
-        if self._failure is not None:
-            # Leftovers of the failed update would be counted as loaded by vLLM's layer-wise reload: flush them first.
-            self._llm.collective_rpc(_flush_reload)
-        self._update = _Update(self._model, metadata, version, parameters_of(self._model, unchanged))
+        self._updating = version
         try:
-            self._llm.collective_rpc("start_weight_update")
+            self._on_workers("start", metadata, version, unchanged, self._failure is not None)
         except BaseException:
             self.abort_weight_update("could not start")
             raise
 
     def update_weights(self, update_info: dict[str, Any], buffer: np.ndarray | None = None) -> None:
         """Load a part. `buffer` is separate because Ray hands it over without a copy only as an argument of its own."""
-        if buffer is not None:
-            update_info = update_info | {"buffer": buffer}
-        self._llm.collective_rpc("update_weights", kwargs={"update_info": update_info})
+        if buffer is None:
+            self._on_workers("load", update_info)
+        elif self.options.tensor == 1:
+            self._on_workers("load", update_info | {"buffer": buffer})
+        else:
+            with shared_bytes(buffer) as shared:
+                self._on_workers("load", update_info | {"buffer": shared})
 
     def finish_weight_update(self) -> int:
         """Finish, drop every cache of the old weights, take the new version. Returns the number of tensors loaded.
 
         Raises SyncError when fewer or other tensors came than were announced; the engine serves nothing until it is mended.
         """
-        update = self._update
-        if update is None:
+        if self._updating is None:
             raise SyncError("finish_weight_update without start_weight_update")
         try:
-            update.check_complete()
-            self._llm.collective_rpc("finish_weight_update")
+            received = max(self._on_workers("check_complete"))  # of all workers, before any puts them in place
+            self._on_workers("finish")
         except BaseException as error:
             self.abort_weight_update(str(error))
             raise
-        update.close()
-        self._update = None
-        _repack_tied_head(self._model)
+        version, self._updating = self._updating, None
         self.drop_caches()
-        self._failure = None
-        self.weight_version = update.version
-        return update.received
+        self._failure, self.weight_version = None, version
+        self._llm.llm_engine.set_weight_version(str(version))
+        return received
 
     def abort_weight_update(self, reason: str) -> None:
         """End an update that cannot be finished. With nothing loaded the old weights are whole; otherwise serve nothing."""
-        update = self._update
-        if update is None:
+        if self._updating is None:
             return
-        update.close()
-        self._update = None
-        if update.received:
-            self._failure = f"weight update to version {update.version} failed half-way ({reason})"
-        self._llm.collective_rpc(_flush_reload)
+        version, self._updating = self._updating, None
+        before = self._failure
+        self._failure = f"weight update to version {version} failed half-way ({reason})"
+        if not max(self._on_workers("abort")):
+            self._failure = before
 
     def drop_caches(self) -> None:
-        """Everything computed from the old weights: KV blocks of shared prefixes, processed pictures, vision embeddings.
+        """Everything computed from the old weights: KV blocks, those of unfinished responses too, processed pictures, vision embeddings.
 
         The last is the one vLLM's own `reset_prefix_cache` leaves: the same picture would go on with the old tower's embeddings.
         """
-        self._llm.reset_prefix_cache()
+        self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
+    def sleep(self) -> None:
+        """Free what sampling alone needs: the KV cache; on GPUs the weights too, which wait in host memory (vLLM's level 1)."""
+        self._llm.sleep(level=1)
+        if not torch.cuda.is_available():
+            self._on_workers("drop_kv_cache")
+
+    def wake(self, *parts: Literal["weights", "kv_cache"]) -> None:
+        """Take these parts back. Weights can be updated before the KV cache is there; sampling needs both."""
+        if "kv_cache" in parts and not torch.cuda.is_available():
+            self._on_workers("restore_kv_cache")
+        self._llm.wake_up(tags=list(parts))
+
     def checksums(self) -> dict[str, Fingerprint]:
         """Of every weight the engine computes with, read back from its kernels, by Hugging Face name (hub naming)."""
-        return engine_fingerprints(self._model)
+        return combine(self._on_workers("pieces"))
 
     def status(self) -> dict[str, Any]:
-        """`{"pid", "weight_version", "failure"}`; also the way to wait until a remote engine is up."""
-        return {"pid": os.getpid(), "weight_version": self.weight_version, "failure": self._failure}
+        """`{"pid", "workers", "weight_version", "failure"}`; also the way to wait until a remote engine is up."""
+        return {
+            "pid": os.getpid(),
+            "workers": self._pids,  # with one worker: that of the engine itself
+            "weight_version": self.weight_version,
+            "failure": self._failure,
+        }
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _model(self) -> Any:
-        """The worker's module itself: the engine runs in this process."""
-        return self._llm.apply_model(lambda model: model)[0]
+    def _on_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """A method of `EngineWorker` in every worker at once. → the answers, by rank; raises the first worker's error."""
+        answers = self._llm.collective_rpc("on_worker", args=(method, *arguments))
+        for answer in answers:
+            if isinstance(answer, Failure):
+                raise answer.error
+        return answers
+
+    def _end_with_the_workers(self) -> None:
+        """End this process when one of the workers' ends. An engine is an actor: the pool sees it die, and replaces it."""
+        executor = self._llm.llm_engine.model_executor
+        sentinels = [worker.proc.sentinel for worker in executor.workers]
+
+        def watch() -> None:
+            wait(sentinels)
+            if executor.is_failed or not getattr(executor, "shutting_down", False):  # not at an end of its own
+                os._exit(1)
+
+        Thread(target=watch, name="workers of the engine", daemon=True).start()
 
     @cached_property
     def _expected(self) -> dict[str, TensorMeta]:
-        return expected_tensors(self._model)
+        return self._on_workers("expected")[0]
 
     def _set_temperature(self, temperature: float) -> None:
-        self._llm.apply_model(partial(_scale_logits, scale=1.0 / (temperature or 1.0)))
+        self._on_workers("scale_logits", 1.0 / (temperature or 1.0))
 
     def _require_whole_weights(self) -> None:
-        if self._update is not None:
-            raise SyncError(f"the engine is in the middle of the weight update to version {self._update.version}")
+        if self._updating is not None:
+            raise SyncError(f"the engine is in the middle of the weight update to version {self._updating}")
         if self._failure is not None:
             raise SyncError(f"the engine's weights are a mixture: {self._failure}; send all weights again")
 
@@ -325,69 +404,15 @@ class Engine:
         flat = sample.logprobs
         chosen = [flat.token_ids[start] for start in flat.start_indices]
         assert chosen == list(sample.token_ids), "log-probabilities are not those of the sampled tokens"
+        first, *later = sample.weight_versions
         return Rollout(
             tokens_R=np.array(sample.token_ids, dtype=np.int64),
             logprobs_R=np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32),
             text=sample.text,
             finish_reason=sample.finish_reason,
-            weight_version=self.weight_version,
+            weight_version=int(first.version),
+            switches=tuple((span.start, int(span.version)) for span in later),
         )
-
-
-class _Update:
-    """Watches one weight update: what vLLM was given and what it says it loaded, whatever the transport."""
-
-    def __init__(self, model: Any, metadata: Sequence[TensorMeta], version: int, kept: set[str]) -> None:
-        self.version = version
-        self.received = 0
-        # Announced tensors that have not come, and parameters that they have not filled.
-        self._awaited = {hub_name(meta.name) for meta in metadata}
-        self._unfilled = {name for name, _ in model.named_parameters()} - kept
-        self._model = model
-        self._load = model.load_weights
-        model.load_weights = self._watch
-
-    def close(self) -> None:
-        self._model.__dict__.pop("load_weights", None)
-
-    def check_complete(self) -> None:
-        """Every announced tensor came, and every parameter of the model is filled that was to change."""
-        if problems := tally(self._awaited, "never came") + tally(self._unfilled, "of the engine were not loaded"):
-            raise SyncError(f"weight update to version {self.version} is incomplete: {'; '.join(problems)}")
-
-    def _watch(self, weights: Any) -> set[str]:
-        weights = list(weights)
-        self.received += len(weights)
-        for name, _ in weights:
-            if hub_name(name) not in self._awaited:
-                raise SyncError(f"weight update to version {self.version}: {name} was not announced, or came twice")
-            self._awaited.remove(hub_name(name))
-        loaded = self._load(weights)
-        self._unfilled -= loaded
-        return loaded
-
-
-def _scale_logits(model: Any, scale: float) -> None:
-    model.language_model.logits_processor.scale = scale
-
-
-def _flush_reload(worker: Any) -> None:
-    """End vLLM's layer-wise reload in whatever state it is: layers not loaded keep their old tensors."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-    # vLLM hands over a wrapper; setting an attribute of it would change nothing.
-    worker = getattr(worker, "worker", worker)
-    with set_current_vllm_config(worker.vllm_config):
-        finalize_layerwise_reload(worker.model_runner.get_model(), worker.model_config)
-    worker._weight_update_active = False
-
-
-def _repack_tied_head(model: Any) -> None:
-    """vLLM 0.32 on a CPU keeps a packed copy of a tied output layer that its reload forgets (no tensor is loaded into it)."""
-    head = model.language_model.lm_head
-    if hasattr(head, "cpu_linear") and has_tied_head(model):
-        head.quant_method.process_weights_after_loading(head)
 
 
 def _video_item(picture: Picture) -> tuple[np.ndarray, dict[str, Any]]:
@@ -435,7 +460,10 @@ def hf_overrides(options: EngineOptions, positions: int, *, on_gpu: bool) -> dic
 
 
 def _gpu_settings(options: EngineOptions) -> dict[str, Any]:
-    settings: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    settings: dict[str, Any] = {
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_sleep_mode": options.sleeps,
+    }
     if options.max_model_tokens > 8192:  # vLLM's smallest default: a video must fit into one step of the encoder whole
         settings["max_num_batched_tokens"] = options.max_model_tokens + 1
     return settings

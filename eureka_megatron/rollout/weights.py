@@ -24,7 +24,7 @@ TORCH_DIST = "torch_dist"  # in vLLM's registry
 
 def load_format(directory: Path) -> str:
     """What vLLM calls the way to read a model directory. Example: "auto"."""
-    return _register() if (directory / METADATA_FILE).is_file() else "auto"
+    return register_loader() if (directory / METADATA_FILE).is_file() else "auto"
 
 
 def hf_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -40,7 +40,8 @@ def hf_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 @cache
-def _register() -> str:
+def register_loader() -> str:
+    """Make vLLM know how to read torch_dist, once in a process; returns its name for it. Imports vLLM."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 

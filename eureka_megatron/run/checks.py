@@ -6,7 +6,7 @@ import torch
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.errors import ConfigError
-from eureka_megatron.models.qwen2_5_vl.config import check_layout, read_hf_config
+from eureka_megatron.models.qwen2_5_vl.config import check_engine, check_layout, read_hf_config
 from eureka_megatron.rl import advantages
 from eureka_megatron.rl.losses import resolve_options
 from eureka_megatron.weights.table import expand, frozen_rows, rows
@@ -28,9 +28,11 @@ def check_run(config: RunConfig) -> None:
 
 
 def check_rollout(config: RunConfig) -> None:
-    """Refuse rollouts longer than the checkpoint's positions, or than training could take. Raises ConfigError."""
+    """Refuse engines that the model cannot be split over, and rollouts longer than its positions, or than training could take. Raises ConfigError."""
     asked, model = config.rollout.max_model_tokens, config.model.path
-    known = read_hf_config(model).text_config.max_position_embeddings
+    hf_config = read_hf_config(model)
+    check_engine(hf_config, config.rollout.tensor)
+    known = hf_config.text_config.max_position_embeddings
     if asked > known:
         raise ConfigError(
             f"rollout.max_model_tokens={asked} is more than max_position_embeddings={known} in {model / 'config.json'}"
@@ -60,7 +62,7 @@ def check_algorithm(config: RunConfig) -> None:
         raise ConfigError("algorithm.reference is set but algorithm.kl_coefficient is 0: no reference would be built")
     options: dict[str, Any] = {**algorithm.advantage_options, "compat": algorithm.compat}
     try:
-        resolve_options(algorithm.loss, algorithm.compat, **algorithm.all_loss_options())
+        resolve_options(algorithm.loss, algorithm.compat, **config.loss_options)
         advantages.compute(algorithm.advantage, torch.zeros(1, 2), lengths_GN=torch.ones(1, 2), **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"algorithm: {error}") from error

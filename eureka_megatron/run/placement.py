@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class Placement:
 def cluster_nodes() -> list[Node]:
     """Ray's living nodes in the order of their addresses: 10.0.0.9 comes before 10.0.0.10."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    alive.sort(key=lambda node: (_address(node["NodeManagerAddress"]), node["NodeID"]))
+    alive.sort(key=lambda node: (_natural(node["NodeManagerAddress"]), node["NodeID"]))
     names = [node["NodeManagerHostname"] for node in alive]
     return [
         Node(
@@ -141,9 +141,8 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def _address(text: str) -> tuple[int, bytes]:
-    family = socket.AF_INET6 if ":" in text else socket.AF_INET
-    return family, socket.inet_pton(family, text)
+def _natural(text: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
 def _guest(own: Sequence[Seat]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ What the trainer ranks hold is `train.checkpointing`; the folder is `checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGINT
@@ -18,6 +18,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows
 from eureka_megatron.errors import ConfigError, Stopped, UserError
 from eureka_megatron.release.card import git_commit
+from eureka_megatron.rollout.ahead import Collected
 from eureka_megatron.run.output import taken
 from eureka_megatron.run.run import Run
 from eureka_megatron.session import stop_behind, stop_requested
@@ -127,7 +128,7 @@ def restore(run: Run, directory: Path, tracker: Tracker) -> int:
     state = run.trainer.load(directory)
     run.global_step = state["global_step"]
     waiting = unpack(store.read_json(directory / COLLECTOR_FILE), run.train_data)
-    run.collector.load_state_dict(waiting)
+    run.rollouts.load_state_dict(waiting)
     run.weight_version = state["weight_version"] - 1
     run.sync_weights(check=True)  # as the version the engines had, so that waiting groups keep their age
     tell_of_resumption(directory, state, run.config, tracker)
@@ -247,7 +248,9 @@ def driver_state(run: Run) -> tuple[dict[str, str], dict[str, Any]]:
         "global_step": run.global_step,
         "scores": run.scores if run.scored_version == run.weight_version else {},
     }
-    return {COLLECTOR_FILE: store.as_json(pack(run.collector.state_dict(), run.train_data))}, state
+    # Whoever is to stop does not wait for rollouts: those that are not finished are done again.
+    waiting = run.rollouts.state_dict(wait=stop_requested() is None)
+    return {COLLECTOR_FILE: store.as_json(pack(waiting, run.train_data))}, state
 
 
 def common_state(config: RunConfig, stage: str) -> dict[str, Any]:
@@ -261,33 +264,40 @@ def common_state(config: RunConfig, stage: str) -> dict[str, Any]:
     }
 
 
-# --- groups that wait in the filter's buffer ---
+# --- groups that wait for their step, or in the filter's buffer ---
 
 
 def pack(state: Mapping[str, Any], dataset: Rows) -> dict[str, Any]:
-    """The collector's state as plain values. Of a prompt only its row is kept: the data file has the rest."""
+    """The state of `Ahead` as plain values. Of a prompt only its row is kept: the data file has the rest."""
     rows = {dataset.origin(index): index for index in range(len(dataset))}
 
     def plain(rollout: Rollout) -> dict[str, Any]:
         arrays = {name: getattr(rollout, name).tolist() for name in ARRAYS}
         return {**vars(rollout), **arrays, "rewards": {name: float(value) for name, value in rollout.rewards.items()}}
 
-    buffer = [
-        {"row": rows[group.prompt.origin], "id": group.prompt.id, "rollouts": [*map(plain, group.rollouts)]}
-        for group in state["buffer"]
-    ]
-    return {**state, "buffer": buffer}
+    def packed(groups: Iterable[Group]) -> list[dict[str, Any]]:
+        return [
+            {"row": rows[group.prompt.origin], "id": group.prompt.id, "rollouts": [*map(plain, group.rollouts)]}
+            for group in groups
+        ]
+
+    ready = [{**vars(found), "groups": packed(found.groups)} for found in state["ready"]]
+    return {**state, "buffer": packed(state["buffer"]), "ready": ready}
 
 
 def unpack(state: Mapping[str, Any], dataset: Rows) -> dict[str, Any]:
     """Inverse of `pack`. The numbers come back bit for bit."""
 
     def rollout(plain: Mapping[str, Any]) -> Rollout:
-        return Rollout(**{**plain, **{name: np.array(plain[name], dtype=kind) for name, kind in ARRAYS.items()}})
+        arrays = {name: np.array(plain[name], dtype=kind) for name, kind in ARRAYS.items()}
+        switches = tuple((first, version) for first, version in plain.get("switches", ()))
+        return Rollout(**{**plain, **arrays, "switches": switches})
 
-    buffer = []
-    for group in state["buffer"]:
-        prompt = dataset[group["row"]]
-        assert prompt.id == group["id"], "the stream has checked that these are the same data"
-        buffer.append(Group(prompt, tuple(map(rollout, group["rollouts"]))))
-    return {**state, "buffer": buffer}
+    def group(plain: Mapping[str, Any]) -> Group:
+        prompt = dataset[plain["row"]]
+        assert prompt.id == plain["id"], "the stream has checked that these are the same data"
+        return Group(prompt, tuple(map(rollout, plain["rollouts"])))
+
+    # Checkpoints of before asynchronous rollouts have no "ready".
+    ready = [Collected(**{**found, "groups": [*map(group, found["groups"])]}) for found in state.get("ready", ())]
+    return {**state, "buffer": [*map(group, state["buffer"])], "ready": ready}

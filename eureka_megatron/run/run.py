@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
 from eureka_megatron.rewards import Rewarder
+from eureka_megatron.rollout.ahead import Ahead
 from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
@@ -20,6 +22,7 @@ from eureka_megatron.run.cluster import start_ray
 from eureka_megatron.run.inputs import open_dataset, reward_rules
 from eureka_megatron.run.output import replacing
 from eureka_megatron.run.placement import Placement
+from eureka_megatron.run.turns import Turns
 from eureka_megatron.sync.check import compare
 from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.tracking.console import counted, tell
@@ -36,6 +39,9 @@ class Run:
         self.global_step = 0  # optimizer steps of reinforcement learning
         self.scores: dict[str, float] = {}  # of the last evaluation, which was of the weights with `scored_version`
         self.scored_version = -1
+        # Whoever changes the trainer's weights holds it until the engines have them, so that a replaced engine never gets newer ones than
+        # its version says.
+        self.trainer_turn = threading.RLock()
         self._stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -68,11 +74,19 @@ class Run:
         self._stack.callback(self.placement.close)
         self.trainer = TrainerGroup(config, self.placement.rank_options())
         self._stack.callback(self.trainer.close)
-        self.pool = RolloutPool(config, self.placement.engine_options())  # engines load while the trainer ranks do
+        self.turns: Turns | None = None
+        if config.placement == "colocated":
+            self.layout = self.trainer.start()
+            self.trainer.rest()  # the engines measure how much memory is left for them
+        self.pool = RolloutPool(config, self.placement.engine_options(self.trainer.seats))
         self._stack.callback(self.pool.shutdown)
-        self.layout = self.trainer.start()
+        if config.placement == "split":
+            self.layout = self.trainer.start()  # while the engines load
         tell("the trainer has its weights; vLLM loads and warms up …")
         self.pool.start()
+        if config.placement == "colocated":
+            self.turns = Turns(self.trainer, self.pool)
+            self.trainer.before_training, self.pool.before_sampling = self.turns.train, self.turns.sample
         self.placement.tell(self.trainer.seats, self.pool.actors)
         self.pool.resend = self._resend
         self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
@@ -83,6 +97,10 @@ class Run:
             config,
             max_age=config.algorithm.filter.max_age,
         )
+        training = config.training
+        self.rollouts = Ahead(self.collector, ahead=training.async_steps, steps=training.steps)
+        self._stack.callback(self.rollouts.close)
+        self._stack.callback(self.pool.shutdown)  # before it: what waits for rollouts learns that none will come
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -102,20 +120,28 @@ class Run:
 
     def sync_weights(self, check: bool = False) -> dict[str, float]:
         """Hand the trainer's weights to every engine; with `check`, compare a checksum of every tensor on both sides."""
-        self.weight_version += 1
         start = time.perf_counter()
-        report = self.trainer.send_weights(self.pool.actors, self.weight_version, with_fingerprints=check)
-        self.pool.weights_sent(report)  # engines lost on the way are replaced here
-        if check:
-            for index, checksums in enumerate(self.pool.fingerprints()):
-                compare(report.fingerprints, checksums, where=f"rollout engine {index}")
+        with self.trainer_turn:
+            self.weight_version += 1
+            if self.turns is not None:
+                self.turns.wake("weights")  # engines that died in their sleep are replaced here
+            with self.pool.paused() as engines:
+                report = self.trainer.send_weights(engines, self.weight_version, with_fingerprints=check)
+                self.pool.weights_sent(report)  # and here those lost on the way
+                for index, checksums in self.pool.fingerprints().items() if check else ():
+                    compare(report.fingerprints, checksums, where=f"rollout engine {index}")
         return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
 
-    def _resend(self, engines: Sequence[Any]) -> SyncReport:
-        """The present weights for engines that were started anew; their lines of the topology are brought up to date."""
-        for engine in engines:
-            self.placement.replaced(self.pool.actors.index(engine), engine)
-        return self.trainer.send_weights(engines, self.weight_version)
+    def _resend(self, engines: Sequence[Any], wait: bool) -> SyncReport | None:
+        """The present weights for engines that were started anew, see RolloutPool; their lines of the topology are brought up to date."""
+        if not self.trainer_turn.acquire(blocking=wait):
+            return None
+        try:
+            for engine in engines:
+                self.placement.replaced(self.pool.number(engine), engine)
+            return self.trainer.send_weights(engines, self.weight_version)
+        finally:
+            self.trainer_turn.release()
 
     def evaluate(self) -> dict[str, float]:
         """Sample every test prompt once and judge it."""

@@ -6,7 +6,9 @@ the whole model twice. On the engine it arrives in a transfer engine registered 
 it by vLLM's own layer-wise reload (repacking for the kernels, keeping the addresses of captured graphs). It works on GPUs too.
 
 `NcclTransfer` drives vLLM's `nccl` backend with the same source. **It has not run**: the project's machines have no two GPUs. It is
-written against the installed sources of vLLM 0.32.
+written against the installed sources of vLLM 0.32, and run through vLLM's own classes with a stand-in for NCCL (tests/unit/test_nccl_transfer.py).
+NCCL has no timeout of its own here: who dies in a broadcast would hold up all others. So whoever sees it says so in the store through which the group
+was formed, every worker of an engine watches that store while it receives, and all give the communicator up (ncclCommAbort).
 
 Both are collective over the trainer's ranks: all call them in lockstep, because producing a full tensor is a collective; only the
 sender (world rank 0) talks to engines. On an error the sender finishes the pass before it raises, so that no rank is left waiting.
@@ -15,10 +17,12 @@ sender (world rank 0) talks to engines. On an error the sender finishes the pass
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -26,7 +30,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 
 from eureka_megatron.sync.check import Fingerprint, fingerprint, fingerprints
@@ -42,11 +46,13 @@ _DEADLINE_SECONDS = 900.0  # for one call of one engine
 # vLLM 0.32 keeps what has come of a layer until all of it is there, as views of the buffers it came in. With two buffers it would read
 # those of one stream on another without waiting for it; 0.33 waits.
 _PACKED_BUFFERS = 1
+_BROKEN_OFF = "eureka_broken_off"  # key of a transfer group's store: its communicator is given up
+_GLANCE_SECONDS = 1.0  # how often a receiving worker looks for it
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one weight update did. `lost` are the engines (by place in the list) that died meanwhile; the others are complete."""
+    """What one weight update did. `lost` are the engines (by place in the list) that died meanwhile; the others are complete, unless it broke."""
 
     version: int
     tensors: int
@@ -54,6 +60,7 @@ class SyncReport:
     buckets: int
     seconds: float
     lost: tuple[int, ...] = ()
+    broken: bool = False  # with the lost ones the whole update broke off: to be sent again to the others
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)  # of the tensors as sent, when asked for
 
 
@@ -118,7 +125,9 @@ def send_weights(
             pass
         raise
     nbytes = sum(meta.nbytes for meta in metadata)
-    return SyncReport(version, len(metadata), nbytes, buckets, time.perf_counter() - start, update.lost, sent)
+    return SyncReport(
+        version, len(metadata), nbytes, buckets, time.perf_counter() - start, update.lost, fingerprints=sent
+    )
 
 
 def pack(
@@ -165,12 +174,16 @@ def unpack(buffer: np.ndarray, entries: Sequence[BucketEntry]) -> list[tuple[str
 
 
 class _Update:
-    """One update of several engines: sends calls, waits for them, drops engines that died."""
+    """One update of several engines: sends calls, waits for them, drops engines that died, ends those that do not answer.
 
-    def __init__(self, engines: Sequence[Any], version: int) -> None:
+    free: called at the first engine that dies or fails, so that those which wait for it can answer.
+    """
+
+    def __init__(self, engines: Sequence[Any], version: int, free: Callable[[], None] | None = None) -> None:
         self.version = version
         self._engines = dict(enumerate(engines))
         self._total = len(engines)
+        self._free = free
 
     @property
     def lost(self) -> tuple[int, ...]:
@@ -182,18 +195,23 @@ class _Update:
     def settle(self, calls: Sequence[tuple[int, Any]]) -> None:
         """Wait for all calls before raising the first failure. A dead engine is no failure while another lives."""
         failure: Exception | None = None
-        for index, reference in calls:
+        waiting = {reference: index for index, reference in calls}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_DEADLINE_SECONDS)
+            if not ready:
+                self._end(waiting.values())
+                continue
+            index = waiting.pop(ready[0])
             try:
-                ray.get(reference, timeout=_DEADLINE_SECONDS)
+                ray.get(ready[0])
+                continue
             except RayActorError:
                 self._engines.pop(index, None)
-            except GetTimeoutError:
-                failure = failure or SyncError(
-                    f"rollout engine {index} did not answer within {_DEADLINE_SECONDS:g} s of the update to version {self.version}"
-                )
             except RayTaskError as error:  # without Ray's wrapping when the user can read it
                 failure = failure or (error.cause if isinstance(error.cause, SyncError) else error)
-        if failure is not None:
+            if self._free:
+                self._free()
+        if failure is not None and not (self._free and self.lost):  # else they failed because of the lost
             raise failure
         if not self._engines:
             raise SyncError(
@@ -201,13 +219,21 @@ class _Update:
             )
 
     def abort(self, reason: str) -> None:
-        for index, reference in self.call("abort_weight_update", reason):
-            try:
-                ray.get(reference, timeout=_DEADLINE_SECONDS)
-            except (RayActorError, RayTaskError, GetTimeoutError) as error:  # the first error is the one to raise
-                log.warning(
-                    "rollout engine %d could not abort the update to version %d: %s", index, self.version, error
-                )
+        try:
+            self.settle(self.call("abort_weight_update", reason))
+        except (RayTaskError, SyncError) as error:  # the first error is the one to raise
+            log.warning("the update to version %d could not be aborted: %s", self.version, error)
+
+    def _end(self, indices: Iterable[int]) -> None:
+        """Engines that do not answer: their calls then end as those of dead ones do."""
+        for index in self._engines.keys() & {*indices}:
+            log.warning(
+                "rollout engine %d has not answered for %g s in the update to version %d; it is ended",
+                index,
+                _DEADLINE_SECONDS,
+                self.version,
+            )
+            ray.kill(self._engines[index])
 
 
 def _tapped(
@@ -250,7 +276,8 @@ def register_backend() -> str:
 
         def receive_weights(self, update_info: Any) -> None:
             if not isinstance(update_info, Bucket):
-                return super().receive_weights(update_info)
+                with _given_up_when_broken(self.model_update_group):
+                    return super().receive_weights(update_info)
             views = unpack(update_info.buffer, update_info.entries)
             model: Any = self.model
             model.load_weights((name, tensor.to(self.device)) for name, tensor in views)
@@ -266,82 +293,172 @@ def register_backend() -> str:
 class NcclTransfer:
     """vLLM's `nccl` backend: one broadcast from world rank 0 to all engines. Not run yet, see the module docstring.
 
-    Built on every trainer rank whenever the set of engines changes (a restarted engine needs a new NCCL group). Unlike
-    `send_weights` it cannot leave out an engine that dies during a broadcast: NCCL then blocks, and the job must be restarted.
+    Built on every trainer rank whenever the set of engines changes (a restarted engine needs a new NCCL group), or after `broken`.
+
+        rank      0         1          2          3          4          two engines of two workers: world 1 + 2 × 2
+                  trainer   engine 0   engine 0   engine 1   engine 1   rank_offset 1 + engine × 2, then the worker's own rank
     """
 
-    def __init__(self, source: MegatronWeightSource, engines: Sequence[Any], *, rank: int, bucket_mib: int) -> None:
+    def __init__(
+        self, source: MegatronWeightSource, engines: Sequence[Any], *, rank: int, bucket_mib: int, workers: int
+    ) -> None:
+        """workers: of each engine (`rollout.tensor`)."""
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
 
+        self.broken = False
         self._source = source
-        self._client = _EngineClient(engines)
+        self._engines = engines
+        self._client = _EngineClient(engines, workers)
         self._is_sender = rank == 0
+        self._lock = threading.Lock()
+        self._stream = _vllm_source(source)
         info = NCCLTrainerInitInfo(
             master_address=ray.util.get_node_ip_address(),
             master_port=get_open_port(),
-            world_size=1 + len(engines),
+            world_size=1 + len(engines) * workers,
             packed_buffer_size_bytes=bucket_mib << 20,
             packed_num_buffers=_PACKED_BUFFERS,  # the engines hear of it from here
             rank=rank,
         )
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=_vllm_source(source))
+        self._engine: Any = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._stream)
 
     def send(self, version: int, *, with_fingerprints: bool = False) -> SyncReport | None:
-        """As `send_weights`. Fingerprints cost a second pass over the source here."""
+        """As `send_weights`, but when an engine dies the others do not have all weights either: the report is `broken`.
+
+        Fingerprints cost a second pass over the source here.
+        """
         start = time.perf_counter()
         metadata = self._source.metadata()
-        self._client.announced = metadata, version, self._source.unchanged
+        update = _Update(self._engines, version, self._give_up)
+        self._client.begin(update, (metadata, version, self._source.unchanged))
+        self._stream.current = None
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # vLLM reads on a stream of its own, which does not wait for the optimizer's
-        self._engine.send_weights()
+        failure: Exception | None = None
+        try:
+            self._engine.send_weights()
+        except Exception as error:
+            failure = error
+            self._give_up()
+            for _ in self._stream.current or iter(self._source):  # the other ranks are in the collectives of this pass
+                pass
+            if self._is_sender:
+                update.abort(str(error).splitlines()[0] if str(error) else type(error).__name__)
         found = fingerprints(self._source) if with_fingerprints else {}
+        if failure is not None and not isinstance(failure, _EngineLost):
+            raise failure
         if not self._is_sender:
             return None
         nbytes = sum(meta.nbytes for meta in metadata)
-        return SyncReport(version, len(metadata), nbytes, 0, time.perf_counter() - start, (), found)
+        seconds = time.perf_counter() - start
+        return SyncReport(version, len(metadata), nbytes, 0, seconds, update.lost, failure is not None, found)
 
     def shutdown(self) -> None:
         self._engine.shutdown()
+
+    def _give_up(self) -> None:
+        """Abort the communicator, here and, through the store, in the engines. From any thread: the sending one may be stuck in it.
+
+        What the sender still has to broadcast goes nowhere; it ends the pass over the source, which the other ranks take part in.
+        """
+        group = self._engine.model_update_group
+        with self._lock:
+            if self.broken or group is None:
+                return
+            self.broken = True
+        group.group.store.set(_BROKEN_OFF, "")
+        _abort(group, lambda *_, **__: None)
+
+
+class _EngineLost(SyncError):
+    """An engine died in an update by NCCL, which ended it for all."""
 
 
 class _EngineClient:
     """vLLM's control-plane protocol over actor handles. vLLM's own Ray client gives all handles one NCCL rank; these are
     separate engines, so each needs its own."""
 
-    def __init__(self, engines: Sequence[Any]) -> None:
+    def __init__(self, engines: Sequence[Any], workers: int) -> None:
         self._engines = list(engines)
-        # metadata, version and unchanged names of the update that begins
-        self.announced: tuple[Sequence[TensorMeta], int, Sequence[str]] = ([], 0, [])
+        self._workers = workers
+
+    def begin(self, update: _Update, announced: tuple[Sequence[TensorMeta], int, Sequence[str]]) -> None:
+        """announced: metadata, version and unchanged names of the update."""
+        self._update, self._announced = update, announced
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         first = init_info["rank_offset"]
         ray.get(
             [
-                engine.init_weight_transfer_engine.remote(init_info | {"rank_offset": first + index})
+                engine.init_weight_transfer_engine.remote(init_info | {"rank_offset": first + index * self._workers})
                 for index, engine in enumerate(self._engines)
             ]
         )
 
     def start_weight_update(self) -> None:
-        ray.get([engine.start_weight_update.remote(*self.announced) for engine in self._engines])
+        self._on_all("start_weight_update", *self._announced)
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        ray.get([engine.update_weights.remote(update_info) for engine in self._engines])
+        self._on_all("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        ray.get([engine.finish_weight_update.remote() for engine in self._engines])
+        self._update.settle(self._update.call("finish_weight_update"))  # who dies now takes nobody along
+
+    def _on_all(self, method: str, *arguments: Any) -> None:
+        self._update.settle(self._update.call(method, *arguments))
+        if lost := self._update.lost:
+            raise _EngineLost(f"rollout engines {list(lost)} died during {method}")
+
+
+@contextmanager
+def _given_up_when_broken(group: Any) -> Iterator[None]:
+    """While a worker receives: a second thread looks whether the trainer has given the communicator up, or is gone, and does so here."""
+    done, broken = threading.Event(), threading.Event()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SyncError("the broadcast of weights broke off")
+
+    def watch() -> None:
+        while not done.wait(_GLANCE_SECONDS):
+            try:
+                if not group.group.store.check([_BROKEN_OFF]):
+                    continue
+            except RuntimeError as error:
+                log.warning("the trainer's store does not answer: %s", error)
+            broken.set()
+            _abort(group, refuse)
+            return
+
+    thread = threading.Thread(target=watch, name="watch over a broadcast", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if broken.is_set():
+        refuse()  # what came last is not what was sent
+
+
+def _abort(group: Any, broadcast: Callable[..., None]) -> None:
+    """ncclCommAbort, which is made to be called while another thread waits in the communicator."""
+    group.broadcast = broadcast  # first: nobody may take up a communicator that is being freed
+    group.destroy()
 
 
 def _vllm_source(source: MegatronWeightSource) -> Any:
     from vllm.distributed.weight_transfer import ParamMeta, WeightSource
 
     class Source(WeightSource):
+        current: Iterator[tuple[str, Tensor | None]] | None = None  # the pass under way
+
         def metadata(self) -> list[ParamMeta]:
             return [ParamMeta(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return iter(source)  # type: ignore[arg-type]  # None only on ranks that do not send
+            self.current = iter(source)
+            return self.current  # type: ignore[return-value]  # None only on ranks that do not send
 
     return Source()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -26,9 +27,10 @@ from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.release.card import run_card
-from eureka_megatron.sync import ray_transfer
+from eureka_megatron.sync import ipc_transfer, ray_transfer
 from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.train.parcel import Rules, Share, shares
+from eureka_megatron.train.pulse import BEAT_SECONDS, Pulse, Watch, keep_log, last_words, log_file
 from eureka_megatron.types import Batch, Sample
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name, which torch looks at first
@@ -67,6 +69,7 @@ class TrainerRank:
         self.config, self.rank = config, -1  # until `start` says it
         self._nccl: ray_transfer.NcclTransfer | None = None
         self._nccl_engines: list[ActorHandle] = []
+        Pulse(min(BEAT_SECONDS, config.training.stall_seconds / 4))
 
     def address(self) -> str:
         """A free TCP address on this rank's node, for the rendezvous (asked of rank 0)."""
@@ -85,6 +88,7 @@ class TrainerRank:
         from eureka_megatron.train.trainer import PolicyTrainer
 
         self.rank = rank
+        keep_log(log_file(self.config.run.output, rank))
         layout, model, algorithm = self.config.layout, self.config.model, self.config.algorithm
         torch.manual_seed(self.config.run.seed)
         self.trainer = PolicyTrainer(
@@ -130,7 +134,7 @@ class TrainerRank:
         algorithm = self.config.algorithm
         objective = Objective(
             algorithm.loss,
-            algorithm.all_loss_options(),
+            self.config.loss_options,
             algorithm.compat,
             passes=self.config.training.passes,
             shaping=shaping_of(algorithm),
@@ -148,6 +152,15 @@ class TrainerRank:
 
     def _send(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool) -> SyncReport | None:
         source, bucket_mib = self.trainer.weight_source(), self.config.sync.bucket_mib
+        if self.config.placement == "colocated" and torch.cuda.is_available():
+            return ipc_transfer.send_weights(
+                source,
+                engines,
+                version=version,
+                bucket_mib=bucket_mib,
+                rank=self.rank,
+                with_fingerprints=with_fingerprints,
+            )
         if ray_transfer.default_backend() != "nccl":
             return ray_transfer.send_weights(
                 source,
@@ -157,13 +170,15 @@ class TrainerRank:
                 is_sender=self.rank == 0,
                 with_fingerprints=with_fingerprints,
             )
-        if self._nccl is None or self._nccl_engines != list(
-            engines
-        ):  # also after an engine was replaced: a new NCCL group
+        # Also after an engine was replaced: a new NCCL group.
+        if self._nccl is None or self._nccl.broken or self._nccl_engines != list(engines):
             if self._nccl is not None:
                 self._nccl.shutdown()
                 self._nccl, self._nccl_engines = None, []
-            self._nccl = ray_transfer.NcclTransfer(source, engines, rank=self.rank, bucket_mib=bucket_mib)
+            workers = self.config.rollout.tensor
+            self._nccl = ray_transfer.NcclTransfer(
+                source, engines, rank=self.rank, bucket_mib=bucket_mib, workers=workers
+            )
             self._nccl_engines = list(engines)
         return self._nccl.send(version, with_fingerprints=with_fingerprints)
 
@@ -175,6 +190,10 @@ class TrainerRank:
     def save(self, step: int, texts: dict[str, str], state: dict[str, Any]) -> None:
         """See TrainerCheckpoints.save."""
         self.checkpoints.save(step, texts, **state)
+
+    def rest(self) -> None:
+        """See PolicyTrainer.rest."""
+        self.trainer.rest(move=self.config.training.offload)
 
     def save_ended(self) -> bool:
         """See TrainerCheckpoints.ended."""
@@ -191,12 +210,17 @@ class TrainerGroup:
 
     def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]] | None = None) -> None:
         self.config = config
+        self._submitting = threading.Lock()
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         common: dict[str, Any] = {
             "num_cpus": 0,
             "num_gpus": gpus,
-            "runtime_env": {"env_vars": environment_of_a_rank(world, on_gpu=gpus > 0)},
+            "runtime_env": {
+                "env_vars": environment_of_a_rank(
+                    world, on_gpu=gpus > 0, exports_memory=config.placement == "colocated"
+                )
+            },
         }
         actor: Any = ray.remote(TrainerRank)
         # In the order of ranks once these are given out.
@@ -204,6 +228,8 @@ class TrainerGroup:
             actor.options(**common, **own).remote(config) for own in options or [{}] * world
         ]
         self.seats: list[Seat] = []
+        # Called before everything that needs the optimizer; colocated engines are put to sleep there.
+        self.before_training: Callable[[], None] = lambda: None
 
     def take_seats(self) -> list[Seat]:
         """Give the ranks out by (node, GPU), nodes in the order of the options: neighbours are neighbours. → the seats, by rank."""
@@ -225,15 +251,18 @@ class TrainerGroup:
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """Fresh optimizer and schedule with this horizon (optimizer steps)."""
+        self.before_training()
         self._all("trainer.start_phase", section, total_updates)
 
     def train(self, batch: Batch) -> list[dict[str, float]]:
         """Metrics of each optimizer step of this rollout step."""
+        self.before_training()
         first = self.places[0]  # a rank of the first stage, which has the tower
         return self._shared("train", shares(batch, first.rules, first.tower_ranks))
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
+        self.before_training()
         return self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
 
     def _shared(self, method: str, parts: Sequence[Share]) -> Any:
@@ -243,8 +272,14 @@ class TrainerGroup:
         return next(answer for answer, place in zip(answers, self.places, strict=True) if place.reports)
 
     def send_weights(self, engines: Sequence[ActorHandle], version: int, with_fingerprints: bool = False) -> SyncReport:
-        """Send the present weights to the engines as `version`."""
-        return self._all("send_weights", list(engines), version, with_fingerprints)[0]
+        """Send the present weights to the engines as `version`; again to those that live, when one that died broke the update off."""
+        alive = list(range(len(engines)))
+        while True:
+            handles = [engines[index] for index in alive]
+            report: SyncReport = self._all("send_weights", handles, version, with_fingerprints)[0]
+            alive = [index for place, index in enumerate(alive) if place not in report.lost]
+            if not report.broken:
+                return replace(report, lost=tuple(sorted({*range(len(engines))} - {*alive})))
 
     def export(self, output: Path, card: dict[str, Any]) -> None:
         """Write the present weights as a Hugging Face directory."""
@@ -264,7 +299,16 @@ class TrainerGroup:
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Fill weights, optimizer and schedule from a training checkpoint; after `start_phase`. → its state.json"""
+        self.before_training()
         return self._all("checkpoints.load", directory)[0]
+
+    def rest(self) -> None:
+        """Leave the GPUs' memory to the engines (`training.offload`), see train.offload."""
+        self._all("rest")
+
+    def resume(self) -> None:
+        """Make ready for updates after `rest`."""
+        self._all("trainer.resume")
 
     def close(self) -> None:
         """End the rank processes."""
@@ -276,22 +320,24 @@ class TrainerGroup:
 
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call the method on every rank with its arguments. → the answers, by rank; the first failure is raised at once."""
-        calls: list[ray.ObjectRef] = [
-            rank.call.remote(method, *own) for rank, own in zip(self.ranks, arguments, strict=True)
-        ]
-        waiting = calls
+        with self._submitting:  # all ranks get the calls of several threads in the same order: they are collectives
+            calls: list[ray.ObjectRef] = [
+                rank.call.remote(method, *own) for rank, own in zip(self.ranks, arguments, strict=True)
+            ]
+        waiting, watch = calls, Watch(self.ranks, self.config.training.stall_seconds)
         while waiting:  # after a failure the others may wait for ever, in a collective that the failed rank never joins
-            done, waiting = ray.wait(waiting, num_returns=1)
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=BEAT_SECONDS)
+            if not done:
+                watch.look(map(calls.index, waiting), method)
+                continue
             rank = calls.index(done[0])
             try:
                 ray.get(done[0])
             except RayTaskError as error:
                 raise from_remote(f"trainer rank {rank}", error) from None
             except RayActorError as error:
-                raise UserError(
-                    f"trainer rank {rank} died during {method!r} ({str(error).splitlines()[0]}); "
-                    "look for an out-of-memory kill in its log"
-                ) from error
+                word = last_words(log_file(self.config.run.output, rank))
+                raise UserError(f"trainer rank {rank} died during {method!r}: {word}") from error
         return ray.get(calls)
 
 
@@ -299,8 +345,10 @@ def _by_node_and_gpu(seat: Seat, nodes: Sequence[str]) -> Any:
     return nodes.index(seat.node), [(len(gpu), gpu) for gpu in seat.gpus], seat.pid  # "10" after "9"
 
 
-def environment_of_a_rank(world_size: int, *, on_gpu: bool) -> dict[str, str]:
+def environment_of_a_rank(world_size: int, *, on_gpu: bool, exports_memory: bool = False) -> dict[str, str]:
     """Variables of the trainer ranks' processes. On GPUs what this process has set counts, on a cluster too.
+
+    exports_memory: by CUDA IPC, to colocated engines; handles of expandable segments are such as many containers do not let pass.
 
     Of the trainers only: vLLM's sleep mode and expandable segments exclude each other.
     """
@@ -310,7 +358,7 @@ def environment_of_a_rank(world_size: int, *, on_gpu: bool) -> dict[str, str]:
         found["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # Rows of changing lengths would break fixed segments of memory into pieces too small to use.
         own = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
-        found |= own or {ALLOCATOR[0]: "expandable_segments:True"}
+        found |= own or ({} if exports_memory else {ALLOCATOR[0]: "expandable_segments:True"})
     return found
 
 

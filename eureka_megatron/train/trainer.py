@@ -31,6 +31,7 @@ from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
 from eureka_megatron.train import packing, step
 from eureka_megatron.train.freeze import freeze as freeze_parameters
 from eureka_megatron.train.freeze import frozen_tower
+from eureka_megatron.train.offload import Offload
 from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
 from eureka_megatron.train.parcel import Rules, Share, shares, unwrap, unwrap_pictures
 from eureka_megatron.train.reference import ReferenceWeights
@@ -76,11 +77,20 @@ class PolicyTrainer:
         self.frozen_tower = frozen_tower(chunks, parallel, max_tokens_per_micro_batch * merge**2)
         self.chunks = wrap(chunks, optimizer or OptimizerSection())
         self.optimizer: Any = None
+        self._offload = Offload(parallel.device)
         self._frozen_fingerprints: dict[str, Fingerprint] | None = None
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """A fresh optimizer and schedule on the present weights. `section.name` must be that of the constructor."""
         self.optimizer, self.scheduler = make_optimizer(self.chunks, section, total_updates)
+
+    def rest(self, *, move: bool = True) -> None:
+        """Leave the GPU's memory to others, see train.offload; weights can be sent and checkpoints written meanwhile."""
+        self._offload.rest(self.chunks, self.optimizer, move=move)
+
+    def resume(self) -> None:
+        """Make ready for updates after `rest`."""
+        self._offload.resume(self.chunks)
 
     # --- forward only ---
 

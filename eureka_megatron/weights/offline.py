@@ -34,6 +34,7 @@ from eureka_megatron.weights.companions import copy_companions
 from eureka_megatron.weights.hf_files import (
     MAX_SHARD_BYTES,
     Announced,
+    FileTensor,
     Reader,
     as_bytes,
     disk_errors,
@@ -47,7 +48,7 @@ from eureka_megatron.weights.hf_files import (
 from eureka_megatron.weights.online import check_hf, check_spare_head, open_checkpoint
 from eureka_megatron.weights.splits import Shape
 from eureka_megatron.weights.table import Row, expand, hf_metadata, rows
-from eureka_megatron.weights.torch_dist import DistReader, Place, append, stored_rows, stored_shape
+from eureka_megatron.weights.torch_dist import DistReader, Place, Stored, append, stored_rows, stored_shape
 from eureka_megatron.weights.torch_dist_metadata import Chunk, KeyedChunk, join_chunks, write_metadata
 
 CHUNK_BYTES = 16 * 2**20  # of one archive
@@ -292,6 +293,10 @@ def _start(job: Job) -> None:
     _job, _reader = job, open_checkpoint(job.source)
 
 
+def _source(name: str) -> FileTensor | Stored:
+    return FileTensor(_reader.tensors[name]) if isinstance(_reader, Reader) else _reader[name]
+
+
 def _write_unit(unit: int) -> int:
     """Writes one unit unless its record is there; → its bytes."""
     ranges = _job.units[unit]
@@ -301,6 +306,9 @@ def _write_unit(unit: int) -> int:
         temporary = record.with_suffix(".tmp")
         temporary.write_text(json.dumps([astuple(chunk) for chunk in chunks]))
         temporary.rename(record)
+        # What was read leaves the page cache: pages that are used again at once are cheaper than fresh ones.
+        for path in _reader.files:
+            sync_file(path, forget=True)
     return sum(part.nbytes for part in ranges)
 
 
@@ -313,7 +321,7 @@ def _write_distcp(unit: int, ranges: Sequence[RowRange]) -> list[Chunk]:
             row, place = known[part.name]
             shape = (part.stop - part.start, *row.split.shard_shape(row.shapes, 1)[1:])
             values = torch.empty(shape, dtype=_job.dtype)
-            row.split.fill(values, [_reader[name] for name in row.hf], start=part.start)
+            row.split.fill(values, [_source(name) for name in row.hf], start=part.start)
             offsets = (part.start, *(0 for _ in shape[1:]))
             if place.layer is not None:
                 offsets, values = (place.layer, *offsets), values[None]
@@ -327,7 +335,7 @@ def _write_safetensors(ranges: Sequence[RowRange]) -> list[Chunk]:
         with (_job.target / file_name).open("r+b") as file:
             for part in group:
                 file.seek(part.offset)
-                file.write(as_bytes(_reader[part.name][part.start : part.stop].to(_job.dtype)))
+                file.write(as_bytes(_source(part.name)[part.start : part.stop].to(_job.dtype)))
         sync_file(_job.target / file_name, forget=True)
     return []
 
@@ -367,7 +375,7 @@ def _verify_unit(unit: int) -> int:
                 for start, stop, _ in _cut(_reader.tensors[name].shape, _job.dtype)
             ]
         for name, bounds in pairs:
-            expected = _reader[name][bounds].to(_job.dtype).reshape(-1)
+            expected = _source(name)[bounds].to(_job.dtype).reshape(-1)
             if not torch.equal(expected.view(torch.uint8), written[name][bounds].reshape(-1).view(torch.uint8)):
                 different.append(name)
     if different:

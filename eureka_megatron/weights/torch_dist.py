@@ -5,13 +5,13 @@ each lies; a chunk is one `torch.save` archive inside a `.distcp` file. Names ar
 gives this model: layers of the text decoder are stacked along a leading axis, vision layers are not. Chunks may be cut in any
 way (by the tensor ranks of a training run, or by rows here), so a checkpoint loads at any layout.
 
-`DistReader` offers the HF tensors of such a directory, in the manner of `hf_files.Reader`: slices of them are put together from
-mapped chunks. Nothing in the files is executed. Why not torch's own reader: see `checkpoint.writer`.
+`DistReader` offers the HF tensors of such a directory, in the manner of `hf_files.Reader`: slices of them are read from the
+chunks. Nothing in the files is executed. Why not torch's own reader: see `checkpoint.writer`.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
-from eureka_megatron.weights.hf_files import TensorInfo
+from eureka_megatron.weights.hf_files import TensorInfo, as_bytes, read_part
 from eureka_megatron.weights.splits import Shape, matrix_shape
 from eureka_megatron.weights.table import Row, rows
 from eureka_megatron.weights.torch_dist_metadata import METADATA_FILE, Chunk, read_metadata
@@ -109,8 +109,7 @@ class DistReader:
         self.stored = read_metadata(self.directory, prefix)
         self.files = sorted({self.directory / chunk.file for t in self.stored.values() for chunk in t.chunks})
         self.tensors: dict[str, TensorInfo] = {}
-        self._maps: dict[str, mmap.mmap] = {}
-        self._values: dict[Chunk, Tensor] = {}
+        self._values: dict[Chunk, TensorInfo] = {}
         self._chunks: dict[Place, list[Chunk]] = {}  # that hold something of a parameter
         self._found: dict[str, tuple[Row, Place, int]] = {}
         used = set()
@@ -152,21 +151,14 @@ class DistReader:
                 here = zip(parts, bounds, strict=True)
                 target = out[tuple(slice(part.start - bound.start, part.stop - bound.start) for part, bound in here)]
                 there = zip(parts, chunk.offsets, strict=True)
-                target.copy_(
-                    self._mapped(chunk, out.dtype)[tuple(slice(part.start - at, part.stop - at) for part, at in there)]
-                )
+                read_part(self._lies(chunk, out.dtype), [slice(p.start - at, p.stop - at) for p, at in there], target)
 
-    def _mapped(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        """The values of a chunk, mapped: the archive stores them as they are."""
+    def _lies(self, chunk: Chunk, dtype: torch.dtype) -> TensorInfo:
+        """Where the values of a chunk lie: the archive stores them as they are."""
         if chunk not in self._values:
-            if chunk.file not in self._maps:
-                with (self.directory / chunk.file).open("rb") as file:
-                    self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            data, nbytes = self._maps[chunk.file], prod(chunk.sizes) * dtype.itemsize
-            start = _data_offset(data, chunk, nbytes, self.directory)
-            flat = torch.frombuffer(data, dtype=torch.uint8, count=nbytes, offset=start)
-            # Archives of other writers may follow each other without alignment.
-            self._values[chunk] = (flat.clone() if start % dtype.itemsize else flat).view(dtype).view(chunk.sizes)
+            path, nbytes = self.directory / chunk.file, prod(chunk.sizes) * dtype.itemsize
+            start = _data_offset(path, chunk, nbytes)
+            self._values[chunk] = TensorInfo(path.name, chunk.sizes, dtype, path, start, nbytes)
         return self._values[chunk]
 
 
@@ -179,22 +171,22 @@ def _common(bounds: Sequence[slice], chunk: Chunk) -> list[slice] | None:
     return found if all(part.start < part.stop for part in found) else None
 
 
-def _data_offset(data: mmap.mmap, chunk: Chunk, expected: int, directory: Path) -> int:
+def _data_offset(path: Path, chunk: Chunk, expected: int) -> int:
     """Where the values begin, from the archive's directory at its end."""
-    name, end = f"{directory / chunk.file} at byte {chunk.offset}", chunk.offset + chunk.nbytes
+    name, end = f"{path} at byte {chunk.offset}", chunk.offset + chunk.nbytes
     begin = max(chunk.offset, end - TAIL_BYTES)
-    try:
-        with zipfile.ZipFile(BytesIO(data[begin:end])) as archive:  # counts from the tail's beginning
-            (record,) = [item for item in archive.infolist() if item.filename.endswith("/data/0")]
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{name}: no archive of one tensor ({error})") from None
-    if record.compress_type != zipfile.ZIP_STORED or record.file_size != expected:
-        raise UserError(f"{name}: holds {record.file_size} bytes, the metadata says {expected}")
-    at = begin + record.header_offset
-    lengths = struct.unpack_from(
-        "<HH", data, at + 26
-    )  # of the record's name and extra field, which stand before its values
-    return at + 30 + sum(lengths)
+    with path.open("rb", buffering=0) as file:
+        tail = os.pread(file.fileno(), end - begin, begin)
+        try:
+            with zipfile.ZipFile(BytesIO(tail)) as archive:  # counts from the tail's beginning
+                (record,) = [item for item in archive.infolist() if item.filename.endswith("/data/0")]
+        except (zipfile.BadZipFile, ValueError) as error:
+            raise UserError(f"{name}: no archive of one tensor ({error})") from None
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != expected:
+            raise UserError(f"{name}: holds {record.file_size} bytes, the metadata says {expected}")
+        at = begin + record.header_offset
+        # The record's name and extra field stand before its values.
+        return at + 30 + sum(struct.unpack("<HH", os.pread(file.fileno(), 4, at + 26)))
 
 
 class Stored:
@@ -235,16 +227,28 @@ class Appended(Protocol):
 
 
 def append(file: Appended, values: Tensor, offsets: Shape, name: str) -> Chunk:
-    """Appends one chunk to a .distcp file. `values` must own its storage: all of it is written."""
-    assert values.is_contiguous()
-    assert values.untyped_storage().nbytes() == values.nbytes
+    """Appends one chunk, as `torch.save` would write it, to a .distcp file."""
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     start = file.tell()
+    empty = torch.empty(values.shape, dtype=values.dtype)  # memory that nothing touches is no memory
     try:
-        torch.save(values, file)  # type: ignore[arg-type]  # it asks for no more
+        with torch.serialization.skip_data():
+            torch.save(empty, _Filled(file, values))  # type: ignore[arg-type]  # it asks for no more
     except RuntimeError as error:  # what torch makes of a full disk
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
         raise cause or error from None
     return Chunk(offsets, tuple(values.shape), name, start, file.tell() - start)
+
+
+class _Filled:
+    """A file for `torch.save` that leaves room for values: they are written there, past its archive writer, which would copy them twice."""
+
+    def __init__(self, file: Appended, values: Tensor):
+        self.values = values
+        self.file, self.write, self.tell, self.flush = file, file.write, file.tell, file.flush
+
+    def seek(self, nbytes: int, whence: int) -> int:
+        assert (nbytes, whence) == (self.values.nbytes, os.SEEK_CUR), "the only gap is that of the values"
+        return self.file.write(as_bytes(self.values))

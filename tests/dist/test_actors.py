@@ -1,6 +1,7 @@
 """The trainer ranks' processes as Ray starts them: their environment, their memory, the object store."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from eureka_megatron.config import make_config
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError
 from eureka_megatron.train.parcel import Parcel, unwrap, wrap
@@ -174,3 +176,63 @@ def test_ranks_that_get_their_share_make_the_updates_of_ranks_that_have_everythi
     finally:
         group.close()
     assert found == run_ranks(plain_updates, 2, str(tiny_dir), config, batch)[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ray_with_gpus: Any, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Starts trainer ranks at tensor 2; a function, as each test spoils them."""
+    from eureka_megatron.train import actor
+
+    class Spoilt(actor.TrainerRank):  # local, so that Ray pickles it by value
+        def pid(self) -> int:
+            return os.getpid()
+
+        def call(self, name: str, *arguments: Any) -> Any:
+            if name == "spoil":
+                if self.rank == 1:
+                    arguments[0]()
+                torch.distributed.all_reduce(torch.ones(1))
+            return super().call(name, *arguments) if name != "spoil" else None
+
+    groups = []
+
+    def start(output: Path) -> Any:
+        sections = {
+            "run": {"output": str(output)},
+            "parallel": {"tensor": 2},
+            "training": {"prompts_per_step": 4, "responses_per_update": 8, "stall_seconds": 4},
+        }
+        config = run_config(tiny_dir).model_copy()
+        config = make_config({**config.model_dump(mode="json"), **sections})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(actor, "TrainerRank", Spoilt)
+            groups.append(actor.TrainerGroup(config))
+        groups[-1].start()
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        group.close()
+
+
+def test_a_rank_that_dies_ends_the_call_with_its_last_word(two_ranks: Any, tmp_path: Path) -> None:
+    def crash() -> None:
+        print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
+        print("(a line about something else)", flush=True)
+        os._exit(3)
+
+    group = two_ranks(tmp_path)
+    with pytest.raises(UserError, match=r"rank 1 died during 'spoil': CUDA error: an illegal.*logs/rank_0001\.log"):
+        group._all("spoil", crash)
+    assert (tmp_path / "logs" / "rank_0000.log").read_text().startswith("--- ")
+
+
+def test_a_rank_that_stands_still_is_named_and_what_the_others_wait_in(two_ranks: Any, tmp_path: Path) -> None:
+    group = two_ranks(tmp_path)
+    pids: list[int] = group._all("pid")
+    try:
+        expected = r"rank 1 stands still: no sign of life for 4 s \(training\.stall_seconds\) during 'spoil'; rank 0 waits in all_reduce"
+        with pytest.raises(UserError, match=expected):
+            group._all("spoil", lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    finally:
+        os.kill(pids[1], signal.SIGCONT)

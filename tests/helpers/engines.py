@@ -1,7 +1,8 @@
 """For tests with real engines: a private Ray, prompts over made-up pictures, and transformers as the judge of log-probabilities."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def private_ray(cpus: int = 2, store_mib: int = 256, gpus: int = 0) -> Iterator[
             yield
         finally:
             ray.shutdown()
+
+
+def wait_until(happened: Callable[[], Any], seconds: float = 120.0) -> None:
+    """Looks again and again, at most so long."""
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.01)
 
 
 def run_config(model: Path, sections: dict[str, Any] | None = None, **rollout: Any) -> RunConfig:
@@ -163,7 +172,7 @@ def score(
 ) -> list[np.ndarray]:
     """float32 [R] each: the first engine's log-probabilities of given responses, see Engine.score."""
     part = [prompt.without_patches() for prompt in prompts]
-    return pool._result(pool.actors[0].score.remote(part, list(responses), temperature), 0, None)
+    return pool._result(pool.actors[0].score.remote(part, list(responses), temperature), 0, pool.actors[0], None)
 
 
 def module_source(module: torch.nn.Module, *, dtype: torch.dtype | None = None) -> MegatronWeightSource:

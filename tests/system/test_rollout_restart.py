@@ -76,7 +76,7 @@ def _gone(pid: int) -> bool:
 def test_a_killed_engine_without_a_source_of_weights_is_an_error(pool: Any, trainer: Any, questions: list[Any]) -> None:
     from eureka_megatron.sync.ray_transfer import send_weights
 
-    def send(engines: list[Any]) -> Any:
+    def send(engines: list[Any], wait: bool = True) -> Any:
         return send_weights(module_source(trainer), engines, version=1, bucket_mib=64, is_sender=True)
 
     pool.weights_sent(send(pool.actors))
@@ -139,10 +139,10 @@ def test_an_engine_that_dies_during_a_sync_is_replaced_and_the_others_are_comple
     os.kill(pool.status()[1]["pid"], signal.SIGKILL)
     report = send(pool.actors, 5)
     assert report.lost == (1,)
-    pool.resend = lambda engines: send(engines, 5)
+    pool.resend = lambda engines, wait: send(engines, 5)
     pool.weights_sent(report)
     assert [status["weight_version"] for status in pool.status()] == [5, 5]
-    for found in pool.fingerprints():
+    for found in pool.fingerprints().values():
         compare(report.fingerprints, found)
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from eureka_megatron.rollout.engine import collapse_placeholders, request_seeds
-from eureka_megatron.rollout.pool import balance
 from eureka_megatron.sync.check import check_announced, compare, fingerprint, fingerprints
 from eureka_megatron.sync.ray_transfer import pack, send_weights, unpack
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
@@ -142,16 +141,6 @@ def test_placeholders_collapse_to_one_a_picture() -> None:
     prompt = Prompt("p", "", "", tokens, np.zeros((3, 11), int), pictures, (1, 8))
     assert collapse_placeholders(prompt) == [1, 9, 2, 9]
     assert collapse_placeholders(_prompt("text")) == [0, 1, 2]
-
-
-def test_shares_are_balanced_and_complete() -> None:
-    assert balance([5, 1, 1, 4], 2) == [[0, 2], [1, 3]]
-    assert balance([1.0], 3) == [[0], [], []]
-    costs = np.random.default_rng(0).integers(1, 100, 50).tolist()
-    shares = balance(costs, 4)
-    assert sorted(index for share in shares for index in share) == list(range(50))
-    loads = [sum(costs[index] for index in share) for share in shares]
-    assert max(loads) - min(loads) <= max(costs)
 
 
 def _prompt(name: str) -> Prompt:

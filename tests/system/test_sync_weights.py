@@ -3,7 +3,9 @@
 The trainer's side is transformers' model where the test is about the engine, and real Megatron ranks at the end.
 """
 
+import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,17 @@ import torch
 
 from eureka_megatron.sync.check import compare, fingerprints
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
-from tests.helpers.engines import Prompts, load_reference, module_source, private_ray, run_config, score, worst
+from tests.helpers.engines import (
+    Prompts,
+    load_reference,
+    module_source,
+    private_ray,
+    reference_logprobs,
+    run_config,
+    score,
+    wait_until,
+    worst,
+)
 
 pytestmark = pytest.mark.system
 
@@ -27,6 +39,10 @@ def pool(tiny_dir: Path) -> Iterator[Any]:
     from eureka_megatron.rollout.pool import RolloutPool
 
     class ForgetfulEngine(Engine):  # local, so that Ray pickles it by value; an ordinary engine until told otherwise
+        @property
+        def _model(self) -> Any:  # with one worker it is in this process
+            return self._llm.collective_rpc(lambda worker: worker.get_model())[0]
+
         def keep_encoder_cache(self, keep: bool) -> None:
             self._llm.llm_engine.reset_encoder_cache = (lambda: None) if keep else None
             if not keep:
@@ -115,6 +131,35 @@ def test_a_changed_vision_tower_is_seen_with_the_same_picture(
     assert difference <= 1e-5
     assert worst(trainer, tiny_dir, mixture, before) > 1e-3  # so the change did matter
     assert {rollout.weight_version for group in after for rollout in group.rollouts} == {11}
+
+
+def test_what_is_not_finished_goes_on_with_the_new_weights(
+    pool: Any, trainer: Any, prompts: Prompts, tiny_dir: Path
+) -> None:
+    """Weights arrive in the middle of responses: each token's log-probability is that of the weights it says it comes from."""
+    _change(trainer, 20)
+    _send(pool, module_source(trainer), 20)
+    old, mixture = copy.deepcopy(trainer), prompts.mixture()
+    with ThreadPoolExecutor(1) as thread:
+        options = {**OPTIONS, "max_tokens": 300}
+        coming = thread.submit(pool.generate, mixture, **options, seed=3)
+        wait_until(lambda: pool._calls or coming.done())
+        with pool.paused():
+            _change(trainer, 21)
+            _send(pool, module_source(trainer), 21)
+        groups = coming.result()
+    found = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+    carried = [(prompt, rollout) for prompt, rollout in found if rollout.switches]
+    assert len(carried) > len(found) / 2, "the update came too late"
+    errors = []
+    for prompt, rollout in carried:
+        ((first, version),) = rollout.switches
+        assert (rollout.weight_version, version) == (20, 21)
+        for model, part in ((old, slice(0, first)), (trainer, slice(first, None))):
+            expected = reference_logprobs(model, tiny_dir, prompt, rollout.tokens_R)[part]
+            errors += np.abs(expected - rollout.logprobs_R[part]).tolist()
+    print(f"largest difference over {len(errors)} tokens of carried responses: {max(errors):.2e}")
+    assert max(errors) <= 1e-5
 
 
 def test_without_dropping_the_encoder_cache_the_old_tower_goes_on(

@@ -28,6 +28,10 @@ def pool(tiny_dir: Path) -> Iterator[Any]:
     from eureka_megatron.rollout.pool import RolloutPool
 
     class ObservedEngine(Engine):  # local, so that Ray pickles it by value
+        @property
+        def _model(self) -> Any:  # with one worker it is in this process
+            return self._llm.collective_rpc(lambda worker: worker.get_model())[0]
+
         def positions(self, prompt: Prompt) -> np.ndarray:
             """What vLLM works out while it serves the prompt: int64 [3, S + 1]."""
             original, seen = self._model.get_mrope_input_positions, []

@@ -33,8 +33,15 @@ EARLIER = ("eureka_megatron.models.qwen2_5_vl.tiny",)
 NEVER = (("train", "rollout"), ("rollout", "train"))
 # Who may import what is heavy, as path prefixes below the package.
 ALLOWED = {
-    "vllm": ("rollout/engine.py", "rollout/weights.py", "sync/"),
-    "ray": ("run/cluster.py", "run/placement.py", "rollout/pool.py", "train/actor.py", "sync/ray_transfer.py"),
+    "vllm": ("rollout/engine.py", "rollout/weights.py", "rollout/worker.py", "sync/"),
+    "ray": (
+        "run/cluster.py",
+        "run/placement.py",
+        "rollout/pool.py",
+        "train/actor.py",
+        "train/pulse.py",
+        "sync/ray_transfer.py",
+    ),
     "megatron": ("models/", "parallel/", "train/", "weights/online.py", "checkpoint/store.py"),
 }
 # Tested on bare torch, so they may not reach the trainer's or the engine's libraries by any path.

@@ -1,10 +1,12 @@
 """NcclTransfer through vLLM's own sender and receiver, on a machine without NCCL.
 
-vLLM's classes are the real ones: trainer engine, worker engine, packed producer and consumer. Stand-ins are what a CPU lacks: NCCL's
-group is a queue between threads, Ray's calls are threads, and `Streams` plays torch's CUDA streams: it notes who reads what where, and
-says when a GPU would not have waited. What NCCL and CUDA themselves do is not shown here.
+vLLM's classes are the real ones: trainer engine, worker engine, packed producer and consumer, the store through which a group is formed.
+Stand-ins are what a CPU lacks: NCCL's communicator is queues between threads, Ray's calls are threads, and `Streams` plays torch's CUDA
+streams: it notes who reads what where, and says when a GPU would not have waited. As NCCL's, a broadcast ends when all have taken part, or
+when the communicator is aborted here. What NCCL and CUDA themselves do is not shown here.
 """
 
+import concurrent.futures
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -15,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 
 from eureka_megatron.sync import ray_transfer
-from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
+from eureka_megatron.sync.ray_transfer import NcclTransfer, SyncReport
+from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
 
 WEIGHTS = [(f"model.layers.{n // 2}.{'ab'[n % 2]}.weight", torch.randn(120_000, dtype=torch.float32)) for n in range(8)]
+PATIENCE_SECONDS = 30.0
 BUCKET_MIB = 1  # two layers and a half: one of them spans two buckets
 
 
@@ -55,21 +60,38 @@ class Streams:
             self.here.name = before
 
 
-class Group:
-    """One end of a broadcast from rank 0 to one engine."""
+ABORTED = "aborted"
 
-    def __init__(self, wire: queue.Queue, log: list[str], name: str) -> None:
-        self.wire, self.log, self.name = wire, log, name
+
+class Wire:
+    """What the ends of one communicator share."""
+
+    def __init__(self, world: int) -> None:
+        self.to = [queue.Queue() for _ in range(world)]
+        self.taken: queue.Queue = queue.Queue()
+
+
+class Group:
+    """One end of a communicator, as PyNcclCommunicator has it."""
+
+    def __init__(self, group: Any, wire: Wire, log: list[str], name: str) -> None:
+        self.group, self.wire, self.log, self.name = group, wire, log, name
         log.append(f"{name} made")
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> None:
-        if self.name.startswith("trainer"):
-            self.wire.put(tensor.clone())
-        else:
-            tensor.copy_(self.wire.get(timeout=10))
+        if self.group.rank == src:
+            for receiver in self.wire.to[1:]:
+                receiver.put(tensor.clone())
+            for _ in self.wire.to[1:]:
+                if self.wire.taken.get(timeout=PATIENCE_SECONDS) is ABORTED:
+                    return
+        elif (found := self.wire.to[self.group.rank].get(timeout=PATIENCE_SECONDS)) is not ABORTED:
+            tensor.copy_(found)
+            self.wire.taken.put(self.group.rank)
 
     def destroy(self) -> None:
         self.log.append(f"{self.name} destroyed")
+        (self.wire.taken if self.group.rank == 0 else self.wire.to[self.group.rank]).put(ABORTED)
 
 
 class Model(torch.nn.Module):
@@ -92,31 +114,51 @@ class Model(torch.nn.Module):
 
 
 class Engine:
-    """An engine's actor handle: every method has `.remote`, which answers with a future. Behind it is vLLM's worker-side engine."""
+    """An engine's actor handle: every method has `.remote`, which answers with a future. Behind it are vLLM's worker-side engines."""
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, workers: int = 1) -> None:
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-        self.model = Model(streams)
-        shape = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
-        self.worker = WeightTransferEngineFactory.create_engine(
-            WeightTransferConfig(backend=ray_transfer.register_backend()),
-            SimpleNamespace(parallel_config=shape, model_config=None),
-            torch.device("cpu"),
-            self.model,
-        )
+        self.models = [Model(streams) for _ in range(workers)]
+        self.workers = [
+            WeightTransferEngineFactory.create_engine(
+                WeightTransferConfig(backend=ray_transfer.register_backend()),
+                SimpleNamespace(
+                    parallel_config=SimpleNamespace(data_parallel_index=0, world_size=workers, rank=rank),
+                    model_config=None,
+                ),
+                torch.device("cpu"),
+                model,
+            )
+            for rank, model in enumerate(self.models)
+        ]
+        self.pools = [ThreadPoolExecutor(1, f"worker {rank}") for rank in range(workers)]
         self.pool = ThreadPoolExecutor(1, "engine")
+        self.aborted: list[str] = []
         self.init_weight_transfer_engine = self._remote(
-            lambda info: self.worker.init_transfer_engine(self.worker.parse_init_info(info))
+            lambda info: self._on_workers(lambda worker: worker.init_transfer_engine(worker.parse_init_info(info)))
         )
         self.update_weights = self._remote(
-            lambda info: self.worker.receive_weights(self.worker.parse_update_info(info))
+            lambda info: self._on_workers(lambda worker: worker.receive_weights(worker.parse_update_info(info)))
         )
         self.start_weight_update = self.finish_weight_update = self._remote(lambda *_: None)
+        self.abort_weight_update = self._remote(self.aborted.append)
+
+    def _on_workers(self, call: Callable[..., Any]) -> None:
+        calls = [pool.submit(call, worker) for pool, worker in zip(self.pools, self.workers, strict=True)]
+        try:
+            for done in calls:
+                done.result(PATIENCE_SECONDS)
+        except SyncError as error:
+            raise RayTaskError("update_weights", str(error), error) from None
 
     def _remote(self, call: Callable[..., Any]) -> Any:
         return SimpleNamespace(remote=lambda *arguments: self.pool.submit(call, *arguments))
+
+    @property
+    def found(self) -> list[dict[str, Any]]:
+        return [{name: tensor.tolist() for name, tensor in model.found.items()} for model in self.models]
 
 
 @pytest.fixture
@@ -141,30 +183,33 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of NCCL groups made and destroyed, in order."""
-    from vllm.distributed.weight_transfer import nccl_engine
+    """Of ends of communicators made and destroyed, in order."""
+    from vllm.distributed.utils import StatelessProcessGroup
+    from vllm.distributed.weight_transfer import nccl_common
 
     found: list[str] = []
-    wires: dict[int, queue.Queue] = {}
+    wires: dict[int, Wire] = {}
+    lock = threading.Lock()
 
-    def wire(info: Any) -> queue.Queue:
-        return wires.setdefault(info.master_port, queue.Queue())
+    def join(address: str, port: int, rank: int, world_size: int, device: Any) -> Group:
+        group = StatelessProcessGroup.create(host=address, port=port, rank=rank, world_size=world_size)
+        with lock:
+            wire = wires.setdefault(port, Wire(world_size))
+            return Group(group, wire, found, f"rank {rank} of {world_size} in group {[*wires].index(port)}")
 
-    def group(side: str, info: Any) -> Group:
-        return Group(wire(info), found, f"{side} group {[*wires].index(info.master_port)}")
+    def wait(futures: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        done, _ = concurrent.futures.wait(futures, PATIENCE_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        return [*done][:1], []
 
-    def trainer_side(info: Any) -> Group:
-        wire(info)
-        return group("trainer", info)
+    def get(futures: Any) -> Any:
+        listed = futures if isinstance(futures, list) else [futures]
+        return [future.result(PATIENCE_SECONDS) for future in listed]
 
-    def engine_side(info: Any, _: Any) -> Group:
-        wire(info)
-        return group("engine", info)
-
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", trainer_side)
-    monkeypatch.setattr(nccl_engine, "worker_init_process_group", engine_side)
-    monkeypatch.setattr(ray_transfer.ray, "get", lambda futures: [future.result(10) for future in futures])
+    monkeypatch.setattr(nccl_common, "stateless_init_process_group", join)
+    monkeypatch.setattr(ray_transfer.ray, "get", get)
+    monkeypatch.setattr(ray_transfer.ray, "wait", wait)
     monkeypatch.setattr(ray_transfer.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(ray_transfer, "_GLANCE_SECONDS", 0.05)
     return found
 
 
@@ -178,33 +223,138 @@ def source(streams: Streams) -> MegatronWeightSource:
     return MegatronWeightSource(weights, [TensorMeta(name, t.dtype, tuple(t.shape)) for name, t in WEIGHTS])
 
 
+def transfer_to(engines: list[Engine], streams: Streams, workers: int = 1) -> NcclTransfer:
+    return NcclTransfer(source(streams), engines, rank=0, bucket_mib=BUCKET_MIB, workers=workers)
+
+
+ALL = {name: tensor.tolist() for name, tensor in WEIGHTS}
+
+
 def test_weights_arrive_in_an_order_that_a_gpu_keeps(streams: Streams, log: list[str]) -> None:
     """Of a layer that spans two buckets both halves come on one stream, and nothing is read before the optimizer has written it."""
     engine = Engine(streams)
-    transfer = ray_transfer.NcclTransfer(source(streams), [engine], rank=0, bucket_mib=BUCKET_MIB)
+    transfer, [worker], [model] = transfer_to([engine], streams), engine.workers, engine.models
     assert transfer._engine.packed
-    assert engine.worker.packed
-    assert transfer._engine.packed_num_buffers == engine.worker.packed_num_buffers == 1
-    assert transfer._engine.packed_buffer_size_bytes == engine.worker.packed_buffer_size_bytes == BUCKET_MIB << 20
+    assert worker.packed
+    assert transfer._engine.packed_num_buffers == worker.packed_num_buffers == 1
+    assert transfer._engine.packed_buffer_size_bytes == worker.packed_buffer_size_bytes == BUCKET_MIB << 20
     for version in (1, 2):
         streams.pending = True  # the optimizer's last kernels are queued, not done
         report = transfer.send(version, with_fingerprints=True)
         assert not streams.trouble
-        assert {name: found.tolist() for name, found in engine.model.found.items()} == {
-            name: tensor.tolist() for name, tensor in WEIGHTS
-        }
+        assert engine.found == [ALL]
         assert len(report.fingerprints) == len(WEIGHTS)
-        engine.model.found.clear()
-        engine.model.waiting.clear()
+        assert not report.broken
+        model.found.clear()
+        model.waiting.clear()
     assert len(streams.made) == 2  # one of the sender, one of the engine
+
+
+def test_every_worker_of_every_engine_has_a_rank_of_its_own(streams: Streams, log: list[str]) -> None:
+    engines = [Engine(streams, workers=2) for _ in range(2)]
+    transfer = transfer_to(engines, streams, workers=2)
+    assert sorted(log) == [f"rank {rank} of 5 in group 0 made" for rank in range(5)]
+    ranks = [worker.model_update_group.group.rank for engine in engines for worker in engine.workers]
+    assert ranks == [1, 2, 3, 4]
+    transfer.send(1)
+    assert [found for engine in engines for found in engine.found] == [ALL] * 4
 
 
 def test_an_engine_gives_its_group_back_before_it_joins_another(streams: Streams, log: list[str]) -> None:
     """A second group is made whenever an engine was replaced; the survivors hold memory of the GPU in the first."""
     engine = Engine(streams)
-    first = ray_transfer.NcclTransfer(source(streams), [engine], rank=0, bucket_mib=BUCKET_MIB)
+    first = transfer_to([engine], streams)
     first.shutdown()
-    ray_transfer.NcclTransfer(source(streams), [engine], rank=0, bucket_mib=BUCKET_MIB)
-    engines = [entry for entry in log if entry.startswith("engine")]
-    assert engines == ["engine group 0 made", "engine group 0 destroyed", "engine group 1 made"]
-    assert "trainer group 0 destroyed" in log
+    transfer_to([engine], streams)
+    own = [entry for entry in log if entry.startswith("rank 1")]
+    assert own == [f"rank 1 of 2 in group {what}" for what in ("0 made", "0 destroyed", "1 made")]
+    assert "rank 0 of 2 in group 0 destroyed" in log
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_engine_that_dies_in_a_broadcast_holds_up_nobody(victim: int, streams: Streams, log: list[str]) -> None:
+    """Trainer and survivors give the communicator up, no survivor takes what was left of it for weights, and they get all in a new group."""
+    engines = [Engine(streams, workers=2) for _ in range(2)]
+    transfer = transfer_to(engines, streams, workers=2)
+
+    def die(*_: Any) -> None:
+        raise RayActorError
+
+    engines[victim].update_weights = engines[victim]._remote(die)
+    passes = []
+    original = transfer._source._weights
+    transfer._source._weights = lambda: (passes.append(name) or (name, tensor) for name, tensor in original())
+    report = transfer.send(1)
+    assert report.broken
+    assert report.lost == (victim,)
+    assert passes == [name for name, _ in WEIGHTS], "the other ranks of the trainer take part in a whole pass"
+    survivor = engines[1 - victim]
+    assert survivor.aborted == [f"rollout engines [{victim}] died during update_weights"]
+    assert ALL not in survivor.found
+    for model in survivor.models:
+        model.waiting.clear()
+
+    transfer.shutdown()
+    report = transfer_to([survivor], streams, workers=2).send(1)
+    assert not report.broken
+    assert survivor.found == [ALL] * 2
+    for rank in (1, 2) if victim == 1 else (3, 4):
+        assert f"rank {rank} of 5 in group 0 destroyed" in log
+
+
+def test_an_engine_that_died_before_the_update_is_left_out_of_the_next_group(streams: Streams, log: list[str]) -> None:
+    engines = [Engine(streams) for _ in range(2)]
+    transfer = transfer_to(engines, streams)
+
+    def die(*_: Any) -> None:
+        raise RayActorError
+
+    engines[0].start_weight_update = engines[0]._remote(die)
+    report = transfer.send(1)
+    assert (report.broken, report.lost) == (True, (0,))
+    assert engines[1].found == [{}]
+
+
+def test_an_engine_that_refuses_is_an_error_and_ends_the_pass(streams: Streams, log: list[str]) -> None:
+    engines = [Engine(streams) for _ in range(2)]
+    transfer = transfer_to(engines, streams)
+    refusal = SyncError("1 tensors are missing: a")
+
+    def refuse(*_: Any) -> None:
+        raise RayTaskError("start_weight_update", "", refusal)
+
+    engines[1].start_weight_update = engines[1]._remote(refuse)
+    with pytest.raises(SyncError, match="1 tensors are missing"):
+        transfer.send(1)
+    assert transfer.broken
+    assert engines[0].aborted == ["1 tensors are missing: a"]
+
+
+def test_a_trainer_that_dies_in_a_broadcast_leaves_no_engine_waiting(streams: Streams, log: list[str]) -> None:
+    engine = Engine(streams)
+    transfer = transfer_to([engine], streams)
+    waiting = engine.update_weights.remote(
+        {"names": ["model.layers.0.a.weight"], "dtype_names": ["float32"], "shapes": [[120_000]]}
+    )
+    del transfer._engine.model_update_group.group.store  # and with it the server
+    with pytest.raises(RayTaskError, match="the broadcast of weights broke off"):
+        waiting.result(PATIENCE_SECONDS)
+
+
+def test_the_driver_sends_again_to_the_engines_that_live() -> None:
+    from eureka_megatron.train.actor import TrainerGroup
+
+    reports = [SyncReport(1, 8, 0, 0, 0.0, lost=(1,), broken=True), SyncReport(1, 8, 0, 0, 0.0, lost=(1,))]
+    asked = []
+
+    class Group(TrainerGroup):
+        def __init__(self) -> None:
+            pass
+
+        def _all(self, method: str, *arguments: Any) -> list[Any]:
+            asked.append(arguments[0])
+            return [reports.pop(0)]
+
+    report = Group().send_weights(["a", "b", "c", "d"], 1)
+    assert asked == [["a", "b", "c", "d"], ["a", "c", "d"]]
+    assert report.lost == (1, 2)

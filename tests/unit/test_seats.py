@@ -150,3 +150,5 @@ def test_colocated_engines_must_divide_the_ranks(tmp_path: Path) -> None:
         make_config(given | {"parallel": {"data": 4}, "rollout": {"engines": 3}})
     with pytest.raises(ConfigError, match=r"rollout.tensor that divides 3$"):
         make_config(given | {"parallel": {"data": 3}, "rollout": {"tensor": 2}})
+    with pytest.raises(ConfigError, match=r"async_steps=1 needs placement=split"):
+        make_config(given | {"training": {"async_steps": 1}})

@@ -339,8 +339,20 @@ def check_layout(config: QwenVLConfig, layout: Layout) -> None:
             )
 
 
-def _check_tensor(text: TextConfig, tensor: int) -> None:
-    names = ("num_attention_heads", "intermediate_size", "vocab_size", "num_key_value_heads")
+def check_engine(config: QwenVLConfig, tensor: int) -> None:
+    """Refuse `rollout.tensor` workers that the text model cannot be split over. vLLM pads the vocabulary. Raises ConfigError."""
+    _check_tensor(config.text_config, tensor, "rollout.tensor", but=("vocab_size",))
+
+
+def tower_divides(vision: VisionConfig, tensor: int) -> bool:
+    """Whether the vision tower can be split over `tensor` ranks."""
+    return vision.num_heads % tensor == 0 and vision.intermediate_size % tensor == 0
+
+
+def _check_tensor(text: TextConfig, tensor: int, key: str = "parallel.tensor", but: tuple[str, ...] = ()) -> None:
+    names = [
+        n for n in ("num_attention_heads", "intermediate_size", "vocab_size", "num_key_value_heads") if n not in but
+    ]
 
     def undivided(ranks: int) -> list[str]:
         # kv heads may be fewer than ranks, but then each must be shared by equally many of them.
@@ -350,4 +362,4 @@ def _check_tensor(text: TextConfig, tensor: int) -> None:
 
     if wrong := undivided(tensor):
         fits = [ranks for ranks in range(1, text.num_attention_heads + 1) if not undivided(ranks)]
-        raise ConfigError(f"parallel.tensor={tensor} does not divide {', '.join(wrong)}; possible: {fits}")
+        raise ConfigError(f"{key}={tensor} does not divide {', '.join(wrong)}; possible: {fits}")
