@@ -159,6 +159,8 @@ def test_a_chain_of_three_jobs_does_one_run(site: Site) -> None:
     cluster.runs_out(jobs[2])
     assert numbers(site.base / "chain" / "metrics.jsonl").keys() == set(range(site.saved("chain")))
     assert (site.base / "chain" / "hf" / "model.safetensors").exists()
+    logs = site.base / "chain" / "slurm" / f"job_{jobs[2]}" / "attempt_0"
+    assert (logs / "ray_node1" / "raylet.out").exists(), "what Ray has logged is kept"
 
 
 def test_a_run_that_fails_by_itself_is_not_queued_again(site: Site) -> None:
@@ -171,7 +173,7 @@ def test_a_run_that_fails_by_itself_is_not_queued_again(site: Site) -> None:
     ).strip()
     wait_until(lambda: cluster.job(job)["JobState"] == "FAILED", 200, "the failure", lambda: cluster.said(job))
     assert cluster.job(job)["ExitCode"] == "2:0"
-    assert (cluster.job(job)["Restarts"], cluster.job(job)["TRES"].count("gres/gpu=2")) == ("0", 1)
+    assert (cluster.job(job)["Restarts"], cluster.job(job)["TresPerNode"]) == ("0", "gres:gpu:2")
     assert "error: configuration file none.yaml does not exist" in cluster.said(job)
     assert "every node answers" in (logs / f"job_{job}" / "attempt_0" / "phases.log").read_text()
 
