@@ -15,13 +15,13 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from eureka_megatron import cli
-from eureka_megatron.weights.torch_dist import DistReader
-from eureka_megatron.weights.torch_dist_metadata import STATE_PREFIX
-from eureka_megatron.weights.listing import describe, differences
 from eureka_megatron.checkpoint.store import checksum, checksum_lines, list_checkpoints, newest_whole, problems_of
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.demo.forms import build_published
+from eureka_megatron.weights.listing import describe, differences
+from eureka_megatron.weights.torch_dist import DistReader
+from eureka_megatron.weights.torch_dist_metadata import STATE_PREFIX
 from tests.helpers.course import Course, course_samples, make_trainer, one_step, run_course, weights_digest
 from tests.helpers.ranks import run_ranks
 
@@ -95,7 +95,9 @@ def everything(directory: Path, model: str, kinds: tuple[str, ...]) -> dict[str,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_means_the_same_at_every_layout(plain: Course, tied_tiny_dir: Path, tmp_path: Path, dtype: str) -> None:
+def test_a_checkpoint_means_the_same_at_every_layout(
+    plain: Course, tied_tiny_dir: Path, tmp_path: Path, dtype: str
+) -> None:
     """Each layout loads what the one before it saved, and saves it again: nothing of it changes, and training goes on alike."""
     kinds = ("exp_avg", "exp_avg_sq") + (("fp32_param",) if dtype == "bfloat16" else ())
     course = replace(plain, dtype=dtype, model=str(tied_tiny_dir))  # tied: the last stage holds a copy of the embedding
@@ -127,9 +129,15 @@ def test_a_flipped_byte_in_any_file_is_found_named_and_passed_over(saved: Course
     older, newest = (directory for _, directory in list_checkpoints(folder))
     assert newest_whole(folder) == (newest, [])
     files = sorted(path for path in newest.iterdir())
-    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", "random.json", "checksums.b2", "config.json"} <= {
-        path.name for path in files
-    }
+    assert {
+        "__0_0.distcp",
+        "__1_0.distcp",
+        ".metadata",
+        "state.json",
+        "random.json",
+        "checksums.b2",
+        "config.json",
+    } <= {path.name for path in files}
     for path in files:
         data = path.read_bytes()
         for place in {0, len(data) // 3, len(data) // 2, len(data) - 1}:

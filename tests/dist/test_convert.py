@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eureka_megatron.weights.online import iter_hf_weights, load_hf, own_parameters
-from eureka_megatron.weights.hf_files import Reader
-from eureka_megatron.weights.table import expand, hf_metadata, hub_name, rows
+from eureka_megatron.demo.forms import build_published
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.demo.forms import build_published
 from eureka_megatron.parallel.runtime import Axis, Parallel
+from eureka_megatron.weights.hf_files import Reader
+from eureka_megatron.weights.online import iter_hf_weights, load_hf, own_parameters
+from eureka_megatron.weights.table import expand, hf_metadata, hub_name, rows
 from tests.helpers.ranks import run_ranks
 
 

@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from eureka_megatron.demo.forms import build_published
+from eureka_megatron.layout import Execution, Layout
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.model import build_model
+from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from eureka_megatron.release.live import export_hf
 from eureka_megatron.weights import iter_hf_weights, load_hf
-from eureka_megatron.weights.online import sharded_state
 from eureka_megatron.weights.hf_files import Reader
 from eureka_megatron.weights.listing import describe, differences
 from eureka_megatron.weights.offline import hf_to_megatron, megatron_to_hf
+from eureka_megatron.weights.online import sharded_state
 from eureka_megatron.weights.table import hub_name
-from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.layout import Execution, Layout
-from eureka_megatron.models.qwen2_5_vl.model import build_model
-from eureka_megatron.demo.forms import build_published
-from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from tests.helpers.naming import newer_name
 from tests.helpers.ranks import run_ranks
 

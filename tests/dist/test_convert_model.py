@@ -10,17 +10,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from eureka_megatron.demo.forms import build_published
+from eureka_megatron.errors import UserError
+from eureka_megatron.layout import Execution, Layout
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.model import build_model
+from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from eureka_megatron.release.live import export_hf
 from eureka_megatron.weights import hf_metadata, iter_hf_weights, load_hf
-from eureka_megatron.weights.online import own_parameters
 from eureka_megatron.weights.hf_files import Reader
+from eureka_megatron.weights.online import own_parameters
 from eureka_megatron.weights.table import hub_name
-from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.layout import Execution, Layout
-from eureka_megatron.models.qwen2_5_vl.model import build_model
-from eureka_megatron.demo.forms import build_published
-from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from tests.helpers.naming import newer_name
 from tests.helpers.ranks import run_ranks
 
@@ -49,7 +49,9 @@ def digests(directory: Path) -> dict[str, str]:
 def build(rank: int, directory: str, layout: tuple, dtype: torch.dtype) -> tuple[list, Parallel]:
     tensor, pipeline, data, sequence_parallel = layout
     world = tensor * pipeline * data
-    parallel = init_parallel(Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel), rank=rank, world_size=world)
+    parallel = init_parallel(
+        Layout(tensor=tensor, pipeline=pipeline, sequence_parallel=sequence_parallel), rank=rank, world_size=world
+    )
     chunks = build_model(read_hf_config(directory), parallel, Execution(dtype=str(dtype).removeprefix("torch.")))
     for chunk in chunks:
         for parameter in chunk.parameters():

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from eureka_megatron.weights import hf_metadata
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import ConfigError
-from eureka_megatron.models.qwen2_5_vl import read_hf_config
 from eureka_megatron.layout import Layout
+from eureka_megatron.models.qwen2_5_vl import read_hf_config
 from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Batch, Sample
 from eureka_megatron.verify import made_up_samples
+from eureka_megatron.weights import hf_metadata
 from tests.helpers.ranks import run_ranks
 
 SECTION = OptimizerSection(name="adam", lr=1e-3, schedule="constant", warmup_ratio=0.0)
@@ -44,7 +44,11 @@ def rl_step(directory: Path) -> Batch:
 def bytes_of(trainer: Any) -> tuple[int, int]:
     """Gradient buffers and optimizer state of this rank."""
     gradients = sum(buffer.grad_data.nbytes for chunk in trainer.chunks for buffer in chunk.buffers)
-    inner = trainer.optimizer.chained_optimizers if hasattr(trainer.optimizer, "chained_optimizers") else [trainer.optimizer]
+    inner = (
+        trainer.optimizer.chained_optimizers
+        if hasattr(trainer.optimizer, "chained_optimizers")
+        else [trainer.optimizer]
+    )
     state = [value for one in inner for values in one.optimizer.state.values() for value in values.values()]
     return gradients, sum(value.nbytes for value in state if torch.is_tensor(value) and value.dim())
 
@@ -99,7 +103,9 @@ def test_no_gradient_and_no_optimizer_state_for_what_is_frozen(tiny_dir: Path, b
     print(f"gradients {every['gradients']} → {frozen['gradients']}, optimizer {every['state']} → {frozen['state']}")
     sizes = hf_metadata(read_hf_config(tiny_dir))
     rest = sum(4 * torch.Size(shape).numel() for name, shape in sizes if not name.startswith("visual."))
-    assert rest <= frozen["gradients"] < rest * 1.01, "nothing but the language model has gradients (buffers are padded)"
+    assert rest <= frozen["gradients"] < rest * 1.01, (
+        "nothing but the language model has gradients (buffers are padded)"
+    )
     assert rest * 2 <= frozen["state"] < rest * 2.02
     assert saved >= frozen["tower"]
 

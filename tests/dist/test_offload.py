@@ -29,7 +29,10 @@ def contents(trainer: Any) -> list[tuple[str, bytes]]:
     """What a checkpoint would hold: weights, masters, Adam's averages."""
     from eureka_megatron.train.checkpointing import _blocks
 
-    return [(f"{block.key}{block.offsets}", block.values.view(torch.uint8).numpy().tobytes()) for block in _blocks(trainer, None)]
+    return [
+        (f"{block.key}{block.offsets}", block.values.view(torch.uint8).numpy().tobytes())
+        for block in _blocks(trainer, None)
+    ]
 
 
 def course(rank: int, directory: str, dtype: str) -> list[dict[str, Any]]:

@@ -57,7 +57,9 @@ def config(folder: Path, sections: dict[str, Any], **rollout: Any) -> RunConfig:
     return run_config(folder / "model", {"run": {"output": str(folder)}, **sections}, **rollout)
 
 
-def placed(wanted: RunConfig) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]], list[tuple[str | None, str | None]]]:
+def placed(
+    wanted: RunConfig,
+) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]], list[tuple[str | None, str | None]]]:
     """(node, GPUs, rank) of every rank and of every engine as topology.json has them, and `visible` of each engine."""
     import ray
 
@@ -88,9 +90,7 @@ def placed(wanted: RunConfig) -> tuple[list[tuple[str, str, int]], list[tuple[st
     return ranks, engines, seen
 
 
-def test_a_group_and_an_engine_keep_to_a_node(
-    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_group_and_an_engine_keep_to_a_node(cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks, engines, seen = placed(config(tmp_path, {"parallel": {"tensor": 2}}, engines=1, tensor=2))
     assert ranks == [("/0", "0", 0), ("/0", "1", 1)]
     assert engines == [("/1", "0,1", 0)]
@@ -114,7 +114,9 @@ def test_too_few_gpus_and_taken_ones_are_told_before_anything_starts(
 ) -> None:
     from eureka_megatron.run import placement
 
-    with pytest.raises(ConfigError, match=r"needs 5 GPUs \(4 trainer ranks, 1 engine × 1\), the cluster has 4 on 2 nodes"):
+    with pytest.raises(
+        ConfigError, match=r"needs 5 GPUs \(4 trainer ranks, 1 engine × 1\), the cluster has 4 on 2 nodes"
+    ):
         placement.Placement(config(tmp_path, {"parallel": {"data": 4}}))
     all_of_it = config(tmp_path, {"parallel": {"data": 4}, "placement": "colocated"}, engines=4)
     first = placement.Placement(all_of_it)
@@ -126,7 +128,9 @@ def test_too_few_gpus_and_taken_ones_are_told_before_anything_starts(
         first.close()
 
 
-def test_without_gpus_nodes_are_named_by_affinity(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpus_nodes_are_named_by_affinity(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     from eureka_megatron.run import placement

@@ -9,7 +9,7 @@ import torch
 
 from eureka_megatron.checkpoint.store import checksum
 from eureka_megatron.parallel.runtime import init_parallel
-from eureka_megatron.train.checkpointing import TrainerCheckpoints, Staging, to_host
+from eureka_megatron.train.checkpointing import Staging, TrainerCheckpoints, to_host
 from tests.helpers.course import Course, course_samples, make_trainer, one_step
 from tests.helpers.ranks import run_ranks
 
