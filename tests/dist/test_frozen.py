@@ -111,6 +111,6 @@ def test_no_gradient_and_no_optimizer_state_for_what_is_frozen(tiny_dir: Path, b
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tiny_dir: Path, batch: Batch) -> None:
-    with pytest.raises(AssertionError, match="model.freeze: 'visual.block.*' matches no tensor"):
+    with pytest.raises(AssertionError, match=r"model\.freeze: 'visual\.block\.\*' matches no tensor"):
         run_ranks(step, 1, str(tiny_dir), batch, {}, ("visual.block.*",))
     assert ConfigError.exit_code == 2
