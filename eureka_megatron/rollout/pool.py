@@ -206,8 +206,8 @@ class RolloutPool:
             raise UserError("the rollout engines have been shut down")
         pending = dict(self._calls)
         if not pending:
-            starting = [answer for answer in self._stale.values() if answer is not None]
-            ray.wait(starting, num_returns=1, timeout=SLICE_SECONDS) if starting else time.sleep(SLICE_SECONDS)
+            if starting := list(self._stale.values()):
+                ray.wait(starting, num_returns=1, timeout=SLICE_SECONDS)
             return None, None, None
         nearest = min(call.deadline for call in pending.values())
         # A replacement that is ready meanwhile gets its share.
@@ -229,9 +229,9 @@ class RolloutPool:
             del self._calls[done]
 
     def _abandon(self) -> None:
-        """After a failure: engines that live stop sampling what nobody waits for."""
-        for call in self._calls.values():
-            call.actor.abandon.remote()
+        """After a failure: engines that live stop sampling what nobody waits for, or it would turn up in the next call."""
+        for actor in self._actors:
+            actor.abandon.remote()
         self._calls.clear()
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -241,7 +241,8 @@ class RolloutPool:
         """Inside, no engine samples: weights may be sent to those that are yielded, and `weights_sent` be called. Then they go on."""
         with self._gate:
             calls = list(self._calls)
-            ray.wait(calls, num_returns=len(calls), timeout=self.timeout_seconds) if calls else None
+            if calls:
+                ray.wait(calls, num_returns=len(calls), timeout=self.timeout_seconds)
             yield self.actors
 
     def weights_sent(self, report: Any) -> None:
