@@ -49,15 +49,15 @@ def keep_log(path: Path) -> None:
 
 
 def last_words(path: Path) -> str:
-    """The last error in a rank's log since it began, else its last line, for a message."""
+    """The last error in a rank's log since the rank began, for a message."""
     try:
-        lines = path.read_text(errors="replace").rpartition("\n--- ")[2].strip().splitlines()[1:]
+        lines = path.read_text(errors="replace").rpartition("\n--- ")[2].splitlines()[1:]
     except OSError:
         return f"its log is on its node: {path}"
-    said = [line.strip() for line in lines if line.strip()]
-    if not said:
-        return f"it left no word in {path}: look for an out-of-memory kill on its node"
-    return f"{next((line for line in reversed(said) if _ERROR.search(line)), said[-1])[:300]} ({path})"
+    errors = [line.strip() for line in lines if _ERROR.search(line) and "Warning" not in line]
+    if not errors:
+        return f"no error in its log ({path}): look for an out-of-memory kill on its node"
+    return f"{errors[-1][:300]} ({path})"
 
 
 class Pulse(threading.Thread):

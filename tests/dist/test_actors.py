@@ -16,6 +16,7 @@ from eureka_megatron.config import make_config
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError
 from eureka_megatron.train.parcel import Parcel, unwrap, wrap
+from eureka_megatron.train.pulse import last_words, log_file
 from eureka_megatron.types import Batch
 from eureka_megatron.verify.samples import made_up_samples
 from tests.helpers.engines import run_config
@@ -225,6 +226,21 @@ def test_a_rank_that_dies_ends_the_call_with_its_last_word(two_ranks: Any, tmp_p
     with pytest.raises(UserError, match=r"rank 1 died during 'spoil': CUDA error: an illegal.*logs/rank_0001\.log"):
         group._all("spoil", crash)
     assert (tmp_path / "logs" / "rank_0000.log").read_text().startswith("--- ")
+
+
+def test_the_last_word_of_a_rank_is_an_error_of_its_last_start(tmp_path: Path) -> None:
+    log = log_file(tmp_path, 3)
+    assert last_words(log) == f"its log is on its node: {log}"
+    log.parent.mkdir()
+    log.write_text(
+        "--- 2026-11-27 01:00:00 gpu07 process 12\nValueError: of the first start\n--- 2026-11-27 02:00:00 gpu07 process 40\n"
+    )
+    assert last_words(log) == f"no error in its log ({log}): look for an out-of-memory kill on its node"
+    with log.open("a") as file:
+        file.write(
+            "x.py:3: UserWarning: errors are ignored\nterminate called\n  what():  CUDA error: unspecified launch failure\nbye\n"
+        )
+    assert last_words(log) == f"what():  CUDA error: unspecified launch failure ({log})"
 
 
 def test_a_rank_that_stands_still_is_named_and_what_the_others_wait_in(two_ranks: Any, tmp_path: Path) -> None:
