@@ -281,7 +281,7 @@ def pack(state: Mapping[str, Any], dataset: Rows) -> dict[str, Any]:
             for group in groups
         ]
 
-    ready = [{**vars(found), "groups": packed(found.groups)} for found in state["ready"]]
+    ready = [{**vars(found), "groups": packed(found.groups)} for found in state.get("ready", ())]
     return {**state, "buffer": packed(state["buffer"]), "ready": ready}
 
 
