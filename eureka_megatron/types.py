@@ -223,6 +223,7 @@ class ContextShare:
     size: int
     rows_t: torch.Tensor  # int64 [T / size]: this rank's rows
     order_T: torch.Tensor  # int64: where each row stands when the ranks' rows are laid end to end
+    places_T: np.ndarray | None = None  # the same on the host, which finds the pictures' rows by it
 
 
 @dataclass(frozen=True)

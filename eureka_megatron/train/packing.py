@@ -249,7 +249,7 @@ def _context_share(cu_seqlens: np.ndarray, layout: RowLayout) -> ContextShare:
     whole = [np.concatenate(parts) for parts in rows]
     order_T = np.argsort(np.concatenate(whole))
     own = torch.from_numpy(whole[layout.context_rank])
-    return ContextShare(layout.context_rank, layout.context_size, own, torch.from_numpy(order_T))
+    return ContextShare(layout.context_rank, layout.context_size, own, torch.from_numpy(order_T), order_T)
 
 
 # --- pictures ---
@@ -284,24 +284,25 @@ def _vision(
             sources.append(first_unit[picture.key] + np.arange(picture.units))
             # The unit at place u of the window order is unit unit_order_U[u] in reading order.
             placements.append(start + offset + picture.unit_order_U)
-    source_E, placement_E = torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(placements))
+    source_E, placement_E = np.concatenate(sources), np.concatenate(placements)
     own = shares[0 if len(shares) == 1 else layout.picture_rank]
     return replace(
         vision_batch([pictures[index] for index in own], features),
         units=units,
         units_R=tuple(sum(pictures[index].units for index in part) for part in shares) if len(shares) > 1 else None,
-        source_E=source_E,
-        placement_E=placement_E,
+        source_E=torch.from_numpy(source_E),
+        placement_E=torch.from_numpy(placement_E),
         shown_2L=None if share is None else _shown(source_E, placement_E, share),
     )
 
 
-def _shown(source_E: torch.Tensor, placement_E: torch.Tensor, share: ContextShare) -> torch.Tensor:
+def _shown(source_E: np.ndarray, placement_E: np.ndarray, share: ContextShare) -> torch.Tensor:
     """[2, L]: of the embeddings' places in the whole row those among this rank's rows, as places in these."""
     rows = len(share.rows_t)
-    local = share.order_T[placement_E] - share.rank * rows
+    assert share.places_T is not None, "pack makes the share"
+    local = share.places_T[placement_E] - share.rank * rows
     here = (local >= 0) & (local < rows)
-    return torch.stack((source_E[here], local[here]))
+    return torch.from_numpy(np.stack((source_E[here], local[here])))
 
 
 def vision_batch(pictures: Sequence[Picture], features: Features | None = None) -> VisionBatch:

@@ -19,7 +19,7 @@ from eureka_megatron.config import OptimizerSection
 from eureka_megatron.errors import UserError
 from eureka_megatron.layout import Execution
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
-from eureka_megatron.models.qwen2_5_vl.model import build_model
+from eureka_megatron.models.qwen2_5_vl.model import QwenVLModel, build_model
 from eureka_megatron.models.qwen2_5_vl.transformer_config import fp8_rows
 from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel
@@ -71,7 +71,7 @@ class PolicyTrainer:
             self.reference = ReferenceWeights(
                 chunks, Path(reference), parallel, allow_narrowing=narrow, same_checkpoint=same
             )
-        load_hf(chunks, self.model_path, parallel, allow_narrowing=narrow)
+        self._load(chunks, allow_narrowing=narrow)
         merge = self.hf_config.vision_config.spatial_merge_size
         # None on stages without a tower and when the tower learns.
         self.frozen_tower = frozen_tower(chunks, parallel, max_tokens_per_micro_batch * merge**2)
@@ -79,6 +79,9 @@ class PolicyTrainer:
         self.optimizer: Any = None
         self._offload = Offload(parallel.device)
         self._frozen_fingerprints: dict[str, Fingerprint] | None = None
+
+    def _load(self, chunks: list[QwenVLModel], *, allow_narrowing: bool) -> None:
+        load_hf(chunks, self.model_path, self.parallel, allow_narrowing=allow_narrowing)
 
     def start_phase(self, section: OptimizerSection, total_updates: int) -> None:
         """A fresh optimizer and schedule on the present weights. `section.name` must be that of the constructor."""

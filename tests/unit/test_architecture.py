@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 80, 7
 # Arrows point down; within a layer they may go sideways, but never in a circle.
 LAYERS = (
     ("cli", "__main__"),
-    ("demo", "verify", "doctor"),
+    ("demo", "verify", "doctor", "planning"),
     ("loop",),
     ("run",),
     ("train", "rollout", "data", "rl", "tracking", "release"),
@@ -42,7 +42,7 @@ ALLOWED = {
         "train/pulse.py",
         "sync/ray_transfer.py",
     ),
-    "megatron": ("models/", "parallel/", "train/", "weights/online.py", "checkpoint/store.py"),
+    "megatron": ("models/", "parallel/", "train/", "planning/", "weights/online.py", "checkpoint/store.py"),
 }
 # Tested on bare torch, so they may not reach the trainer's or the engine's libraries by any path.
 BARE = ("data", "rewards", "rl", "weights/splits.py", "weights/table.py")

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -110,14 +111,17 @@ class Bucket:
 
 
 def _bucket(segments: list[tuple[int, int]], longest: int, device: torch.device) -> Bucket:
-    """Worked out on the host, which knows the lengths: the device would have to be asked how many places there are."""
-    lengths = torch.tensor([length for length, _ in segments])
-    starts = torch.tensor([start for _, start in segments])
-    column = torch.arange(longest)
-    valid = column < lengths[:, None]
-    rows = starts[:, None] + torch.minimum(column, lengths[:, None] - 1)
-    mask = None if bool(valid.all()) else to_device(valid[:, None, None, :], device)
-    return Bucket(to_device(rows, device), mask, to_device(valid.flatten().nonzero()[:, 0], device))
+    """Worked out on the host, in numpy: the device would have to be asked how many places there are, and a fake one would not know."""
+    lengths = np.array([length for length, _ in segments])[:, None]
+    starts = np.array([start for _, start in segments])[:, None]
+    column = np.arange(longest)
+    valid = column < lengths
+
+    def moved(values: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(values), device)
+
+    mask = None if valid.all() else moved(valid[:, None, None, :])
+    return Bucket(moved(starts + np.minimum(column, lengths - 1)), mask, moved(valid.reshape(-1).nonzero()[0]))
 
 
 class SegmentAttention(MegatronModule):
