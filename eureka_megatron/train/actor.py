@@ -69,7 +69,6 @@ class TrainerRank:
         self.config, self.rank = config, -1  # until `start` says it
         self._nccl: ray_transfer.NcclTransfer | None = None
         self._nccl_engines: list[ActorHandle] = []
-        Pulse(min(BEAT_SECONDS, config.training.stall_seconds / 4))
 
     def address(self) -> str:
         """A free TCP address on this rank's node, for the rendezvous (asked of rank 0)."""
@@ -89,6 +88,7 @@ class TrainerRank:
 
         self.rank = rank
         keep_log(log_file(self.config.run.output, rank))
+        Pulse(min(BEAT_SECONDS, self.config.training.stall_seconds / 4))
         layout, model, algorithm = self.config.layout, self.config.model, self.config.algorithm
         torch.manual_seed(self.config.run.seed)
         self.trainer = PolicyTrainer(

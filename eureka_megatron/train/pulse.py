@@ -86,7 +86,7 @@ def doing(frame: FrameType | None) -> str:
     operation, place = "", ""
     while frame is not None and not place:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if "/torch/distributed/" in path:
+        if "/torch/distributed/" in path and not path.endswith("c10d_logger.py"):  # which wraps every collective
             operation = name  # the outermost of torch's own: what was asked of it
         elif found := re.search(r"(?:eureka_megatron|megatron)/(?!.*site-packages).*", path):
             place = f"{found[0]}:{frame.f_lineno}"

@@ -195,9 +195,11 @@ def two_ranks(ray_with_gpus: Any, tiny_dir: Path, tmp_path_factory: pytest.TempP
                 torch.distributed.all_reduce(torch.ones(1))
             return super().call(name, *arguments) if name != "spoil" else None
 
-    groups = []
+    groups: list[Any] = []
 
     def start(output: Path) -> Any:
+        for group in groups:  # it has the GPUs
+            group.close()
         sections = {
             "run": {"output": str(output)},
             "parallel": {"tensor": 2},

@@ -62,7 +62,8 @@ def trainer_limits_while_it_exports(rank: int) -> list[timedelta]:
         def export(self, *_: object) -> None:
             seen.extend(limits(self.parallel))
 
-    actor = TrainerRank(None, rank)
+    actor = TrainerRank(None)
+    actor.rank = rank
     actor.trainer = Trainer()
     actor.export(None, {})
     return seen

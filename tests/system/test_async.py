@@ -71,7 +71,7 @@ def test_an_asynchronous_run_with_engines_that_die_and_lie(tmp_path: Path, monke
             wait_until(lambda: run.pool._calls or run.rollouts._coming[2].done())
             os.kill(run.pool.status()[0]["pid"], signal.SIGKILL)
         if step == 2:
-            run.pool.actors[1].lie.remote()
+            run.pool.actors[-1].lie.remote()
         return make_batch(groups, config, step, version)
 
     monkeypatch.setattr("eureka_megatron.loop.make_batch", recorded)
