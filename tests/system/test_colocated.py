@@ -45,15 +45,15 @@ STEPS = [
 COLOCATED_ONLY = {"rest", "resume", "sleep", "wake weights", "wake kv_cache", "wake weights kv_cache", "kill"}
 
 
-def kv_bytes(engine: Any) -> int:
-    """Of an engine's KV cache."""
-    caches = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.kv_caches
-    return sum(cache.untyped_storage().nbytes() for cache in caches)
-
-
 def watch(patch: pytest.MonkeyPatch, calls: list[str], bytes_asleep: list[int], *, kills: bool) -> None:
     """Note the calls that matter, in the order in which the driver makes them. kills: the engine, once it sleeps for the first update."""
     import ray
+
+    def kv_bytes(engine: Any) -> int:  # local, so that Ray pickles it by value
+        """Of an engine's KV cache."""
+        core = engine._llm.llm_engine.engine_core.engine_core
+        caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
+        return sum(cache.untyped_storage().nbytes() for cache in caches)
 
     def noted(owner: type, method: str, name: str | None = None) -> None:
         whole = getattr(owner, method)
