@@ -225,7 +225,7 @@ class TrainingSection(Section):
     responses_per_update: int = Field(128, ge=1)
     # over the responses of one rollout step
     passes: int = Field(1, ge=1)
-    # rollout steps whose responses are sampled while an earlier one trains, by weights so many updates older at most; 0: in turn.
+    # rollout steps whose responses are sampled while an earlier one trains, by weights so many steps older at most; 0: in turn.
     # Above 0 the rollout correction is on (algorithm.loss_options: correction, of itself token_tis)
     async_steps: Literal[0, 1, 2] = 0
     # prompt and response of the longest sample must fit

@@ -48,11 +48,11 @@ class Ahead:
 
     def take(self, step: int) -> Collected:
         """The groups of this step, waited for; those of the next ones begin. Raises what went wrong while they were collected."""
-        if not self._ahead:
-            return self._collect(step)
-        self._begin(step)
-        found = self._coming.pop(step).result()
-        self._before.pop(step, None)
+        if self._ahead:
+            self._begin(step)
+        # A run that is resumed with less lookahead still has what was ready.
+        found = self._coming.pop(step).result() if step in self._coming else self._collect(step)
+        self._before.pop(step)
         for later in range(step + 1, min(step + self._ahead, self._steps - 1) + 1):
             self._begin(later)
         return found
@@ -77,6 +77,7 @@ class Ahead:
         ready: Sequence[Collected] = state["ready"]
         self._collector.load_state_dict({name: value for name, value in state.items() if name != "ready"})
         for found in ready:
+            self._before[found.step] = {}
             self._coming[found.step] = Future()
             self._coming[found.step].set_result(found)
 

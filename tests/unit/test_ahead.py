@@ -36,6 +36,7 @@ def test_steps_in_turn_without_lookahead() -> None:
     ahead = Ahead(collector, ahead=0, steps=3)  # type: ignore[arg-type]
     assert [ahead.take(step).groups for step in range(3)] == [[1], [2], [3]]
     assert collector.drawn == 3
+    assert not ahead._before, "what was there before a step goes with it"
     ahead.close()
 
 
@@ -63,13 +64,14 @@ def test_a_checkpoint_holds_what_is_ready_and_the_state_before_what_is_not(depth
     ahead.close()
 
 
-def test_what_was_ready_is_used_after_a_resume() -> None:
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_what_was_ready_is_used_after_a_resume_at_any_depth(depth: int) -> None:
     collector = Numbers()
     ahead = Ahead(collector, ahead=1, steps=3)  # type: ignore[arg-type]
     ahead.take(0)
     state = ahead.state_dict(wait=True)
     ahead.close()
-    resumed = Ahead(Numbers(), ahead=1, steps=3)  # type: ignore[arg-type]
+    resumed = Ahead(Numbers(), ahead=depth, steps=3)  # type: ignore[arg-type]
     resumed.load_state_dict(state)
     assert resumed.take(1).groups == [2]
     assert resumed.take(2).groups == [3]
