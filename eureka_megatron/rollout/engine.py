@@ -218,10 +218,8 @@ class Engine:
                 logit_bias=dict.fromkeys(self._banned, float("-inf")),
             )
             (request,) = self._llm.enqueue([self._request(prompt)], parameters, use_tqdm=False)
-            self._serving[request.rpartition("-")[0]] = (
-                number,
-                prompt,
-            )  # outputs go by the name before vLLM's addition
+            # Outputs go by the name before vLLM's addition.
+            self._serving[request.rpartition("-")[0]] = (number, prompt)
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[np.ndarray], temperature: float = 1.0

@@ -51,7 +51,8 @@ def test_every_worker_gets_its_shards(workers: int, tiny_dir: Path) -> None:
         for version in (1, 2):
             report = ray.get(sender.send.remote(pool.actors, version, workers))
             pool.weights_sent(report)
-            compare(report.fingerprints, pool.fingerprints()[0])
+            compare(report.fingerprints, pool.fingerprints()[0])  # raises on any difference
+            assert (report.broken, report.lost) == (False, ())
         pool.shutdown()
 
 

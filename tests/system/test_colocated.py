@@ -32,13 +32,8 @@ tracking: {wandb: disabled, tensorboard: false}
 START = ["start", "rest", "init", "send_weights", "start_phase", "sleep", "resume"]
 STEPS = [
     *("generate", "rest", "wake weights kv_cache", "train", "sleep", "kill", "resume"),
-    *(
-        "rest",
-        "wake weights",
-        "send_weights",
-        "send_weights",
-        "save",
-    ),  # the first of the two to the engine that was killed
+    # the first of the two to the engine that was killed
+    *("rest", "wake weights", "send_weights", "send_weights", "save"),
     *("generate", "wake kv_cache", "train", "sleep", "resume"),
     *("rest", "wake weights", "send_weights", "save"),
 ]
