@@ -44,7 +44,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["eureka_megatron", "eureka_megatron.*"]),
-    package_data={"eureka_megatron": ["**/*.yaml", "**/*.j2"]},
+    package_data={"eureka_megatron": ["**/*.yaml", "**/*.j2", "planning/configs/*/config.json"]},
     install_requires=CORE,
     extras_require={
         "cpu": pins("cpu"),  # Python 3.11

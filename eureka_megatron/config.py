@@ -365,10 +365,6 @@ class RunConfig(Section):
                 f"placement=colocated needs rollout.engines × rollout.tensor = {engines} to divide the {world} trainer ranks whose GPUs "
                 f"the engines share: {fitting}"
             )
-        if self.placement == "colocated" and self.training.async_steps:
-            raise ValueError(
-                f"training.async_steps={self.training.async_steps} needs placement=split: colocated engines sleep while the trainer works"
-            )
         return self
 
 

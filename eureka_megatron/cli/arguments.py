@@ -241,6 +241,24 @@ _COMMANDS: dict[str, tuple[str, tuple[Argument, ...] | None]] = {
             _path("--media", "DIR", "further picture and video folders", nargs="*"),
         ),
     ),
+    "plan": (
+        "which layout fits these GPUs, how long a step takes, what a run costs: rehearsed without them",
+        (
+            _value("overrides", "KEY=VALUE", "of the recipe", nargs="*", default=[]),
+            _number("--gpus", "how many", required=True),
+            _value("--model", "SIZE|DIR", "3b, 7b, 32b, 72b, a directory or a hub id (the recipe's)"),
+            _path("--recipe", "FILE", "YAML of a run, for all but the layout (published settings)"),
+            _value("--gpu", "NAME", "a100, h100, h200, b200, … (h100)", default="h100"),
+            _value("--gpu-memory", "GIB", "of each, if not the usual of that GPU", type=_rate),
+            _number("--gpus-per-node", "(8)", default=8),
+            _number("--max-pixels", "of a picture (501760)"),
+            _number("--tokens", "prompt and response of the longest sample (7096)"),
+            _number("--response-tokens", "of a response, on average (1024)", default=1024),
+            _value("--price", "P", "of a GPU-hour, for the cost", type=_rate),
+            _path("--out", "DIR", "layout.yaml and plan.png go here (plan)", default=Path("plan")),
+            _flag("--json", "print the answer as one JSON object"),
+        ),
+    ),
     "slurm": (
         "a run as Slurm jobs: checked here, submitted with sbatch",
         (

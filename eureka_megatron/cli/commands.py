@@ -212,6 +212,16 @@ def _counting(args: argparse.Namespace) -> None:
     print(f"{args.train} training rows in {paths.train}, {args.test} test rows in {paths.test}")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from eureka_megatron.planning.command import Options, run_plan
+
+    named = {field.name: getattr(args, field.name) for field in fields(Options) if hasattr(args, field.name)}
+    with session():
+        run_plan(Options(**named, as_json=args.json), args.overrides)
+
+
 def _slurm(args: argparse.Namespace) -> None:
     from eureka_megatron.config import SFT_DEFAULTS, load_config
 
@@ -244,6 +254,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "eureka data counting": _counting,
     "eureka data mmk12": _mmk12,
     "eureka data validate": _validate,
+    "eureka plan": _plan,
     "eureka slurm": _slurm,
     "eureka doctor": _doctor,
 }

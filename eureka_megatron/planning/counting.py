@@ -19,6 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 _WAITS = {"wait", "monitored_barrier_"}  # of c10d, which move nothing
+# Of aten: what is bound by arithmetic, and what only makes room or another view.
+_PRODUCTS = {
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "detach",
+    "_unsafe_view",
+}
 
 
 class Counts(TorchDispatchMode):
@@ -33,6 +46,7 @@ class Counts(TorchDispatchMode):
         calls: (operation, group) → how often.
         synchronisations: times the host has asked for a value on the device.
         live, peak: bytes of the storages made under this mode that are alive, now and at most.
+        moved: bytes that operations other than matrix products and attention read and wrote.
     """
 
     def __init__(self, groups: Mapping[tuple[int, ...], str], *, answer: bool = False) -> None:
@@ -41,7 +55,7 @@ class Counts(TorchDispatchMode):
         self.collectives: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.synchronisations = 0
-        self.live = self.peak = 0
+        self.live = self.peak = self.moved = 0
         self._known: dict[int, int] = {}  # storages alive, by the address of torch's own record → bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -58,11 +72,15 @@ class Counts(TorchDispatchMode):
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):
                     self._track(tensor)
+            if func.namespace == "aten" and func._opname not in _PRODUCTS:
+                self.moved += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
         return out
 
-    def restart_peak(self) -> None:
-        """`peak` counts from here on."""
-        self.peak = self.live
+    def restart(self) -> None:
+        """Everything but `live` counts from here on."""
+        self.collectives.clear()
+        self.calls.clear()
+        self.peak, self.moved, self.synchronisations = self.live, 0, 0
 
     def _collective(self, operation: str, args: tuple[Any, ...]) -> None:
         group = next(leaf for leaf in args if isinstance(leaf, torch.ScriptObject) and _is_group(leaf))

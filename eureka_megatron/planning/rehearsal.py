@@ -15,7 +15,7 @@ import multiprocessing
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -23,63 +23,91 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 
 from eureka_megatron.config import OptimizerSection
 from eureka_megatron.layout import Execution, Layout
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
+from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
 from eureka_megatron.planning.counting import Counts
+from eureka_megatron.planning.gpu_path import Attentions, as_on_gpu
+from eureka_megatron.planning.parts import Parts
+from eureka_megatron.planning.workload import Workload
+from eureka_megatron.rl.losses import Metrics
+from eureka_megatron.train import trainer as trainer_module
 from eureka_megatron.train.parcel import shares
-from eureka_megatron.train.step import LossFunction
+from eureka_megatron.train.step import LossFunction, Objective
 from eureka_megatron.train.trainer import PolicyTrainer
 from eureka_megatron.types import Batch, MicroBatch, Sample
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is rehearsed: a model's directory (its config.json is read, no weights), a layout, and one optimizer step's samples."""
+    """What is rehearsed: a model's directory (its config.json is read, no weights), a layout, and one rollout step's samples.
+
+    objective: None: a supervised step on all samples; else old log-probabilities and one policy update.
+    on_gpu: whether it goes the way that a GPU would, see gpu_path; for bfloat16.
+    layers: of the text model, instead of the model's own number, see `deepened`.
+    """
 
     model: Path
     layout: Layout
     execution: Execution
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...] | Workload
     max_tokens_per_micro_batch: int
     freeze: tuple[str, ...] = ()
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    objective: Objective | None = None
+    on_gpu: bool = False
+    layers: int | None = None
+
+    def batch(self) -> Batch:
+        """The samples, or the workload's; on real tensors, for they travel as arrays."""
+        if not isinstance(self.samples, Workload):
+            return Batch.of(self.samples)
+        return Batch.of(self.samples.samples(read_hf_config(self.model), self.layout))
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one rank does in one supervised optimizer step, and holds.
+    """What one rank does in one optimizer step, and holds.
 
-    Memory in bytes. `step` is what a step takes at most beyond parameters, gradients and optimizer state: activations and temporary tensors.
-    Example: Rehearsal(rank=0, parameters=…, gradients=…, optimizer=…, step=…, operations=…, collectives={("allreduce_", "tensor"): 189408}, …)
+    Memory in bytes. `passes` and `update` are what is held at most beyond parameters, gradients and optimizer state: activations and temporary
+    tensors of the forward and backward passes, temporary ones of the optimizer.
+    Example: Rehearsal(rank=0, parameters=…, gradients=…, optimizer=…, passes=…, operations=…, collectives={("allreduce_", "tensor"): 189408}, …)
     """
 
     rank: int
     parameters: int
     gradients: int
     optimizer: int
-    step: int
+    passes: int
+    update: int
     operations: int  # floating-point, a multiplication and an addition are two
-    operations_by_module: dict[str, int]
+    operations_by_part: dict[str, int]
+    moved: int  # bytes that the passes read and write in operations that are no matrix products
+    moved_by_update: int  # and the optimizer
     collectives: dict[tuple[str, str], int]  # (operation, group) → bytes
     calls: dict[tuple[str, str], int]
+    micro_batches: int
     synchronisations: int = field(compare=False)
 
     @property
     def peak(self) -> int:
         """Bytes of all tensors at once, at most."""
-        return self.parameters + self.gradients + self.optimizer + self.step
+        return self.parameters + self.gradients + self.optimizer + max(self.passes, self.update)
 
 
 def rehearse(parts: Sequence[tuple[Plan, int]]) -> list[Rehearsal]:
     """These ranks of these plans, one after the other, in a process of their own: Megatron keeps its groups in globals. Raises what PolicyTrainer raises."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.starmap(_in_this_process, parts)
+        return pool.starmap(in_this_process, parts)
 
 
-def _in_this_process(plan: Plan, rank: int) -> Rehearsal:
+def in_this_process(plan: Plan, rank: int) -> Rehearsal:
+    """`rehearse` of one rank, for a process that does nothing else."""
     from megatron.core import parallel_state as mpu
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -89,8 +117,14 @@ def _in_this_process(plan: Plan, rank: int) -> Rehearsal:
     dist.init_process_group("fake", rank=rank, world_size=plan.layout.world_size, store=FakeStore())
     try:
         parallel = init_parallel(plan.layout, rank=rank)
-        with _unasked(), FakeTensorMode(allow_non_fake_inputs=True):
-            return measure(plan, parallel, Unread)
+        attentions = Attentions() if plan.on_gpu else None
+        with ExitStack() as stack:
+            stack.enter_context(_unasked())
+            stack.enter_context(_of_layers(plan.layers))
+            if attentions is not None:
+                stack.enter_context(as_on_gpu(attentions))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            return measure(plan, parallel, Unread, attentions)
     finally:
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
@@ -104,14 +138,21 @@ class Unread(PolicyTrainer):
     def _load(self, chunks: list[Any], *, allow_narrowing: bool) -> None:
         pass
 
+    def _forward_only(self, batches: list[MicroBatch], loss: LossFunction) -> list[Metrics]:
+        self._foresee(batches)
+        return super()._forward_only(batches, loss)
+
     def _gradients(self, micro_batches: list[MicroBatch], loss: LossFunction) -> dict[str, float]:
+        self._foresee(micro_batches)
+        return super()._gradients(micro_batches, loss)
+
+    def _foresee(self, micro_batches: Sequence[MicroBatch]) -> None:
         layout = self.parallel.layout
         width = self.hf_config.text_config.hidden_size
         shared = layout.context * (layout.tensor if layout.sequence_parallel else 1)
         rows = [[batch.tokens // shared, 1, width] for batch in micro_batches]
         before, after = received(rows, layout, self.parallel.pipeline.rank)
         Unread.shapes = iter(before), iter(after)
-        return super()._gradients(micro_batches, loss)
 
 
 def received(rows: Sequence[Any], layout: Layout, stage: int) -> tuple[list[Any], list[Any]]:
@@ -130,10 +171,15 @@ def received(rows: Sequence[Any], layout: Layout, stage: int) -> tuple[list[Any]
     return before, after
 
 
-def measure(plan: Plan, parallel: Parallel, kind: type[PolicyTrainer] = PolicyTrainer) -> Rehearsal:
+def measure(
+    plan: Plan, parallel: Parallel, kind: type[PolicyTrainer] = PolicyTrainer, attentions: Attentions | None = None
+) -> Rehearsal:
     """Builds this rank's trainer and makes one step of it, on whatever tensors and groups there are, and counts."""
     counts = Counts(names_of_groups(parallel), answer=kind is Unread)
-    with counts, FlopCounterMode(display=False) as flops:
+    formulas = attentions.formulas() if attentions else {}
+    flops = FlopCounterMode(display=False, custom_mapping=formulas)
+    parts = Parts(flops)
+    with parts.marked(), counts, flops:
         trainer = kind(
             plan.model,
             parallel,
@@ -144,30 +190,69 @@ def measure(plan: Plan, parallel: Parallel, kind: type[PolicyTrainer] = PolicyTr
         )
         weights = sum(_nbytes(p) for chunk in trainer.chunks for p in chunk.parameters())
         buffers = counts.live - weights
-        trainer.start_phase(plan.optimizer, 1)
-        counts.collectives.clear()
-        counts.calls.clear()
-        before = flops.get_total_flops()
-        assert before == 0, "building computes nothing"
-        counts.synchronisations = 0
-        share = shares(Batch.of(plan.samples), trainer.rules)[parallel.data.rank]
-        counts.restart_peak()
-        trainer.supervise(share)
-        del share
-        gc.collect()  # autograd's cycles
-    held = counts.live
+        trainer.start_phase(plan.optimizer, 2)
+        with cuda_type_names():
+            trainer.optimizer.step()  # its state exists from the first on
+        gc.collect()
+        held = counts.live
+        assert flops.get_total_flops() == 0, "building computes nothing"
+        counts.restart()
+        peak = moved = 0
+
+        def gradients(*args: Any) -> dict[str, float]:
+            nonlocal peak, moved
+            metrics = passes(*args)
+            peak, moved = counts.peak - held, counts.moved
+            counts.peak = counts.live  # from here on the optimizer's
+            return metrics
+
+        passes, trainer._gradients = trainer._gradients, gradients  # type: ignore[method-assign,assignment]
+        micro_batches = _step(trainer, plan)
     return Rehearsal(
         rank=parallel.world.rank,
         parameters=weights,
         gradients=buffers,
         optimizer=held - weights - buffers,
-        step=counts.peak - held,
+        passes=peak,
+        update=counts.peak - held,
         operations=flops.get_total_flops(),
-        operations_by_module={name: sum(found.values()) for name, found in flops.get_flop_counts().items()},
+        operations_by_part=parts.found(attentions.in_windows if attentions else 0),
+        moved=moved,
+        moved_by_update=counts.moved - moved,
         collectives=dict(counts.collectives),
         calls=dict(counts.calls),
+        micro_batches=micro_batches,
         synchronisations=counts.synchronisations,
     )
+
+
+def _step(trainer: PolicyTrainer, plan: Plan) -> int:
+    """→ micro-batches of this rank"""
+    tower_ranks = trainer.frozen_tower.ranks if trainer.frozen_tower and plan.objective else 0
+    with unset_fake_temporarily():
+        share = shares(plan.batch(), trainer.rules, tower_ranks)[trainer.parallel.data.rank]
+    if plan.objective is None:
+        trainer.supervise(share)
+    else:
+        trainer.learn(share, plan.objective)
+    return len(share.rows)
+
+
+def deepened(one: Rehearsal, two: Rehearsal, layers: tuple[int, int], wanted: int) -> Rehearsal:
+    """The rehearsal of a stage of `wanted` layers, from those of the same rank with fewer. Layers are alike, so every count is linear in their number.
+
+    Args:
+        layers: of the rank's stage in `one` and in `two`.
+    """
+    share = (wanted - layers[0]) / (layers[1] - layers[0])
+
+    def line(first: Any, second: Any) -> Any:
+        if isinstance(first, int):
+            return round(first + share * (second - first))
+        return {key: line(first.get(key, 0), second.get(key, 0)) for key in first | second}
+
+    values = {name: line(getattr(one, name), getattr(two, name)) for name in one.__dataclass_fields__ if name != "rank"}
+    return Rehearsal(rank=one.rank, **values)
 
 
 def names_of_groups(parallel: Parallel) -> dict[tuple[int, ...], str]:
@@ -180,6 +265,18 @@ def names_of_groups(parallel: Parallel) -> dict[tuple[int, ...], str]:
 
 def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def _of_layers(number: int | None) -> Iterator[None]:
+    def read(directory: Path) -> QwenVLConfig:
+        config = read_hf_config(directory)
+        if number is None:
+            return config
+        return replace(config, text_config=replace(config.text_config, num_hidden_layers=number))
+
+    with mock.patch.object(trainer_module, "read_hf_config", read):
+        yield
 
 
 @contextmanager

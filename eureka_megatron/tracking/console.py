@@ -32,7 +32,9 @@ def tell(text: str, stream: IO[str] | None = None) -> None:
 
 def tell_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A small table at once, like `tell`."""
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 3 if len(columns) < 8 else 2, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0)
     for row in rows:
         table.add_row(*map(Text, row))
     RichConsole(width=120, highlight=False).print(table)

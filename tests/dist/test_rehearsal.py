@@ -54,7 +54,7 @@ def test_a_rehearsal_is_the_real_thing(plans: dict[int, list[Plan]], world: int)
         done = by_rank[rank][plans[world].index(plan)]
         what = f"{plan.layout}, recompute {plan.execution.recompute}, frozen {plan.freeze}, rank {rank}"
         assert rehearsed.operations == done.operations > 0, what
-        assert rehearsed.operations_by_module == done.operations_by_module, what
+        assert rehearsed.operations_by_part == done.operations_by_part, what
         assert (rehearsed.collectives, rehearsed.calls) == (done.collectives, done.calls), what
         for kind in ("parameters", "gradients", "optimizer"):
             assert getattr(rehearsed, kind) == getattr(done, kind) > 0, f"{what}: {kind}"

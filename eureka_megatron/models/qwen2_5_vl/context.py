@@ -67,8 +67,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: QueryPlan, group: di
     # All ranks' rows end to end, in one collective for both; the gradient of each row is summed over the ranks that use it.
     pair = torch.cat((key, value), dim=-1)
     pair = gather_from_sequence_parallel_region(pair, tensor_parallel_output_grad=True, group=group)
-    if query.is_cuda and query.dtype != torch.float32:
-        return _flash(query, pair, plan)
+    on_gpu = query.is_cuda and query.dtype != torch.float32
+    return (_flash if on_gpu else _chunks)(query, pair, plan)
+
+
+def _chunks(query: Tensor, pair: Tensor, plan: QueryPlan) -> Tensor:
     parts = []
     for own, rows in zip(query.split(plan.queries), plan.rows.split(plan.keys), strict=True):
         keys, values = pair.index_select(0, rows).chunk(2, dim=-1)

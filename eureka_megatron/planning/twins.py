@@ -1,0 +1,100 @@
+"""A rank of a deep model, from rehearsals of two shallow twins: layers are alike, so that every count is linear in their number.
+
+A stage with one and with two layers a chunk tells what a layer adds, and what does not depend on it. Tests hold the line against whole rehearsals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eureka_megatron.layout import Execution, Layout
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.planning.load import Load, Shape, layers_of
+from eureka_megatron.planning.rehearsal import Plan, Rehearsal, deepened, in_this_process
+from eureka_megatron.planning.workload import Workload
+from eureka_megatron.train.step import Objective
+
+# Operations of torch.distributed → how many bytes leave a rank, for each byte of what is handed over first (a ring's; n ranks).
+_SENT = {
+    "allreduce_": lambda n: 2 * (n - 1) / n,
+    "_allgather_base_": lambda n: (n - 1) / n,
+    "allgather_": lambda n: (n - 1) / n,
+    "allgather_into_tensor_coalesced_": lambda n: (n - 1) / n,
+    "_reduce_scatter_base_": lambda n: n - 1,
+    "reduce_scatter_tensor_coalesced_": lambda n: n - 1,
+    "send": lambda n: 1,
+    "recv_": lambda n: 0,
+}
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A rank of `stage`: the first of its tensor-, context- and data-parallel groups."""
+
+    model: Path
+    shape: Shape
+    stage: int
+    freeze: tuple[str, ...]
+
+
+def rehearse_twin(twin: Twin) -> Load:
+    """In this process, which does nothing else."""
+    shape, config = twin.shape, read_hf_config(twin.model)
+    layout = shape.layout.model_copy(update={"layers_first_stage": None, "layers_last_stage": None})
+    few = layout.virtual_pipeline, 2 * layout.virtual_pipeline
+    rows = layout.pipeline * (2 if layout.virtual_pipeline > 1 else 1)
+    found = []
+    for layers in few:
+        plan = Plan(
+            twin.model,
+            layout,
+            Execution(dtype="bfloat16", recompute=shape.recompute),
+            Workload(shape.tokens, shape.longest, shape.pixels, rows),
+            shape.tokens,
+            freeze=twin.freeze,
+            objective=Objective("ppo_clip", {}),
+            on_gpu=True,
+            layers=layers * layout.pipeline,
+        )
+        found.append(in_this_process(plan, _rank(layout, twin.stage)))
+    one, two = found
+    return load_of(deepened(one, two, few, layers_of(config, shape.layout, twin.stage)), layout, twin.stage)
+
+
+def _rank(layout: Layout, stage: int) -> int:
+    """Ranks are numbered by tensor, context, data, pipeline."""
+    return stage * layout.tensor * layout.context * layout.data
+
+
+def load_of(rehearsal: Rehearsal, layout: Layout, stage: int) -> Load:
+    """Of one micro-batch."""
+    rows = rehearsal.micro_batches
+    sizes = {"tensor": layout.tensor, "context": layout.context, "pipeline": layout.pipeline, "data": layout.data}
+    sizes["world"] = layout.world_size
+    sent = dict.fromkeys(sizes, 0.0)
+    for (operation, group), nbytes in rehearsal.collectives.items():
+        if group in sizes:
+            sent[group] += nbytes * _SENT[operation](sizes[group])
+    parts: Mapping[str, int] = rehearsal.operations_by_part
+    vision = sum(number for part, number in parts.items() if part.startswith("vision"))
+    attention = parts["text attention"]
+    return Load(
+        stage=stage,
+        parameters=rehearsal.parameters,
+        gradients=rehearsal.gradients,
+        optimizer=rehearsal.optimizer,
+        passes=rehearsal.passes,
+        update=rehearsal.update,
+        vision=vision / rows,
+        linears=(rehearsal.operations - vision - attention) / rows,
+        attention=attention / rows,
+        moved=rehearsal.moved / rows,
+        moved_by_update=rehearsal.moved_by_update,
+        tensor=sent["tensor"] / rows,
+        context=sent["context"] / rows,
+        pipeline=sent["pipeline"] / rows,
+        data=sent["data"],
+        rehearsed=True,
+    )
