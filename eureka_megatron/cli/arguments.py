@@ -116,6 +116,13 @@ _RUN = (
         "--resume", "auto|DIR", "go on from run.output's newest whole checkpoint, or from this one (or run's folder)"
     ),
 )
+_DRY = (
+    _flag("--dry-run", "check all that can be without the GPUs, memory of every kind of rank included; start nothing"),
+    _value("--gpu", "NAME", "of --dry-run: a100, h100, h200, b200, … (h100)", default="h100"),
+    _value("--gpu-memory", "GIB", "of --dry-run: of each, if not the usual of that GPU", type=_rate),
+    _number("--nodes", "of --dry-run: nodes of the job (as many as needed)"),
+    _number("--gpus-per-node", "of --dry-run: GPUs of each (8)", default=8),
+)
 # A parallel layout; destinations are the fields of layout.Layout and layout.Execution.
 _LAYOUT = (
     _number("--tp", "tensor-parallel size (1)", dest="tensor", default=1),
@@ -147,8 +154,8 @@ _COMMANDS: dict[str, tuple[str, tuple[Argument, ...] | None]] = {
             _value("--overrides", "KEY=VALUE", "e.g. training.steps=10", nargs="+", default=[]),
         ),
     ),
-    "sft": ("supervised cold start on Megatron ranks", _RUN),
-    "train": ("reinforcement learning: vLLM rollouts, rewards, Megatron updates", _RUN),
+    "sft": ("supervised cold start on Megatron ranks", (*_RUN, *_DRY)),
+    "train": ("reinforcement learning: vLLM rollouts, rewards, Megatron updates", (*_RUN, *_DRY)),
     "verify": (
         "compare the Megatron model with transformers at a parallel layout",
         (

@@ -88,6 +88,8 @@ def _sft(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides, SFT_DEFAULTS)
     _first_word()
+    if args.dry_run:
+        return _dry_run(args, config, supervised=True)
     with _run_session(config):
         from eureka_megatron.run.sft import run_sft
 
@@ -100,10 +102,20 @@ def _train(args: argparse.Namespace) -> None:
     # Before torch, Megatron and Ray are imported: a typing mistake is told within a second.
     config = load_config(args.config, args.overrides)
     _first_word()
+    if args.dry_run:
+        return _dry_run(args, config)
     with _run_session(config):
         from eureka_megatron.loop import train
 
         train(config, args.resume)
+
+
+def _dry_run(args: argparse.Namespace, config: Any, *, supervised: bool = False) -> None:
+    from eureka_megatron.planning.dry_run import Machine, dry_run
+
+    machine = Machine.named(args.gpu, args.gpu_memory, args.nodes, args.gpus_per_node)
+    with session():
+        dry_run(config, machine, supervised=supervised, resume=args.resume is not None)
 
 
 def _run_session(config: Any) -> AbstractContextManager[None]:

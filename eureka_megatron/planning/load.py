@@ -11,6 +11,7 @@ The arithmetic is for choosing what to rehearse, and for the first table within 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from eureka_megatron.layout import Layout
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
@@ -24,7 +25,7 @@ class Shape:
     """How a model is trained, as far as a rank's load depends on it."""
 
     layout: Layout
-    recompute: str
+    recompute: Literal["none", "selective", "full"]
     tokens: int  # of a micro-batch
     longest: int  # of a sample
     pixels: int  # of a picture

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.errors import ConfigError
@@ -26,6 +26,7 @@ from eureka_megatron.planning.predict import Engines, Work
 
 TENSORS = (1, 2, 4, 8)
 MICRO_BATCHES = (8192, 16384, 32768)
+RECOMPUTE: tuple[Literal["none", "full"], ...] = ("none", "full")
 LONG = 16384  # tokens of a sample from which on context parallelism is considered
 BESIDE_TRAINER = 4.0  # GiB of a colocated engine's GPU that the trainer takes besides its parameters: CUDA context, buckets of the sync
 MOST, LEAST = 0.9, 0.3  # of a GPU's memory for an engine
@@ -124,7 +125,7 @@ def candidates(ask: Ask) -> Iterator[Candidate]:
         world = ask.gpus if colocated else ask.gpus - count * size
         for layout in _layouts(ask, world):
             for tokens in _micro_batches(ask):
-                for recompute in ("none", "full"):
+                for recompute in RECOMPUTE:
                     shape = Shape(layout, recompute, tokens, ask.work.longest, ask.work.pixels, ask.work.frozen_tower)
                     engines = Engines(count, size, _share(ask, shape, colocated), colocated)
                     if engines.memory >= LEAST and engines.cache_tokens(ask.config, ask.gpu) >= ask.work.longest:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from eureka_megatron.config import OptimizerSection
 from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.planning.load import Load, Shape, layers_of
@@ -29,14 +31,23 @@ _SENT = {
 }
 
 
+PLAIN, ADAM = Objective("ppo_clip", {}), OptimizerSection()
+
+
 @dataclass(frozen=True)
 class Twin:
-    """A rank of `stage`: the first of its tensor-, context- and data-parallel groups."""
+    """A rank of `stage`: the first of its tensor-, context- and data-parallel groups.
+
+    objective: None: supervised training.
+    """
 
     model: Path
     shape: Shape
     stage: int
     freeze: tuple[str, ...]
+    objective: Objective | None = PLAIN
+    optimizer: OptimizerSection = ADAM
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 def rehearse_twin(twin: Twin) -> Load:
@@ -50,12 +61,13 @@ def rehearse_twin(twin: Twin) -> Load:
         plan = Plan(
             twin.model,
             layout,
-            Execution(dtype="bfloat16", recompute=shape.recompute),
-            Workload(shape.tokens, shape.longest, shape.pixels, rows),
+            Execution(dtype=twin.dtype, recompute=shape.recompute),
+            Workload(shape.tokens, shape.longest, shape.pixels, rows, rollouts=twin.objective is not None),
             shape.tokens,
             freeze=twin.freeze,
-            objective=Objective("ppo_clip", {}),
-            on_gpu=True,
+            optimizer=twin.optimizer,
+            objective=twin.objective,
+            on_gpu=twin.dtype == "bfloat16",
             layers=layers * layout.pipeline,
         )
         found.append(in_this_process(plan, _rank(layout, twin.stage)))

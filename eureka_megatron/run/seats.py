@@ -100,6 +100,21 @@ def plan(nodes: Sequence[Node], demand: Demand) -> Seats:
     return seats
 
 
+def check_seats(demand: Demand, nodes: int, gpus: int) -> None:
+    """Refuse a run that so many nodes of so many GPUs have no room for. Raises ConfigError, which says how many nodes would do."""
+
+    def refusal(count: int) -> ConfigError | None:
+        try:
+            plan([Node(str(number), f"node {number}", gpus) for number in range(count)], demand)
+        except ConfigError as error:
+            return error
+        return None
+
+    if error := refusal(nodes):
+        enough = next((count for count in range(nodes + 1, demand.gpus + 1) if refusal(count) is None), None)
+        raise ConfigError(f"{error}{f', or --nodes {enough}' if enough else ''}")
+
+
 def _seated(nodes: Sequence[Node], demand: Demand) -> Seats | None:
     blocks = demand.world_size // demand.block, demand.block
     guests = demand.engines if demand.colocated else 0

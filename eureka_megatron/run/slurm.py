@@ -27,7 +27,7 @@ from eureka_megatron.data.dataset import read_mixture
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
 from eureka_megatron.run.inputs import settle
-from eureka_megatron.run.seats import Demand, Node, plan
+from eureka_megatron.run.seats import Demand, check_seats
 from eureka_megatron.tracking.console import tell
 
 HOME = Path(__file__).resolve().parents[2]  # of slurm/, beside the package
@@ -99,20 +99,7 @@ def check(config: RunConfig, request: Request) -> None:
             f"--time {request.time} leaves nothing before the signal, {request.grace} s ahead of its end: ask for more, or lower --grace"
         )
     if request.gpus_per_node is not None:
-        _check_seats(Demand.of(config, engines=request.stage == TRAIN), request.nodes, request.gpus_per_node)
-
-
-def _check_seats(demand: Demand, nodes: int, gpus: int) -> None:
-    def refusal(count: int) -> ConfigError | None:
-        try:
-            plan([Node(str(number), f"node {number}", gpus) for number in range(count)], demand)
-        except ConfigError as error:
-            return error
-        return None
-
-    if error := refusal(nodes):
-        enough = next((count for count in range(nodes + 1, demand.gpus + 1) if refusal(count) is None), None)
-        raise ConfigError(f"{error}{f', or --nodes {enough}' if enough else ''}")
+        check_seats(Demand.of(config, engines=request.stage == TRAIN), request.nodes, request.gpus_per_node)
 
 
 def limit_seconds(text: str) -> int:
