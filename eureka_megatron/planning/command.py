@@ -10,9 +10,9 @@ from typing import Any
 
 from eureka_megatron.config import RunConfig, load_config, make_config
 from eureka_megatron.errors import ConfigError, nearest
+from eureka_megatron.gpus import GPUS
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
 from eureka_megatron.planning import report
-from eureka_megatron.planning.hardware import GPUS
 from eureka_megatron.planning.predict import Work
 from eureka_megatron.planning.published import configuration
 from eureka_megatron.planning.search import Ask, Outcome, least_gpus, rehearsed, search

@@ -19,12 +19,14 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import Rows, load_dataset, read_mixture
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import ConfigError, UserError
+from eureka_megatron.gpus import GPUS, Gpu
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.operations import text_parameters, tower_parameters
 from eureka_megatron.places import HUB_ID, absolute
 from eureka_megatron.planning import report
 from eureka_megatron.planning.command import tower_is_frozen
-from eureka_megatron.planning.hardware import GIB, GPUS, Gpu, usable
-from eureka_megatron.planning.load import Load, Shape, stages_of_interest, text_parameters, tower_parameters
+from eureka_megatron.planning.hardware import GIB, usable
+from eureka_megatron.planning.load import Load, Shape, stages_of_interest
 from eureka_megatron.planning.predict import Engines
 from eureka_megatron.planning.published import CONFIGS, configuration
 from eureka_megatron.planning.twins import Twin, rehearse_twin

@@ -15,6 +15,11 @@ from typing import Literal
 
 from eureka_megatron.layout import Layout
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
+from eureka_megatron.models.qwen2_5_vl.operations import (
+    text_layer_parameters,
+    text_layer_weights,
+    tower_parameters,
+)
 from eureka_megatron.planning.hardware import GIB
 
 LOGITS = 3 * 0.125 * GIB
@@ -85,28 +90,6 @@ def layers_of(config: QwenVLConfig, layout: Layout, stage: int) -> int:
     return (config.text_config.num_hidden_layers - sum(fixed)) // (layout.pipeline - len(fixed))
 
 
-def text_layer_parameters(config: QwenVLConfig, tensor: int = 1) -> float:
-    text = config.text_config
-    hidden, queries = text.hidden_size, text.num_attention_heads * text.head_dim
-    keys = max(text.num_key_value_heads // tensor, 1) * text.head_dim  # of a rank
-    qkv = (hidden + 1) * (queries / tensor + 2 * keys)
-    return qkv + (queries + 3 * text.intermediate_size) * hidden / tensor + 2 * hidden
-
-
-def tower_parameters(config: QwenVLConfig) -> float:
-    vision = config.vision_config
-    hidden, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    layer = 4 * hidden * (hidden + 1) + (3 * hidden + 2) * vision.intermediate_size + 3 * hidden
-    merger = hidden + (merged + 1) * merged + (merged + 1) * vision.out_hidden_size
-    return vision.patch_values * hidden + vision.depth * layer + merger
-
-
-def text_parameters(config: QwenVLConfig) -> float:
-    text = config.text_config
-    ends = (1 if config.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
-    return text.num_hidden_layers * text_layer_parameters(config) + ends + text.hidden_size
-
-
 def in_flight(layout: Layout, stage: int) -> float:
     """Micro-batches whose activations a stage holds at most, in units of the whole stage (Megatron's 1F1B and interleaved schedules)."""
     stages, chunks = layout.pipeline, layout.virtual_pipeline
@@ -134,7 +117,7 @@ def estimate(config: QwenVLConfig, shape: Shape, stage: int) -> Load:
     passes = in_flight(layout, stage) * layers * (2 * hidden * shape.tokens / shared if full else layer)
     passes += 11 * hidden * shape.tokens / layout.context + ((2 * vocabulary + LOGITS) if last else 0)
     forwards = 5 if full else 4  # a forward; old log-probabilities one, backward two
-    linear = text_layer_parameters(config, tensor) * layers * forwards + (5 * vocabulary if last else 0)
+    linear = text_layer_weights(config, tensor) * layers * forwards + (5 * vocabulary if last else 0)
     rows = shape.tokens * hidden * 2 / layout.context
     return Load(
         stage=stage,

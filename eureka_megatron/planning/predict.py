@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from eureka_megatron.config import RunConfig
+from eureka_megatron.gpus import Gpu
 from eureka_megatron.layout import Layout
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
+from eureka_megatron.models.qwen2_5_vl.operations import text_parameters, tower_parameters
 from eureka_megatron.planning import hardware
-from eureka_megatron.planning.hardware import GIB, Gpu
-from eureka_megatron.planning.load import Load, Shape, text_parameters, tower_parameters, with_tower
+from eureka_megatron.planning.hardware import GIB
+from eureka_megatron.planning.load import Load, Shape, with_tower
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from eureka_megatron.models.qwen2_5_vl.operations import text_operations, text_parameters, tower_parameters
 from eureka_megatron.planning import hardware
 from eureka_megatron.planning.hardware import GIB
-from eureka_megatron.planning.load import Load, text_layer_parameters, text_parameters, tower_parameters
+from eureka_megatron.planning.load import Load
 from eureka_megatron.planning.search import Ask, Outcome, axes, search
 
 TRAIN = ("linears", "attention", "other operations", "tensor and context", "pipeline", "update")
@@ -52,10 +53,7 @@ def row(outcome: Outcome) -> list[str]:
 
 def model_operations(ask: Ask) -> float:
     """Floating-point operations of a rollout step's updates: forward and backward of every sample once, nothing that is computed again."""
-    work, text = ask.work, ask.config.text_config
-    linear = 6 * (text_layer_parameters(ask.config) * text.num_hidden_layers + text.vocab_size * text.hidden_size)
-    attention = 6 * work.sample_tokens * text.num_hidden_layers * text.num_attention_heads * text.head_dim
-    return (linear + attention) * work.responses * work.sample_tokens
+    return 3 * text_operations(ask.config, [ask.work.sample_tokens]) * ask.work.responses
 
 
 def assumptions(ask: Ask) -> str:
@@ -132,7 +130,7 @@ def keys(outcome: Outcome) -> dict[str, Any]:
     return {
         "placement": "colocated" if engines.colocated else "split",
         "model": {"recompute": shape.recompute},
-        "parallel": parallel,
+        **({"parallel": parallel} if parallel else {}),
         "rollout": {"engines": engines.count, "tensor": engines.tensor, "gpu_memory_utilization": engines.memory},
         "training": {"max_tokens_per_micro_batch": shape.tokens},
     }

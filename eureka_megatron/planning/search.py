@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from eureka_megatron.config import RunConfig
 from eureka_megatron.errors import ConfigError
+from eureka_megatron.gpus import Gpu
 from eureka_megatron.layout import Layout
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, check_engine, check_layout
 from eureka_megatron.planning import predict
-from eureka_megatron.planning.hardware import GIB, Gpu, usable
+from eureka_megatron.planning.hardware import GIB, usable
 from eureka_megatron.planning.load import Load, Shape, estimate, stages_of_interest
 from eureka_megatron.planning.predict import Engines, Work
 

@@ -88,6 +88,8 @@ class Run:
             self.turns = Turns(self.trainer, self.pool)
             self.trainer.before_training, self.pool.before_sampling = self.turns.train, self.turns.sample
         self.placement.tell(self.trainer.seats, self.pool.actors)
+        if self.trainer.unknown_device:
+            tell(self.trainer.unknown_device)
         self.pool.resend = self._resend
         self.rewarder = self._stack.enter_context(Rewarder(reward_rules(config)))
         self.collector = Collector(

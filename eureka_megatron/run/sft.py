@@ -115,6 +115,8 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
         stack.callback(trainer.close)
         trainer.start()
         placement.tell(trainer.seats)
+        if trainer.unknown_device:
+            tell(trainer.unknown_device)
         tracker = stack.enter_context(Tracker(config, config.run.output, stage="sft", start_step=first))
         supervise(trainer, dataset, config, tracker, save=True, checkpoint=checkpoint)
         with replacing(output) as fresh:

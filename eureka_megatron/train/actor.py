@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -25,6 +26,9 @@ from eureka_megatron.checkpoint.writer import SLOWEST_DISK, Report
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
+from eureka_megatron.gpus import peak_of
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.operations import update_operations
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.release.card import run_card
 from eureka_megatron.sync import ipc_transfer, ray_transfer
@@ -43,6 +47,7 @@ class Place(NamedTuple):
     reports: bool
     rules: Rules
     tower_ranks: int
+    device: str  # its name, e.g. NVIDIA H100 80GB HBM3, or CPU
 
 
 class Seat(NamedTuple):
@@ -121,7 +126,9 @@ class TrainerRank:
         parallel = self.trainer.parallel
         complete = parallel.last_stage and parallel.tensor.rank == 0 and parallel.data.rank == 0
         tower = self.trainer.frozen_tower
-        return Place(parallel.data.rank, complete, self.trainer.rules, tower.ranks if tower else 0)
+        on_gpu = parallel.device.type == "cuda"
+        device = torch.cuda.get_device_name(parallel.device) if on_gpu else "CPU"
+        return Place(parallel.data.rank, complete, self.trainer.rules, tower.ranks if tower else 0, device)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A method of this rank, or of its trainer or checkpoints by a dotted name."""
@@ -210,6 +217,7 @@ class TrainerGroup:
 
     def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]] | None = None) -> None:
         self.config = config
+        self._sizes = read_hf_config(config.model.path)
         self._submitting = threading.Lock()
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
@@ -257,13 +265,34 @@ class TrainerGroup:
     def train(self, batch: Batch) -> list[dict[str, float]]:
         """Metrics of each optimizer step of this rollout step."""
         self.before_training()
-        first = self.places[0]  # a rank of the first stage, which has the tower
-        return self._shared("train", shares(batch, first.rules, first.tower_ranks))
+        first, start = self.places[0], time.perf_counter()  # a rank of the first stage, which has the tower
+        results: list[dict[str, float]] = self._shared("train", shares(batch, first.rules, first.tower_ranks))
+        updated = [batch.samples[index] for update in batch.updates for index in update]
+        used = self._utilisation(updated * self.config.training.passes, time.perf_counter() - start)
+        return [result | used for result in results]
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
         self.before_training()
-        return self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
+        start = time.perf_counter()
+        metrics: dict[str, float] = self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
+        return metrics | self._utilisation(samples, time.perf_counter() - start)
+
+    @property
+    def unknown_device(self) -> str | None:
+        """What to tell where no share of the peak can be given."""
+        device = self.places[0].device
+        if peak_of(device) is not None:
+            return None
+        return f"no peak is known of {device}: tflops is logged, mfu is not"
+
+    def _utilisation(self, samples: Sequence[Sample], seconds: float) -> dict[str, float]:
+        """`tflops`: 10¹² model operations a second and rank, over all that training took; `mfu`: their share of the device's bf16 peak, if it is known."""
+        first = self.places[0]
+        operations = update_operations(self._sizes, samples, frozen_tower=first.tower_ranks > 0)
+        rate = operations / seconds / len(self.ranks) / 1e12
+        peak = peak_of(first.device)
+        return {"tflops": rate} | ({"mfu": rate / peak} if peak is not None else {})
 
     def _shared(self, method: str, parts: Sequence[Share]) -> Any:
         """The reporting rank's answer. Ranks of one data-parallel rank read the same object of Ray's store."""

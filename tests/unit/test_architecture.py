@@ -26,7 +26,7 @@ LAYERS = (
     ("weights", "checkpoint", "sync", "rewards"),
     ("models",),
     ("parallel",),
-    ("types", "config", "layout", "errors", "places", "session", "yaml_values"),
+    ("types", "config", "layout", "gpus", "errors", "places", "session", "yaml_values"),
 )
 # Earlier places of what has moved up, kept for scripts outside this repository; nothing here imports them.
 EARLIER = ("eureka_megatron.models.qwen2_5_vl.tiny",)
