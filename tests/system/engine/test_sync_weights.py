@@ -1,4 +1,4 @@
-"""Weights into a real engine through Ray: exact, complete, refused or repaired. One engine for the module.
+"""Weights into a real engine through Ray: exact, complete, refused or repaired.
 
 The trainer's side is transformers' model where the test is about the engine, and real Megatron ranks at the end.
 """
@@ -19,7 +19,6 @@ from tests.helpers.engines import (
     Prompts,
     load_reference,
     module_source,
-    private_ray,
     reference_logprobs,
     run_config,
     score,
@@ -31,37 +30,6 @@ pytestmark = pytest.mark.system
 
 LAYOUTS = {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "pp2": {"pipeline": 2}}
 OPTIONS: dict[str, Any] = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 16}
-
-
-@pytest.fixture(scope="module")
-def pool(tiny_dir: Path) -> Iterator[Any]:
-    from eureka_megatron.rollout.engine import Engine
-    from eureka_megatron.rollout.pool import RolloutPool
-
-    class ForgetfulEngine(Engine):  # local, so that Ray pickles it by value; an ordinary engine until told otherwise
-        @property
-        def _model(self) -> Any:  # with one worker it is in this process
-            return self._llm.collective_rpc(lambda worker: worker.get_model())[0]
-
-        def keep_encoder_cache(self, keep: bool) -> None:
-            self._llm.llm_engine.reset_encoder_cache = (lambda: None) if keep else None
-            if not keep:
-                del self._llm.llm_engine.reset_encoder_cache
-
-        def corrupt(self, parameter: str, element: int) -> None:
-            with torch.no_grad():
-                self._model.get_parameter(parameter).view(-1)[element] += 0.5
-
-        def corrupt_packed(self, module: str) -> None:
-            layer = self._model.get_submodule(module)
-            original = layer.cpu_linear
-            layer.cpu_linear = lambda x, weight, bias: original(x, weight, bias) * 1.0001
-
-    with private_ray():
-        pool = RolloutPool(run_config(tiny_dir), engine_class=ForgetfulEngine)
-        pool.start()
-        yield pool
-        pool.shutdown()
 
 
 @pytest.fixture(scope="module")
