@@ -11,7 +11,7 @@ from eureka_megatron.demo.forms import build_published
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
-SHORT = ["sft.steps=40", "training.steps=2", "algorithm.filter.enabled=false"]
+SHORT = ["sft.steps=40", "training.steps=2", "algorithm.filter.enabled=false", "tracking.wandb=disabled"]
 
 
 def test_the_short_story_leaves_everything_behind(
