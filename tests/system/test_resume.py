@@ -191,7 +191,7 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(
     assert "go on from there with --resume auto" in refused
     resumed = eureka(capsys, "train", configs["killed"], "--resume", "auto")
     assert f"going on after step {reached}, from {folder / f'step_{reached:06d}'}" in resumed
-    eureka(capsys, "train", configs["whole"])
+    eureka(capsys, "train", configs["whole"], "tracking.wandb=disabled")
     whole, found = (numbers(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert whole.keys() == set(range(5))
     assert len({metrics["train/entropy"] for metrics in whole.values()}) == 5, "every step must be another"
@@ -216,7 +216,7 @@ def test_a_killed_cold_start_goes_on_to_the_same_metrics_and_the_same_model(
     configs = {name: tmp_path / f"{name}.yaml" for name in ("whole", "killed")}
     for name, path in configs.items():
         text = CONFIG.format(output=tmp_path / name, model=tmp_path / "model", data=data) + sections
-        path.write_text(text.replace("every: 1", "every: 2"))
+        path.write_text(text.replace("every: 1", "every: 2").replace("wandb: offline", "wandb: disabled"))
     folder = tmp_path / "killed" / "checkpoints"
     reached = Training(configs["killed"], command="sft").kill_after(4, folder)
     assert reached < 12
