@@ -110,6 +110,7 @@ def estimate(config: QwenVLConfig, shape: Shape, stage: int) -> Load:
     tower = tower_parameters(config) if first else 0
     frozen = tower if shape.frozen_tower else 0
     learning += tower - frozen
+    tied = config.tie_word_embeddings and layout.pipeline > 1 and (first or last)
     keys = text.num_key_value_heads * text.head_dim
     kept = 2 * (7 * hidden + 3 * keys + 3 * text.intermediate_size) + 4 * text.num_attention_heads
     full = shape.recompute == "full"
@@ -136,7 +137,7 @@ def estimate(config: QwenVLConfig, shape: Shape, stage: int) -> Load:
         tensor=(18 if full else 14) * layers * rows * (tensor - 1) / tensor,
         context=14 * 2 * keys / hidden * layers * rows * (layout.context - 1) / tensor if layout.context > 1 else 0,
         pipeline=3 * rows / tensor if layout.pipeline > 1 else 0,
-        data=6 * learning * (1 - 1 / (layout.data * layout.context)),
+        data=6 * learning * (1 - 1 / (layout.data * layout.context)) + (4 * vocabulary if tied else 0),
     )
 
 

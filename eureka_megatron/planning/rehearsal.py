@@ -74,8 +74,8 @@ class Plan:
 class Rehearsal:
     """What one rank does in one optimizer step, and holds.
 
-    Memory in bytes. `passes` and `update` are what is held at most beyond parameters, gradients and optimizer state: activations and temporary
-    tensors of the forward and backward passes, temporary ones of the optimizer.
+    Memory in bytes. `ahead`, `passes` and `update` are what is held at most beyond parameters, gradients and optimizer state: while a frozen
+    tower and old log-probabilities are computed, in the forward and backward passes, by the optimizer.
     Example: Rehearsal(rank=0, parameters=…, gradients=…, optimizer=…, passes=…, operations=…, collectives={("allreduce_", "tensor"): 189408}, …)
     """
 
@@ -83,6 +83,7 @@ class Rehearsal:
     parameters: int
     gradients: int
     optimizer: int
+    ahead: int
     passes: int
     update: int
     operations: int  # floating-point, a multiplication and an addition are two
@@ -97,7 +98,7 @@ class Rehearsal:
     @property
     def peak(self) -> int:
         """Bytes of all tensors at once, at most."""
-        return self.parameters + self.gradients + self.optimizer + max(self.passes, self.update)
+        return self.parameters + self.gradients + self.optimizer + max(self.ahead, self.passes, self.update)
 
 
 def rehearse(parts: Sequence[tuple[Plan, int]]) -> list[Rehearsal]:
@@ -197,10 +198,11 @@ def measure(
         held = counts.live
         assert flops.get_total_flops() == 0, "building computes nothing"
         counts.restart()
-        peak = moved = 0
+        ahead = peak = moved = 0
 
         def gradients(*args: Any) -> dict[str, float]:
-            nonlocal peak, moved
+            nonlocal ahead, peak, moved
+            ahead, counts.peak = counts.peak - held, counts.live
             metrics = passes(*args)
             peak, moved = counts.peak - held, counts.moved
             counts.peak = counts.live  # from here on the optimizer's
@@ -213,6 +215,7 @@ def measure(
         parameters=weights,
         gradients=buffers,
         optimizer=held - weights - buffers,
+        ahead=ahead,
         passes=peak,
         update=counts.peak - held,
         operations=flops.get_total_flops(),

@@ -87,8 +87,11 @@ def load_of(rehearsal: Rehearsal, layout: Layout, stage: int) -> Load:
     sizes["world"] = layout.world_size
     sent = dict.fromkeys(sizes, 0.0)
     for (operation, group), nbytes in rehearsal.collectives.items():
-        if group in sizes:
-            sent[group] += nbytes * _SENT[operation](sizes[group])
+        # The gradient of a tied embedding, between the two ends of a pipeline (a group without a name, if there are other stages).
+        ends = operation == "allreduce_" and group in ("pipeline", "2 ranks")
+        if group in sizes or ends:
+            once = ends or "coalesced" in operation  # an update: gradients of what ranks share, and parameters
+            sent["data" if once else group] += nbytes * _SENT[operation](2 if ends else sizes[group])
     parts: Mapping[str, int] = rehearsal.operations_by_part
     vision = sum(number for part, number in parts.items() if part.startswith("vision"))
     attention = parts["text attention"]
@@ -97,7 +100,7 @@ def load_of(rehearsal: Rehearsal, layout: Layout, stage: int) -> Load:
         parameters=rehearsal.parameters,
         gradients=rehearsal.gradients,
         optimizer=rehearsal.optimizer,
-        passes=rehearsal.passes,
+        passes=max(rehearsal.ahead, rehearsal.passes),
         update=rehearsal.update,
         vision=vision / rows,
         linears=(rehearsal.operations - vision - attention) / rows,
