@@ -11,17 +11,17 @@ from typing import Any
 from eureka_megatron.config import RunConfig, load_config, make_config
 from eureka_megatron.errors import ConfigError, nearest
 from eureka_megatron.gpus import GPUS
-from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
 from eureka_megatron.planning import report
 from eureka_megatron.planning.predict import Work
-from eureka_megatron.planning.published import configuration
+from eureka_megatron.planning.published import configuration, sizes_of
 from eureka_megatron.planning.search import Ask, Outcome, least_gpus, rehearsed, search
 from eureka_megatron.planning.workload import picture_units
 from eureka_megatron.tracking.console import tell, tell_table
 from eureka_megatron.weights.table import expand, frozen_rows, rows
 
 SHOWN = 6
-REHEARSED, SECONDS = 4, 30.0  # layouts, and the time after which no further one is begun
+REHEARSED, SECONDS = 3, 20.0  # layouts, and the time after which no further one is begun
 QUESTION = 128  # tokens of a prompt's text
 MEAN_RESPONSE = 1024  # tokens; published runs of 7B and 32B lie between 500 and 1,500
 # What the published runs freeze; without a recipe it is what is asked about.
@@ -100,7 +100,7 @@ def asked(options: Options, overrides: list[str]) -> Ask:
         given: dict[str, Any] = {"model": {"path": str(options.model), "freeze": FREEZE}, "data": {"train": "-"}}
         run = make_config(given, "eureka plan")
     model = configuration(options.model or run.model.path)
-    config = read_hf_config(model)
+    config = sizes_of(model)
     return ask_of(run, model, config, replace(gpu), options)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from eureka_megatron.errors import ConfigError
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, TextConfig, VisionConfig, read_hf_config
 from eureka_megatron.places import HUB_ID, model_directory
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -28,3 +33,20 @@ def configuration(model: str | Path) -> Path:
     if not directory.is_dir() and not HUB_ID.fullmatch(name):
         raise ConfigError(f"--model {name}: neither a directory nor one of {', '.join(SIZES)} nor a model of the hub")
     return directory
+
+
+def sizes_of(directory: Path) -> QwenVLConfig:
+    """What `read_hf_config` says of a directory; of the published files without transformers, whose import takes longer than a first answer may."""
+    if directory.parent != CONFIGS:
+        return read_hf_config(directory)
+    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    usual = json.loads((CONFIGS / "7b" / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    vision = usual | values["vision_config"]  # the 32B file leaves out what is transformers' default
+    vision |= {"in_channels": vision["in_chans"], "fullatt_block_indexes": tuple(vision["fullatt_block_indexes"])}
+    text = values | {"mrope_section": tuple(values["rope_scaling"]["mrope_section"])}
+    parts = {"text_config": _record(TextConfig, text), "vision_config": _record(VisionConfig, vision)}
+    return _record(QwenVLConfig, values | parts | {"eos_token_ids": (values["eos_token_id"],)})
+
+
+def _record(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})

@@ -169,6 +169,8 @@ def draw(outcome: Outcome, path: Path) -> None:
     scaling.set(title="the same step on other numbers of GPUs", xlabel="GPUs", ylabel="seconds")
     scaling.set_xscale("log", base=2)
     scaling.set_yscale("log", base=2)
+    for ticks in (scaling.xaxis, scaling.yaxis):
+        ticks.set_major_formatter("{x:g}")
     for axis in (memory, times, scaling):
         axis.grid(color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)

@@ -31,7 +31,7 @@ RECOMPUTE: tuple[Literal["none", "full"], ...] = ("none", "full")
 LONG = 16384  # tokens of a sample from which on context parallelism is considered
 BESIDE_TRAINER = 4.0  # GiB of a colocated engine's GPU that the trainer takes besides its parameters: CUDA context, buckets of the sync
 MOST, LEAST = 0.9, 0.3  # of a GPU's memory for an engine
-FULL = 0.85, 0.04  # a layout that fills more than that share of what is usable counts as so much slower
+FULL = 0.85, 0.08  # a layout that fills more than that share of what is usable counts as so much slower
 
 
 @dataclass(frozen=True)

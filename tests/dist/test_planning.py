@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from eureka_megatron.cli import main
 from eureka_megatron.layout import Execution, Layout
@@ -98,13 +99,15 @@ def test_the_operations_of_metrics_are_those_of_the_model(found: dict[tuple[int,
     assert vision == tower_operations(config, [picture for sample in samples for picture in sample.pictures])
 
 
-def test_the_command_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--model", "3b", "--gpus", "1", "--gpu-memory", "80", "--out", str(tmp_path / "plan")]
+def test_the_command_plans_what_the_recipe_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", "32b", "--gpus", "48", "--gpu-memory", "80", "--out", str(tmp_path / "plan")]
     assert main([*words, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["rehearsed"] is True
-    assert answer["layout"]["model"] == {"recompute": "full"}
-    assert 0 < sum(answer["memory"]["by_stage"]["0"].values()) < answer["memory"]["usable"]
+    recipe = yaml.safe_load((ROOT / "examples" / "mmk12" / "qwen2_5_vl_32b_stage1.yaml").read_text(encoding="utf-8"))
+    assert answer["layout"]["parallel"] == recipe["parallel"]
+    assert answer["layout"]["rollout"].items() <= recipe["rollout"].items()
+    assert 0 < sum(answer["memory"]["by_stage"]["0"].values()) < 0.85 * answer["memory"]["usable"]
     assert "placement: colocated" in (tmp_path / "plan" / "layout.yaml").read_text(encoding="utf-8")
     assert (tmp_path / "plan" / "plan.png").stat().st_size > 10_000
     assert main(["plan", "--model", "72b", "--gpus", "8", "--gpu-memory", "80"]) == 2

@@ -18,7 +18,7 @@ from eureka_megatron.planning import report
 from eureka_megatron.planning.command import Options, asked
 from eureka_megatron.planning.dry_run import DryRun, Machine, dry_run
 from eureka_megatron.planning.load import estimate, in_flight, layers_of, stages_of_interest
-from eureka_megatron.planning.published import CONFIGS, SIZES, configuration
+from eureka_megatron.planning.published import CONFIGS, SIZES, configuration, sizes_of
 from eureka_megatron.planning.search import search
 from eureka_megatron.weights.table import expand, rows
 
@@ -35,6 +35,7 @@ PARAMETERS = {
 @pytest.mark.parametrize("size", SIZES)
 def test_the_arithmetic_has_every_parameter_of_the_published_models(size: str) -> None:
     config = read_hf_config(CONFIGS / size)
+    assert sizes_of(CONFIGS / size) == config
     in_table = sum(prod(shape) for row in expand(rows(config)) if not row.copy for shape in row.hf.values())
     assert text_parameters(config) + tower_parameters(config) == in_table == PARAMETERS[size]
 
