@@ -99,7 +99,7 @@ def in_flight(layout: Layout, stage: int) -> float:
 
 
 def estimate(config: QwenVLConfig, shape: Shape, stage: int) -> Load:
-    """By arithmetic; within some percent of what a rehearsal finds (tests/unit/test_planning_load.py)."""
+    """By arithmetic; within some percent of what a rehearsal finds (tests/dist/test_planning.py)."""
     layout, text = shape.layout, config.text_config
     tensor, shared = layout.tensor, layout.tensor * layout.context
     hidden, layers = text.hidden_size, layers_of(config, layout, stage)
@@ -117,6 +117,8 @@ def estimate(config: QwenVLConfig, shape: Shape, stage: int) -> Load:
     layer = kept * shape.tokens / shared
     passes = in_flight(layout, stage) * layers * (2 * hidden * shape.tokens / shared if full else layer)
     passes += 11 * hidden * shape.tokens / layout.context + ((2 * vocabulary + LOGITS) if last else 0)
+    if first and not shape.frozen_tower:
+        passes += in_flight(layout, stage) * _kept_of_tower(config, shape)
     forwards = 5 if full else 4  # a forward; old log-probabilities one, backward two
     linear = text_layer_weights(config, tensor) * layers * forwards + (5 * vocabulary if last else 0)
     rows = shape.tokens * hidden * 2 / layout.context
@@ -148,6 +150,16 @@ def _tower_operations(config: QwenVLConfig, shape: Shape) -> float:
     patches = shape.pixels / vision.patch_size**2
     attention = 4 * patches * patches * vision.hidden_size * len(vision.fullatt_block_indexes)
     return pictures * (2 * tower_parameters(config) * patches + attention) * (1 if shape.frozen_tower else 4)
+
+
+def _kept_of_tower(config: QwenVLConfig, shape: Shape) -> float:
+    """Bytes of a learning tower's activations, whole on every rank, of the pictures of a full micro-batch."""
+    vision = config.vision_config
+    patches = shape.samples * shape.pixels / vision.patch_size**2
+    layer = (
+        2 * vision.hidden_size if shape.recompute == "full" else 20 * vision.hidden_size + 6 * vision.intermediate_size
+    )
+    return patches * vision.depth * layer
 
 
 def with_tower(load: Load, share: float) -> Load:

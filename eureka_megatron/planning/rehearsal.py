@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -114,6 +115,7 @@ def in_this_process(plan: Plan, rank: int) -> Rehearsal:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     warnings.filterwarnings("ignore")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of a machine that has GPUs: fake tensors say that they are on the CPU
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=rank, world_size=plan.layout.world_size, store=FakeStore())
     try:

@@ -116,8 +116,8 @@ class Outcome:
     def rehearsed(self) -> bool:
         return all(load.rehearsed for load in self.loads)
 
-    def fits(self, slack: float = 1.0) -> bool:
-        return self.peak <= self.room * slack
+    def fits(self) -> bool:
+        return self.peak <= self.room
 
 
 def candidates(ask: Ask) -> Iterator[Candidate]:
