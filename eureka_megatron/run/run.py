@@ -118,7 +118,8 @@ class Run:
             return max(values) if name.endswith("_max") else sum(values) / len(values)
 
         self.global_step += len(results)
-        return {f"train/{name}": over_steps(name) for name in results[0]} | {"train/global_step": self.global_step}
+        metrics = {f"train/{name}": over_steps(name) for name in results[0]}
+        return metrics | self.trainer.utilisation | {"train/global_step": self.global_step}
 
     def sync_weights(self, check: bool = False) -> dict[str, float]:
         """Hand the trainer's weights to every engine; with `check`, compare a checksum of every tensor on both sides."""

@@ -68,7 +68,8 @@ def supervise(
     for step in range(first, steps):
         metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
         metrics["epoch"] = (step + 1) * sft.samples_per_step / rows
-        tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()} | schedule.figures())
+        figures = trainer.utilisation | schedule.figures()
+        tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()} | figures)
         if save:
             schedule.after(step)
     schedule.finish()

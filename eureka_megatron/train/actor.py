@@ -218,6 +218,9 @@ class TrainerGroup:
     def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]] | None = None) -> None:
         self.config = config
         self._sizes = read_hf_config(config.model.path)
+        # Of the last updates: `timed/tflops`, 10¹² model operations a second and rank over all that they took, and `timed/mfu`, their share
+        # of the device's bf16 peak, if that is known.
+        self.utilisation: dict[str, float] = {}
         self._submitting = threading.Lock()
         world = config.parallel.world_size
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
@@ -268,15 +271,16 @@ class TrainerGroup:
         first, start = self.places[0], time.perf_counter()  # a rank of the first stage, which has the tower
         results: list[dict[str, float]] = self._shared("train", shares(batch, first.rules, first.tower_ranks))
         updated = [batch.samples[index] for update in batch.updates for index in update]
-        used = self._utilisation(updated * self.config.training.passes, time.perf_counter() - start)
-        return [result | used for result in results]
+        self.utilisation = self._utilised(updated * self.config.training.passes, time.perf_counter() - start)
+        return results
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step."""
         self.before_training()
         start = time.perf_counter()
         metrics: dict[str, float] = self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
-        return metrics | self._utilisation(samples, time.perf_counter() - start)
+        self.utilisation = self._utilised(samples, time.perf_counter() - start)
+        return metrics
 
     @property
     def unknown_device(self) -> str | None:
@@ -284,15 +288,14 @@ class TrainerGroup:
         device = self.places[0].device
         if peak_of(device) is not None:
             return None
-        return f"no peak is known of {device}: tflops is logged, mfu is not"
+        return f"no peak is known of {device}: timed/tflops is logged, timed/mfu is not"
 
-    def _utilisation(self, samples: Sequence[Sample], seconds: float) -> dict[str, float]:
-        """`tflops`: 10¹² model operations a second and rank, over all that training took; `mfu`: their share of the device's bf16 peak, if it is known."""
+    def _utilised(self, samples: Sequence[Sample], seconds: float) -> dict[str, float]:
         first = self.places[0]
         operations = update_operations(self._sizes, samples, frozen_tower=first.tower_ranks > 0)
         rate = operations / seconds / len(self.ranks) / 1e12
         peak = peak_of(first.device)
-        return {"tflops": rate} | ({"mfu": rate / peak} if peak is not None else {})
+        return {"timed/tflops": rate} | ({"timed/mfu": rate / peak} if peak is not None else {})
 
     def _shared(self, method: str, parts: Sequence[Share]) -> Any:
         """The reporting rank's answer. Ranks of one data-parallel rank read the same object of Ray's store."""
