@@ -68,8 +68,8 @@ def supervise(
     for step in range(first, steps):
         metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
         metrics["epoch"] = (step + 1) * sft.samples_per_step / rows
-        figures = trainer.utilisation | schedule.figures()
-        tracker.log(step, {f"sft/{name}": value for name, value in metrics.items()} | figures)
+        named = {name if "/" in name else f"sft/{name}": value for name, value in metrics.items()}
+        tracker.log(step, named | schedule.figures())
         if save:
             schedule.after(step)
     schedule.finish()

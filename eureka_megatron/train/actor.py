@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
 from eureka_megatron.gpus import peak_of
-from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
+from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
 from eureka_megatron.models.qwen2_5_vl.operations import update_operations
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.release.card import run_card
@@ -217,8 +218,7 @@ class TrainerGroup:
 
     def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]] | None = None) -> None:
         self.config = config
-        self._sizes = read_hf_config(config.model.path)
-        # Of the last updates: `timed/tflops`, 10¹² model operations a second and rank over all that they took, and `timed/mfu`, their share
+        # Of the last `train`: `timed/tflops`, 10¹² model operations a second and rank over all that they took, and `timed/mfu`, their share
         # of the device's bf16 peak, if that is known.
         self.utilisation: dict[str, float] = {}
         self._submitting = threading.Lock()
@@ -275,12 +275,11 @@ class TrainerGroup:
         return results
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Metrics of one supervised optimizer step."""
+        """Metrics of one supervised optimizer step, and what `utilisation` has."""
         self.before_training()
         start = time.perf_counter()
         metrics: dict[str, float] = self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
-        self.utilisation = self._utilised(samples, time.perf_counter() - start)
-        return metrics
+        return metrics | self._utilised(samples, time.perf_counter() - start)
 
     @property
     def unknown_device(self) -> str | None:
@@ -289,6 +288,10 @@ class TrainerGroup:
         if peak_of(device) is not None:
             return None
         return f"no peak is known of {device}: timed/tflops is logged, timed/mfu is not"
+
+    @cached_property
+    def _sizes(self) -> QwenVLConfig:
+        return read_hf_config(self.config.model.path)
 
     def _utilised(self, samples: Sequence[Sample], seconds: float) -> dict[str, float]:
         first = self.places[0]
