@@ -173,13 +173,13 @@ class SlurmCluster:
         self.while_alive(job, lambda: self.job(job)["JobState"] == "COMPLETED", "end", seconds=500)
 
     def is_queued_again(self, job: str, restarts: int) -> None:
-        """Waits until it was requeued so often."""
+        """Waits until it was requeued so often. On its way there Slurm may call it FAILED for a moment."""
 
         def requeued() -> bool:
             found = self.job(job)
             return (found["JobState"], found["Restarts"]) == ("PENDING", str(restarts))
 
-        self.while_alive(job, requeued, f"requeue {restarts}", seconds=400)
+        wait_until(requeued, 400, f"job {job}: requeue {restarts}", lambda: self.said(job))
 
     def start_soon(self, job: str) -> None:
         """Of a requeued job, which by itself starts two minutes later; at once it could not: its node has just revoked its credential."""
