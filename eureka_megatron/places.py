@@ -46,8 +46,10 @@ def from_home(text: str) -> str:
     return whole
 
 
-def model_directory(name: Path | str) -> Path:
+def model_directory(name: Path | str, *, download: bool = True) -> Path:
     """The absolute directory of a model: one that exists, or that of a hub id. What is neither stays as it is, for its reader to refuse.
+
+    download: whether what the cache lacks is fetched.
 
     Raises:
         UserError: the name has the form of a hub id, but the model is not in the cache and cannot be downloaded.
@@ -56,7 +58,7 @@ def model_directory(name: Path | str) -> Path:
     known = HUB_ID.fullmatch(str(name))
     if directory.exists() or known is None:
         return directory
-    return _snapshot(known["repository"], known["revision"])
+    return _snapshot(known["repository"], known["revision"], download)
 
 
 def hub_origin(directory: Path | str) -> tuple[str, str] | None:
@@ -72,7 +74,7 @@ def absolute(path: Path) -> Path:
     return Path(from_home(str(path))).absolute()
 
 
-def _snapshot(repository: str, revision: str | None) -> Path:
+def _snapshot(repository: str, revision: str | None, allowed: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -88,8 +90,8 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         if not missing:
             return _told(repository, cached)
         lacking = f"the cache lacks {', '.join(missing)} of it"
-    reason = "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
+    reason = "HF_HUB_OFFLINE is set" if allowed else "nothing is downloaded here"
+    if allowed and not constants.HF_HUB_OFFLINE:
         try:
             return _told(repository, download())
         except Exception as error:  # of many kinds: names the hub does not know, tokens, proxies, networks, disks

@@ -10,7 +10,7 @@ from typing import Any
 
 from eureka_megatron.config import RunConfig, load_config, make_config
 from eureka_megatron.errors import ConfigError, nearest
-from eureka_megatron.gpus import GPUS
+from eureka_megatron.gpus import GPUS, Gpu
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
 from eureka_megatron.planning import report
 from eureka_megatron.planning.predict import Work
@@ -101,10 +101,10 @@ def asked(options: Options, overrides: list[str]) -> Ask:
         run = make_config(given, "eureka plan")
     model = configuration(options.model or run.model.path)
     config = sizes_of(model)
-    return ask_of(run, model, config, replace(gpu), options)
+    return ask_of(run, model, config, gpu, options)
 
 
-def ask_of(run: RunConfig, model: Path, config: QwenVLConfig, gpu: Any, options: Options) -> Ask:
+def ask_of(run: RunConfig, model: Path, config: QwenVLConfig, gpu: Gpu, options: Options) -> Ask:
     if run.model.dtype != "bfloat16":
         raise ConfigError(f"model.dtype={run.model.dtype}: plans are for bfloat16")
     pixels = options.max_pixels or run.data.max_pixels

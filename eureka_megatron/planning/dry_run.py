@@ -22,13 +22,13 @@ from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.gpus import GPUS, Gpu
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.operations import text_parameters, tower_parameters
-from eureka_megatron.places import HUB_ID, absolute
+from eureka_megatron.places import absolute
 from eureka_megatron.planning import report
 from eureka_megatron.planning.command import tower_is_frozen
 from eureka_megatron.planning.hardware import GIB, usable
 from eureka_megatron.planning.load import Load, Shape, stages_of_interest
 from eureka_megatron.planning.predict import Engines
-from eureka_megatron.planning.published import CONFIGS, configuration
+from eureka_megatron.planning.published import configuration
 from eureka_megatron.planning.twins import Twin, rehearse_twin
 from eureka_megatron.rewards.rewarder import check_function
 from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
@@ -70,11 +70,12 @@ def dry_run(config: RunConfig, machine: Machine, *, supervised: bool = False, re
     run.check("model", run.model)
     if run.config_dir is not None:  # nothing else can be said without a model's sizes
         run.check("weights", run.weights)
-        run.check("layout", lambda: _each(check_run, run.config, "fits the model"))
+        fits = run.check("layout", lambda: _each(check_run, run.config, "fits the model"))
         if not supervised:
             run.check("rollouts", lambda: _each(check_rollout, run.config, "fit the model and the micro-batches"))
         run.check("placement", run.placement)
-        run.check("memory of a rank", run.memory)
+        if fits:
+            run.check("memory of a rank", run.memory)
         if not supervised:
             run.check("memory of an engine", run.engine)
         run.check("disk", run.disk)
@@ -106,24 +107,25 @@ class DryRun:
         self.config_dir: Path | None = None
         self.elsewhere = False
 
-    def check(self, title: str, check: Callable[[], str]) -> None:
+    def check(self, title: str, check: Callable[[], str]) -> bool:
+        """→ whether nothing is wrong"""
         try:
             tell(f"{title}: {check()}")
+            return True
         except UserError as error:
             lines = str(error).splitlines()
             tell(f"{title}: wrong: {lines[0]}{f' (and {len(lines) - 1} more)' if len(lines) > 1 else ''}")
             self.problems += [line for line in lines if line not in self.problems]
+            return False
 
     def model(self) -> str:
         name = str(self.config.model.path)
         try:
-            self.config = settle(self.config)
+            self.config = settle(self.config, download=False)
             self.config_dir = self.config.model.path
-        except UserError:
-            directory = configuration(name) if HUB_ID.fullmatch(name) else None
-            if directory is None or directory.parent != CONFIGS:
-                raise
-            self.elsewhere, self.config_dir = True, directory
+        except UserError:  # only for what is named as on the hub
+            self.config_dir = directory = configuration(name)
+            self.elsewhere = True
             self.absent.append(name)
             self.config = self.config.model_copy(
                 update={"model": self.config.model.model_copy(update={"path": directory})}

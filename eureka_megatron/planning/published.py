@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from eureka_megatron.errors import ConfigError
+from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, TextConfig, VisionConfig, read_hf_config
-from eureka_megatron.places import HUB_ID, model_directory
+from eureka_megatron.places import HUB_ID, absolute
 
 CONFIGS = Path(__file__).parent / "configs"
 SIZES = ("3b", "7b", "32b", "72b")
@@ -29,10 +29,18 @@ def configuration(model: str | Path) -> Path:
         return CONFIGS / name.lower()
     if (known := _PUBLISHED.fullmatch(name)) and not Path(name).exists():
         return CONFIGS / known[1].lower()
-    directory = model_directory(name)
-    if not directory.is_dir() and not HUB_ID.fullmatch(name):
-        raise ConfigError(f"--model {name}: neither a directory nor one of {', '.join(SIZES)} nor a model of the hub")
-    return directory
+    if Path(name).is_dir():
+        return absolute(Path(name))
+    if (other := HUB_ID.fullmatch(name)) is None:
+        raise ConfigError(f"{name}: neither a directory nor one of {', '.join(SIZES)} nor a model of the hub")
+    from huggingface_hub import hf_hub_download
+
+    try:  # of what the cache lacks this file alone: no weights are needed
+        return Path(hf_hub_download(other["repository"], "config.json", revision=other["revision"])).parent
+    except Exception as error:  # of many kinds: names the hub does not know, tokens, proxies, networks
+        raise UserError(
+            f"{name}: its config.json cannot be had from the hub: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def sizes_of(directory: Path) -> QwenVLConfig:

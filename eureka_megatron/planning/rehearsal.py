@@ -123,7 +123,7 @@ def in_this_process(plan: Plan, rank: int) -> Rehearsal:
         attentions = Attentions() if plan.on_gpu else None
         with ExitStack() as stack:
             stack.enter_context(_unasked())
-            stack.enter_context(_of_layers(plan.layers))
+            stack.enter_context(of_layers(plan.layers))
             if attentions is not None:
                 stack.enter_context(as_on_gpu(attentions))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -131,6 +131,15 @@ def in_this_process(plan: Plan, rank: int) -> Rehearsal:
     finally:
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+class Drawn(PolicyTrainer):
+    """The trainer with random weights in place of a checkpoint's: for a real step beside a rehearsal."""
+
+    def _load(self, chunks: list[Any], *, allow_narrowing: bool) -> None:
+        torch.manual_seed(0)
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
 
 
 class Unread(PolicyTrainer):
@@ -211,7 +220,7 @@ def measure(
             return metrics
 
         passes, trainer._gradients = trainer._gradients, gradients  # type: ignore[method-assign,assignment]
-        micro_batches = _step(trainer, plan)
+        micro_batches = one_step(trainer, plan)
     return Rehearsal(
         rank=parallel.world.rank,
         parameters=weights,
@@ -231,8 +240,8 @@ def measure(
     )
 
 
-def _step(trainer: PolicyTrainer, plan: Plan) -> int:
-    """→ micro-batches of this rank"""
+def one_step(trainer: PolicyTrainer, plan: Plan) -> int:
+    """What is rehearsed, of a trainer that has its optimizer. → micro-batches of this rank"""
     tower_ranks = trainer.frozen_tower.ranks if trainer.frozen_tower and plan.objective else 0
     with unset_fake_temporarily():
         share = shares(plan.batch(), trainer.rules, tower_ranks)[trainer.parallel.data.rank]
@@ -273,7 +282,9 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _of_layers(number: int | None) -> Iterator[None]:
+def of_layers(number: int | None) -> Iterator[None]:
+    """While active, trainers have so many text layers; None: the model's own number."""
+
     def read(directory: Path) -> QwenVLConfig:
         config = read_hf_config(directory)
         if number is None:

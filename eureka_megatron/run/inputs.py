@@ -15,7 +15,7 @@ from eureka_megatron.places import absolute, model_directory
 from eureka_megatron.rewards import RewardRules, ScoringRules, parseable_gold
 
 
-def settle(config: RunConfig) -> RunConfig:
+def settle(config: RunConfig, *, download: bool = True) -> RunConfig:
     """The configuration with absolute paths, and with directories where it names models of the hub.
 
     Raises:
@@ -23,9 +23,9 @@ def settle(config: RunConfig) -> RunConfig:
     """
     reference = config.algorithm.reference
     changes: dict[str, dict[str, Any]] = {
-        "model": {"path": model_directory(config.model.path)},
+        "model": {"path": model_directory(config.model.path, download=download)},
         "run": {"output": absolute(config.run.output)},
-        "algorithm": {"reference": reference and model_directory(reference)},
+        "algorithm": {"reference": reference and model_directory(reference, download=download)},
     }
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     return config.model_copy(update=sections)

@@ -3,20 +3,16 @@
 Not yet run on hardware: whoever first does puts the measured figures beside the bar.
 """
 
-from typing import Any
-
 import pytest
 import torch
 
 from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.parallel.cpu import cuda_type_names
 from eureka_megatron.parallel.runtime import Parallel, init_parallel
-from eureka_megatron.planning import rehearsal
 from eureka_megatron.planning.published import CONFIGS
-from eureka_megatron.planning.rehearsal import Plan, rehearse
+from eureka_megatron.planning.rehearsal import Drawn, Plan, of_layers, one_step, rehearse
 from eureka_megatron.planning.twins import PLAIN
 from eureka_megatron.planning.workload import Workload
-from eureka_megatron.train.trainer import PolicyTrainer
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -33,21 +29,15 @@ PLAN = Plan(
 )
 
 
-class Drawn(PolicyTrainer):
-    def _load(self, chunks: list[Any], *, allow_narrowing: bool) -> None:
-        for parameter in (p for chunk in chunks for p in chunk.parameters()):
-            parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
-
-
 def peak(rank: int) -> int:
     parallel: Parallel = init_parallel(PLAN.layout, rank=rank)
-    with rehearsal._of_layers(PLAN.layers):
+    with of_layers(PLAN.layers):
         trainer = Drawn(PLAN.model, parallel, PLAN.execution, freeze=PLAN.freeze, max_tokens_per_micro_batch=8192)
     trainer.start_phase(PLAN.optimizer, 2)
     with cuda_type_names():
         trainer.optimizer.step()
     torch.cuda.reset_peak_memory_stats()
-    rehearsal._step(trainer, PLAN)
+    one_step(trainer, PLAN)
     return torch.cuda.max_memory_allocated()
 
 

@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 
@@ -43,7 +44,7 @@ def test_the_arithmetic_has_every_parameter_of_the_published_models(size: str) -
 def test_models_by_name(tmp_path: Path) -> None:
     assert configuration("7B") == configuration("Qwen/Qwen2.5-VL-7B-Instruct@main") == CONFIGS / "7b"
     assert configuration(tmp_path) == tmp_path
-    with pytest.raises(ConfigError, match="--model 8b: neither a directory nor one of 3b, 7b, 32b, 72b"):
+    with pytest.raises(ConfigError, match="8b: neither a directory nor one of 3b, 7b, 32b, 72b"):
         configuration("8b")
 
 
@@ -125,6 +126,31 @@ def test_every_recipe_passes_a_dry_run_where_its_model_is_not(
     monkeypatch.setattr(DryRun, "rehearsed", by_arithmetic)
     dry_run(load_config(recipe), Machine.named("h100", None, None, 8))
     assert "nothing wrong was found; not on this machine, so not checked: Qwen/Qwen2.5-VL-" in capsys.readouterr().out
+
+
+def test_planning_fetches_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_dir: Path) -> None:
+    """With a network and an empty cache: config.json of somebody's model alone."""
+    asked_for: list[tuple[str, str, str | None]] = []
+
+    def one_file(repository: str, name: str, revision: str | None = None) -> str:
+        asked_for.append((repository, name, revision))
+        return str(tiny_dir / name)
+
+    def whole(*_: Any, local_files_only: bool = False, **__: Any) -> str:
+        assert local_files_only, "weights would be downloaded"
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", one_file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", whole)
+    monkeypatch.setattr(DryRun, "rehearsed", by_arithmetic)
+    assert configuration("somebody/Fine-Tune@v2") == tiny_dir
+    run = DryRun(
+        load_config(RECIPES[0], ["model.path=somebody/Fine-Tune"]), Machine.named("h100", None, None, 8), False
+    )
+    assert run.check("model", run.model)
+    assert run.elsewhere
+    assert asked_for == [("somebody/Fine-Tune", "config.json", "v2"), ("somebody/Fine-Tune", "config.json", None)]
 
 
 def test_a_dry_run_tells_everything_that_is_wrong_at_once(

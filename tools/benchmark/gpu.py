@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eureka_megatron.gpus import peak_of
 from eureka_megatron.layout import Execution
 
 if TYPE_CHECKING:
     from eureka_megatron.models.qwen2_5_vl.model import QwenVLModel
 
 WINDOW = 64  # patches of an attention window: 8 × 8
-# Dense bf16 tensor-core peak of one GPU, from NVIDIA's data sheets, by a part of the device's name.
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362}
 
 
 @dataclass(frozen=True)
@@ -380,7 +379,7 @@ def main() -> int:
         print("error: no GPU is visible to torch; this benchmark measures GPU kernels", file=sys.stderr)
         return 1
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = options.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    peak = options.peak_tflops or peak_of(name)
     print(f"{name}, torch {torch.__version__}, {options.tokens} rows; peak {peak or 'unknown (--peak-tflops)'}")
     report = {"device": name, "torch": torch.__version__, "peak_tflops": peak, "complete": False, "parts": []}
     with tempfile.TemporaryDirectory() as folder:

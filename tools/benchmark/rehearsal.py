@@ -12,33 +12,21 @@ import argparse
 import multiprocessing
 import tempfile
 import time
-from typing import Any
 
 import torch
 
 from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.parallel.runtime import init_parallel
-from eureka_megatron.planning import rehearsal
 from eureka_megatron.planning.published import CONFIGS
-from eureka_megatron.planning.rehearsal import Plan, Rehearsal, measure, rehearse
+from eureka_megatron.planning.rehearsal import Drawn, Plan, Rehearsal, measure, of_layers, rehearse
 from eureka_megatron.planning.workload import Workload
-from eureka_megatron.train.trainer import PolicyTrainer
 
 COMPARED = ("parameters", "gradients", "optimizer", "peak", "operations")
 
 
-class Drawn(PolicyTrainer):
-    """The trainer with random weights in place of a checkpoint's."""
-
-    def _load(self, chunks: list[Any], *, allow_narrowing: bool) -> None:
-        torch.manual_seed(0)
-        for parameter in (p for chunk in chunks for p in chunk.parameters()):
-            parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
-
-
 def real(plan: Plan, rank: int, address: str) -> Rehearsal:
     torch.set_num_threads(1)
-    with rehearsal._of_layers(plan.layers):
+    with of_layers(plan.layers):
         return measure(plan, init_parallel(plan.layout, rank=rank, init_method=address), Drawn)
 
 

@@ -72,6 +72,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: QueryPlan, group: di
 
 
 def _chunks(query: Tensor, pair: Tensor, plan: QueryPlan) -> Tensor:
+    """Chunk by chunk, against keys and values of all ranks' rows."""
     parts = []
     for own, rows in zip(query.split(plan.queries), plan.rows.split(plan.keys), strict=True):
         keys, values = pair.index_select(0, rows).chunk(2, dim=-1)

@@ -14,13 +14,24 @@ from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig
 from eureka_megatron.types import Picture, Sample
 
 
-def text_layer_parameters(config: QwenVLConfig, tensor: int = 1) -> float:
-    """Of one text layer, on one of `tensor` ranks."""
+def text_layer_weights(config: QwenVLConfig, tensor: int = 1) -> float:
+    """Elements of a text layer's matrices, on one of `tensor` ranks."""
     text = config.text_config
-    hidden, queries = text.hidden_size, text.num_attention_heads * text.head_dim
-    keys = max(text.num_key_value_heads // tensor, 1) * text.head_dim  # of a rank
-    qkv = (hidden + 1) * (queries / tensor + 2 * keys)
-    return qkv + (queries + 3 * text.intermediate_size) * hidden / tensor + 2 * hidden
+    return text.hidden_size * (_qkv(config, tensor) + text.hidden_size / tensor + 3 * text.intermediate_size / tensor)
+
+
+def text_layer_parameters(config: QwenVLConfig, tensor: int = 1) -> float:
+    """With biases of queries, keys and values, and two norms."""
+    return text_layer_weights(config, tensor) + _qkv(config, tensor) + 2 * config.text_config.hidden_size
+
+
+def _qkv(config: QwenVLConfig, tensor: int) -> float:
+    """Width of queries, keys and values on a rank; a head of keys is on one rank, or copied where there are fewer heads than ranks."""
+    text = config.text_config
+    return (
+        text.num_attention_heads * text.head_dim / tensor
+        + 2 * max(text.num_key_value_heads // tensor, 1) * text.head_dim
+    )
 
 
 def tower_parameters(config: QwenVLConfig) -> float:
@@ -36,18 +47,6 @@ def text_parameters(config: QwenVLConfig) -> float:
     text = config.text_config
     ends = (1 if config.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
     return text.num_hidden_layers * text_layer_parameters(config) + ends + text.hidden_size
-
-
-def text_layer_weights(config: QwenVLConfig, tensor: int = 1) -> float:
-    """Elements of a text layer's matrices, on one of `tensor` ranks."""
-    text = config.text_config
-    keys = max(text.num_key_value_heads // tensor, 1) * text.head_dim
-    return (
-        text_layer_parameters(config, tensor)
-        - 2 * text.hidden_size
-        - text.num_attention_heads * text.head_dim / tensor
-        - 2 * keys
-    )
 
 
 def text_operations(config: QwenVLConfig, lengths: Iterable[int]) -> float:
