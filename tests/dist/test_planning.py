@@ -74,9 +74,9 @@ def test_the_arithmetic_is_close_enough_to_choose_by(found: dict[tuple[int, int]
     config = replace(config, text_config=replace(config.text_config, num_hidden_layers=layers))
     shape = Shape(Layout(**layout), recompute, TOKENS, LONGEST, 28 * 28 * 256, True)
     by_arithmetic, load = estimate(config, shape, 0), load_of(found[number, 8], shape.layout, 0)
-    exact = ("parameters", "gradients", "linears", "attention", "data")
-    close = dict.fromkeys(("peak", "optimizer", "tensor"), 0.12) | dict.fromkeys(exact, 0.01)
-    print({name: round(getattr(by_arithmetic, name) / getattr(load, name), 4) for name in close if getattr(load, name)})
+    exact = ("parameters", "gradients", "optimizer", "linears", "attention", "data")
+    # Measured at most: 2.3e-2, 6.8e-2, and 1.5e-3 of the others.
+    close = {"peak": 0.04, "tensor": 0.08} | dict.fromkeys(exact, 0.005)
     for name, slack in close.items():
         assert getattr(by_arithmetic, name) == pytest.approx(getattr(load, name), rel=slack), name
 
