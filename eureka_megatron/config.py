@@ -230,6 +230,8 @@ class TrainingSection(Section):
     async_steps: Literal[0, 1, 2] = 0
     # prompt and response of the longest sample must fit
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    # responses to one prompt share its rows and pictures within a micro-batch, wherever that saves rows: the same numbers for less work
+    share_prompts: bool = True
     # a trainer rank that gives no sign of life for so long ends the run
     stall_seconds: float = Field(60.0, gt=0)
     # rollout steps; 0: never

@@ -230,7 +230,8 @@ class ContextShare:
 class MicroBatch:
     """Several samples packed into one row of T tokens; each attends only within itself.
 
-    T is a multiple of the alignment asked of `packing` (tensor-parallel size under sequence parallelism). Padding at the end is a
+    Samples may share the rows of their prompt (train.packing): it then is a segment of its own, and what follows it in each sample another,
+    which sees it. T is a multiple of the alignment asked of `packing` (tensor-parallel size under sequence parallelism). Padding at the end is a
     sequence of its own with mask 0 and `sequence_ids_T` −1. Under context parallelism every sequence, too, is padded, to a multiple
     of 2 · ranks; all fields are those of the whole row, on every rank, and `context` says which rows are this rank's.
     """
@@ -239,10 +240,11 @@ class MicroBatch:
     labels_T: torch.Tensor  # int64: the token that follows; 0 at the last row of each sequence, where mask_T is 0
     positions_3T: torch.Tensor  # int64 [3, T]
     cu_seqlens: torch.Tensor  # int32 [Q+1], padding included
-    segments: tuple[int, ...]  # tokens of each sequence, padding included: what cu_seqlens adds up, on the host
-    lengths: tuple[int, ...]  # tokens of each sample, padding not included
+    segments: tuple[int, ...]  # tokens of each segment, padding included: what cu_seqlens adds up, on the host
+    # of each sample, in order: (first row, rows) of its pieces, padding not included
+    pieces: tuple[tuple[tuple[int, int], ...], ...]
     mask_T: torch.Tensor  # float32
-    sequence_ids_T: torch.Tensor  # int64: index of the sample in this micro-batch
+    sequence_ids_T: torch.Tensor  # int64: index of the sample in this micro-batch; −1 on padding and shared prompts
     has_image_T: torch.Tensor  # bool: the sample shows a picture
     advantages_T: torch.Tensor  # float32
     old_logprobs_T: torch.Tensor | None
@@ -251,6 +253,8 @@ class MicroBatch:
     vision: VisionBatch | None
     sample_indices: tuple[int, ...] = ()  # which samples of the batch, in order
     context: ContextShare | None = None
+    # (first row, rows) of the prompt that each segment sees besides its own rows, (0, 0): none; empty: no prompt is shared
+    prefixes: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:

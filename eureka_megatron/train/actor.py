@@ -106,6 +106,7 @@ class TrainerRank:
             optimizer=self.config.optimizer,
             reference=(algorithm.reference or model.path) if algorithm.kl_coefficient > 0 else None,
         )
+        self.trainer.share_prompts(self.config.training.share_prompts)
         limits = self.config.checkpoint
         self.checkpoints = TrainerCheckpoints(
             self.trainer,

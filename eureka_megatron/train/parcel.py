@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from eureka_megatron.train import packing
+from eureka_megatron.train import packing, sharing
 from eureka_megatron.train.packing import distinct_pictures
 from eureka_megatron.types import Batch, Picture, Sample
 
@@ -181,15 +181,21 @@ def shares(batch: Batch, rules: Rules, tower_ranks: int = 0) -> list[Share]:
 
 def _plan(samples: Sequence[Sample], indices: Sequence[int], rules: Rules) -> list[list[list[int]]]:
     """`[rank][micro-batch]`: indices into `samples`, of those in `indices`."""
+    own = [samples[index] for index in indices]
+    bundles = packing.bundles(own, rules.data_ranks, rules.max_tokens, rules.rows)
+    together = [[own[place] for place in bundle] for bundle in bundles]
     plans = packing.plan(
-        [rules.rows.padded(len(samples[index])) for index in indices],
-        [packing.cost(samples[index]) for index in indices],
+        [sharing.tokens(bundle, rules.rows.padded) for bundle in together],
+        [packing.cost(*bundle) for bundle in together],
         rules.data_ranks,
         rules.max_tokens,
         rules.rows.align,
         rules.multiple_of,
     )
-    return [[[indices[place] for place in places] for places in micro_batches] for micro_batches in plans]
+    return [
+        [[indices[place] for bundle in row for place in bundles[bundle]] for row in micro_batches]
+        for micro_batches in plans
+    ]
 
 
 def _denominators(samples: Sequence[Sample]) -> tuple[float, float]:

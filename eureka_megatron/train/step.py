@@ -189,12 +189,19 @@ def policy_step_loss(
     parallel: Parallel,
     objective: Objective,
     update: Update,
+    old: list[Tensor],
 ) -> tuple[Tensor, Metrics]:
-    """The policy's loss of one micro-batch. Without old log-probabilities they are the current ones (first update on fresh rollouts)."""
+    """The policy's loss of one micro-batch.
+
+    Args:
+        old: where the current log-probabilities are left if the micro-batch has no old ones: they are these (first update on fresh rollouts).
+    """
     logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel, objective.temperature)
+    if batch.old_logprobs_T is None:
+        old.append(logprobs.detach())
     inputs = LossInputs(
         logprobs_T=logprobs,
-        old_logprobs_T=batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs.detach(),
+        old_logprobs_T=old[-1] if batch.old_logprobs_T is None else batch.old_logprobs_T,
         advantages_T=batch.advantages_T,
         mask_T=batch.mask_T,
         sequence_ids_T=batch.sequence_ids_T,
@@ -203,7 +210,7 @@ def policy_step_loss(
         entropy_T=entropy,
         has_image_T=batch.has_image_T,
         # Each id that a micro-batch holds is below this; rows of an empty one count as sequence 0.
-        sequences=max(len(batch.lengths), 1),
+        sequences=max(len(batch.pieces), 1),
         global_tokens=update.tokens,
         global_sequences=update.sequences,
     )

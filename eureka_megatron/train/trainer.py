@@ -60,7 +60,9 @@ class PolicyTrainer:
         self.max_tokens = max_tokens_per_micro_batch
         self.hf_config = read_hf_config(model_path)
         layout = parallel.layout
-        self.row_layout = packing.row_layout(parallel, layout.vision_parallel, fp8_rows(execution, layout))
+        self.row_layout = packing.row_layout(
+            parallel, layout.vision_parallel, fp8_rows(execution, layout), share_prompts=True
+        )
         chunks = build_model(self.hf_config, parallel, execution)
         self.frozen = freeze_parameters(chunks, tuple(freeze))
         # Whoever asks for bf16 gets it, from fp32 checkpoints too; the distributed optimizer's masters start from what was loaded.
@@ -94,6 +96,10 @@ class PolicyTrainer:
     def resume(self) -> None:
         """Make ready for updates after `rest`."""
         self._offload.resume(self.chunks)
+
+    def share_prompts(self, on: bool) -> None:
+        """Whether samples of one prompt share its rows (`training.share_prompts`); they do unless told otherwise."""
+        self.row_layout = replace(self.row_layout, share_prompts=on)
 
     # --- forward only ---
 
@@ -162,15 +168,16 @@ class PolicyTrainer:
     def learn(self, share: Share, objective: step.Objective) -> list[dict[str, float]]:
         """All optimizer steps of one rollout step. → the metrics of each, complete on ranks of the last stage.
 
-        Old log-probabilities are those of the weights before the first step, computed here once over all micro-batches, unless the
-        samples bring them; those of the reference likewise, when the trainer has one.
+        Old log-probabilities are those of the weights before the first step, unless the samples bring them. What the first step learns from
+        has them in its own forward pass; a pass of its own over the others comes before it (over all, when the KL to the reference is taken
+        from rewards: these have to be known first). Those of the reference are computed here, when the trainer has one.
         """
         batches = self._micro_batches(share, self._frozen_features(share))
-        batches = self._with_logprobs(batches, "old", share, objective)
+        first = 0 if objective.shaping is not None and objective.shaping.kl_coefficient > 0 else share.updates[0].stop
+        batches[first:] = self._with_logprobs(batches[first:], "old", share, objective)
         if self.reference is not None:
             with self.reference.swapped_in():
                 batches = self._with_logprobs(batches, "ref", share, objective)
-        gap = self._engine_gap(batches, share)
         if objective.shaping is not None and self.parallel.last_stage:
             batches = credit_tokens(batches, objective.shaping, self._sum_over_data)
         if share.scheduled is not None:
@@ -178,9 +185,18 @@ class PolicyTrainer:
         results = []
         for _ in range(objective.passes):
             for update in share.updates:
-                loss = partial(step.policy_step_loss, parallel=self.parallel, objective=objective, update=update)
-                results.append(self._update(batches[update.start : update.stop], loss) | gap)
-        return results
+                own = slice(update.start, update.stop)
+                old: list[Tensor] = []
+                loss = partial(
+                    step.policy_step_loss, parallel=self.parallel, objective=objective, update=update, old=old
+                )
+                results.append(self._update(batches[own], loss))
+                if old:  # on ranks of the last stage, of a first step whose batches had none
+                    batches[own] = [
+                        replace(batch, old_logprobs_T=values) for batch, values in zip(batches[own], old, strict=True)
+                    ]
+        gap = self._engine_gap(batches, share)
+        return [result | gap for result in results]
 
     def supervise(self, share: Share) -> dict[str, float]:
         """One supervised optimizer step: token mean over the samples of all data-parallel ranks."""
@@ -210,7 +226,7 @@ class PolicyTrainer:
 
         They exist on ranks of the last stage; elsewhere micro-batches pass unchanged.
         """
-        if f"{which}_logprobs_S" in share.brought:
+        if not batches or f"{which}_logprobs_S" in share.brought:
             return batches
         parts = self._forward_only(batches, partial(step.logprobs_only, temperature=objective.temperature))
         if not parts:

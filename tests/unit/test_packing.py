@@ -1,5 +1,7 @@
 """Packing's invariants, as its docstring states them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eureka_megatron.errors import UserError
-from eureka_megatron.train.packing import Features, RowLayout, pack, plan, split, unshift
-from eureka_megatron.types import Picture, Sample
+from eureka_megatron.train import sharing
+from eureka_megatron.train.packing import Features, RowLayout, bundles, cost, pack, plan, split, unshift
+from eureka_megatron.train.parcel import Rules, shares
+from eureka_megatron.types import Batch, Picture, Sample
 
 
 def picture(key: str, units: int) -> Picture:
@@ -181,3 +185,128 @@ def test_features_take_the_place_of_patches() -> None:
 def test_interleaved_pipelines_get_a_multiple_of_the_stages() -> None:
     plans = plan([5, 5, 5], [1.0] * 3, 1, 5, multiple_of=2)
     assert plans == [[[0], [1], [2], []]]
+
+
+SHARED = RowLayout(share_prompts=True)
+
+
+def response(
+    prompt: list[int], tokens: list[int], pictures: tuple[Picture, ...] = (), offsets: tuple[int, ...] = ()
+) -> Sample:
+    length = len(prompt) + len(tokens)
+    learned = (np.arange(length) >= len(prompt)).astype(np.float32)
+    return Sample(
+        tokens_S=np.array(prompt + tokens),
+        positions_3S=np.broadcast_to(np.arange(length), (3, length)),
+        mask_S=learned,
+        advantages_S=learned * tokens[0],
+        rollout_logprobs_S=-learned * np.arange(length),
+        pictures=pictures,
+        picture_offsets=offsets,
+    )
+
+
+def test_responses_share_the_rows_of_their_prompt_but_the_last() -> None:
+    samples = [response([1, 2, 3, 4], [50, 51]), response([7, 8], [70, 71]), response([1, 2, 3, 4], [60, 61, 62])]
+    batch = pack(samples, [0, 1, 2], SHARED)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 50, 51, 4, 60, 61, 62, 7, 8, 70, 71]
+    assert batch.labels_T.tolist() == [2, 3, 4, 50, 51, 0, 60, 61, 62, 0, 8, 70, 71, 0]
+    assert batch.positions_3T[0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 0, 1, 2, 3]
+    assert batch.mask_T.tolist() == [0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0]
+    assert batch.sequence_ids_T.tolist() == [-1] * 3 + [0] * 3 + [2] * 4 + [1] * 4
+    assert batch.segments == (3, 3, 4, 4)
+    assert batch.prefixes == ((0, 0), (0, 3), (0, 3), (0, 0))
+    assert [one.tolist() for one in split(batch.tokens_T, batch)] == [one.tokens_S.tolist() for one in samples]
+    back = unshift(batch.rollout_logprobs_T, batch)
+    assert [one.tolist() for one in back] == [one.rollout_logprobs_S.tolist() for one in samples]
+
+
+def test_a_shared_prompt_shows_its_picture_once() -> None:
+    a = picture("a", 3)
+    samples = [response([1, 9, 9, 9, 2, 3], [50 + n], (a,), (1,)) for n in range(2)]
+    vision = pack(samples, [0, 1], SHARED).vision
+    assert vision is not None
+    assert (vision.units, vision.placement_E.tolist()) == (3, [3, 2, 1])
+    assert pack(samples, [0, 1], SHARED).has_image_T.all()
+    other = replace(samples[1], pictures=(picture("b", 3),))
+    assert pack([samples[0], other], [0, 1], SHARED).prefixes == (), "another picture is another prompt"
+
+
+@pytest.mark.parametrize("change", ["tokens_S", "positions_3S", "picture_offsets"])
+def test_a_prompt_that_differs_is_not_shared(change: str) -> None:
+    one, other = (response([1, 9, 9, 2, 3], [50], (picture("a", 1),), (1,)) for _ in range(2))
+    values = {
+        "tokens_S": other.tokens_S + (np.arange(6) == 3),
+        "positions_3S": other.positions_3S + 1,
+        "picture_offsets": (2,),
+    }
+    assert pack([one, other], [0, 1], SHARED).prefixes
+    assert pack([one, replace(other, **{change: values[change]})], [0, 1], SHARED).prefixes == ()
+
+
+def test_nothing_is_shared_where_the_first_token_is_learned_or_padding_would_eat_it() -> None:
+    all_learned = [replace(sample(6), mask_S=np.ones(6, np.float32)) for _ in range(2)]
+    assert pack(all_learned, [0, 1], SHARED).prefixes == ()
+    unlearned = [replace(sample(6), mask_S=np.zeros(6, np.float32)) for _ in range(2)]
+    assert pack(unlearned, [0, 1], SHARED).prefixes == ()
+    short = [response([1, 2, 3], [4]) for _ in range(2)]  # 2 + 2 + 2 rows, but 4 each in chunks of four
+    assert pack(short, [0, 1], replace(SHARED, context_size=2, align=4)).prefixes == ()
+    assert pack(short, [0, 1], SHARED).prefixes
+
+
+def test_context_ranks_share_prompts_and_responses_in_mirrored_chunks() -> None:
+    samples = [response(list(range(1, 8)), [50, 51]), response(list(range(1, 8)), [60])]
+    row = pack(samples, [0, 1], RowLayout(align=4, context_size=2, share_prompts=True))
+    assert row.segments == (8, 4, 4)
+    assert row.prefixes == ((0, 0), (0, 6), (0, 6)), "padding of the prompt is seen by nobody"
+    assert row.context.rows_t.tolist() == [0, 1, 6, 7, 8, 11, 12, 15]
+    assert row.tokens_T.tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 7, 50, 51, 0, 7, 60, 0, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(2, 12), st.lists(st.integers(1, 8), min_size=1, max_size=5)), min_size=1, max_size=6
+    ),
+    ranks=st.integers(1, 4),
+    context=st.sampled_from([1, 2]),
+)
+def test_shared_or_not_every_sample_lies_whole_in_one_row(
+    groups: list[tuple[int, list[int]]], ranks: int, context: int
+) -> None:
+    samples = [
+        response([number] * length, [100 + place] * size)
+        for number, (length, sizes) in enumerate(groups)
+        for place, size in enumerate(sizes)
+    ]
+    layout = RowLayout(align=2 * context, context_size=context, share_prompts=True)
+    found = shares(Batch.of(samples), Rules(ranks, 24, layout))
+    seen = []
+    for share in found:
+        for row in share.rows:
+            batch = pack(share.parcel.samples, row, layout)
+            assert batch.tokens <= 24
+            for place, tokens in zip(row, split(batch.tokens_T, batch), strict=True):
+                own = share.parcel.samples[place]
+                assert tokens.tolist() == own.tokens_S.tolist()
+                seen.append(own.tokens_S.tobytes())
+    assert sorted(seen) == sorted(one.tokens_S.tobytes() for one in samples)
+    assert len({len(share.rows) for share in found}) == 1
+
+
+def test_prompts_are_divided_only_as_far_as_it_lightens_the_heaviest_rank() -> None:
+    group = [response([1] * 100, [n, n]) for n in range(4)]
+    other = [response([2] * 100, [n, n]) for n in range(4)]
+    assert bundles(group + other, 2, 4096, SHARED) == [[0, 1, 2, 3], [4, 5, 6, 7]], "a rank each"
+    assert bundles(group, 1, 4096, SHARED) == [[0, 1, 2, 3]]
+    assert bundles(group, 1, 110, SHARED) == [[0, 1], [2, 3]], "99 + 2 · 3 rows fit"
+    long = [response([1] * 4, [n] * 100) for n in range(4)]
+    assert bundles(long, 2, 4096, SHARED) == [[0, 1], [2, 3]], "a prompt for each rank costs less than an idle rank"
+    assert bundles(long, 2, 4096, RowLayout()) == [[0], [1], [2], [3]]
+
+
+def test_the_cost_of_a_shared_prompt_is_that_of_its_rows_and_pairs() -> None:
+    one, other = response([1] * 9, [5, 6]), response([1] * 9, [7, 8, 9])
+    assert sharing.tokens([one, other], lambda length: length) == 8 + 3 + 4
+    assert cost(one, other) == pytest.approx(15 + (8 * 8 + 3 * 3 + 2 * 8 * 3 + 4 * 4 + 2 * 8 * 4) / 8192)
+    assert cost(one) == pytest.approx(11 + 11 * 11 / 8192)

@@ -146,7 +146,11 @@ class QwenVLModel(LanguageModule):
             hidden_states=hidden,
             attention_mask=None,
             packed_seq_params=Segments(
-                batch.cu_seqlens, Rotation.of(angles, self.config.params_dtype), share, lengths_B=batch.segments
+                batch.cu_seqlens,
+                Rotation.of(angles, self.config.params_dtype),
+                share,
+                lengths_B=batch.segments,
+                prefixes_B=batch.prefixes,
             ),
         )
         if not self.post_process:

@@ -6,7 +6,7 @@
 - Core attention is Transformer Engine's choice among FlashAttention and cuDNN for packed rows ("thd"). Megatron's own way into "thd" is not
   taken: its rotary code slices angles sequence by sequence and rotates in the states' dtype. `Segments` keep Megatron in its plain
   layout, and the reshaping happens here, after the rotation, which is the same as in `local`.
-- Context parallelism is this package's (`context.attend`); Transformer Engine is told of none.
+- Context parallelism and shared prompts are this package's (`context.attend`); Transformer Engine is told of neither.
 - FP8 is for the text decoder's linears only: the vision MLP's width (3420) and a picture's patches are no multiples of 16.
 """
 
@@ -63,8 +63,9 @@ class SegmentDotProductAttention(TEDotProductAttention):
         segments = packed_seq_params
         query, key = segments.rotation(query)[:, 0], segments.rotation(key)[:, 0]
         value = value[:, 0]
-        if segments.share is not None:
-            context = attend(query, key, value, segments.queries, self.context_group).flatten(1)
+        if not segments.alone:
+            group = self.context_group if segments.share is not None else None
+            context = attend(query, key, value, segments.queries, group).flatten(1)
         else:
             context = super().forward(
                 query, key, value, None, attn_mask_type=attn_mask_type, packed_seq_params=packed(segments)
