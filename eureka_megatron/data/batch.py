@@ -18,7 +18,8 @@ from eureka_megatron.types import Batch, Group
 def make_batch(groups: Sequence[Group], config: RunConfig, step: int, weight_version: int) -> Batch:
     """All rollouts of the groups as samples with advantages, shuffled into updates of `training.responses_per_update`.
 
-    The shuffle depends only on `run.seed` and `step`, so that a resumed run repeats it. `weight_version` is that of the trainer's
+    Groups are shuffled whole, so that responses to one prompt come into one update, where they share its rows; only a group at the border of two
+    updates is divided. The shuffle depends only on `run.seed` and `step`, so that a resumed run repeats it. `weight_version` is that of the trainer's
     present weights: groups kept from an earlier step lie behind it.
     """
     values_GN = credit_responses(
@@ -40,9 +41,10 @@ def make_batch(groups: Sequence[Group], config: RunConfig, step: int, weight_ver
         for group, row in zip(groups, values_GN.tolist(), strict=True)
         for rollout, advantage in zip(group.rollouts, row, strict=True)
     ]
-    order = np.random.default_rng((config.run.seed, step)).permutation(len(samples))
-    size = config.training.responses_per_update
-    updates = [tuple(order[start : start + size].tolist()) for start in range(0, len(order), size)]
+    count, size = values_GN.shape[1], config.training.responses_per_update
+    order = np.random.default_rng((config.run.seed, step)).permutation(len(groups))
+    places = (order[:, None] * count + np.arange(count)).ravel().tolist()
+    updates = [tuple(places[start : start + size]) for start in range(0, len(places), size)]
     return Batch(samples=tuple(samples), updates=tuple(updates), scheduled=step * updates_per_step(config))
 
 

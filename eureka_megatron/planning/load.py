@@ -4,8 +4,8 @@ The arithmetic is for choosing what to rehearse, and for the first table within 
 
     kept of a layer, a token   2 · (7 h + 3 k + 3 f) + 4 heads bytes / tensor, h hidden size, k width of the keys, f of the MLP;  2 h / tensor recomputed
     head and the last layer    gradient of the output weight, three blocks of logits, 11 h bytes a token
-    read and written           400 h bytes a token and layer, 200 vocabulary: forward twice (old log-probabilities) and backward
-    sent under SP              14 times a layer's hidden states (18 recomputed)
+    read and written           400 h bytes a token and layer (600 recomputed), 100 vocabulary
+    sent under SP              10 times a layer's hidden states (14 recomputed)
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """Memory in bytes at once; operations, bytes moved and bytes sent of one micro-batch: old log-probabilities, forward and backward.
+    """Memory in bytes at once; operations, bytes moved and bytes sent of one micro-batch: forward and backward.
 
     `data` bytes are sent once an update. Bytes sent are those that leave this rank (a ring's).
     """
@@ -119,8 +119,8 @@ def estimate(config: QwenVLConfig, shape: Shape, stage: int) -> Load:
     passes += 11 * hidden * shape.tokens / layout.context + ((2 * vocabulary + LOGITS) if last else 0)
     if first and not shape.frozen_tower:
         passes += in_flight(layout, stage) * _kept_of_tower(config, shape)
-    forwards = 5 if full else 4  # a forward; old log-probabilities one, backward two
-    linear = text_layer_weights(config, tensor) * layers * forwards + (5 * vocabulary if last else 0)
+    forwards = 4 if full else 3  # a forward; backward two
+    linear = text_layer_weights(config, tensor) * layers * forwards + (4 * vocabulary if last else 0)
     rows = shape.tokens * hidden * 2 / layout.context
     return Load(
         stage=stage,
@@ -131,14 +131,16 @@ def estimate(config: QwenVLConfig, shape: Shape, stage: int) -> Load:
         update=4.2 * learning / (layout.data * layout.context),
         vision=_tower_operations(config, shape) / (shared if shape.frozen_tower else 1) if first else 0,
         linears=2 * linear * shape.tokens / layout.context,
-        attention=(22 if full else 18) * shape.pairs * text.num_attention_heads * text.head_dim * layers / shared,
-        moved=(400 * layers * hidden * (1.2 if full else 1) + (200 * text.vocab_size if last else 0))
+        attention=(18 if full else 14) * shape.pairs * text.num_attention_heads * text.head_dim * layers / shared,
+        moved=(400 * layers * hidden * (1.5 if full else 1) + (100 * text.vocab_size if last else 0))
         * shape.tokens
         / shared,
         moved_by_update=84 * learning / (layout.data * layout.context),
-        tensor=(18 if full else 14) * layers * rows * (tensor - 1) / tensor,
-        context=14 * 2 * keys / hidden * layers * rows * (layout.context - 1) / tensor if layout.context > 1 else 0,
-        pipeline=3 * rows / tensor if layout.pipeline > 1 else 0,
+        tensor=(14 if full else 10) * layers * rows * (tensor - 1) / tensor,
+        context=(3 if full else 2) * 2 * keys / hidden * layers * rows * (layout.context - 1) / tensor
+        if layout.context > 1
+        else 0,
+        pipeline=(2 * layout.virtual_pipeline - (first or last)) * rows / tensor if layout.pipeline > 1 else 0,
         data=6 * learning * (1 - 1 / (layout.data * layout.context)) + (4 * vocabulary if tied else 0),
     )
 
@@ -149,7 +151,7 @@ def _tower_operations(config: QwenVLConfig, shape: Shape) -> float:
     pictures = shape.samples if shape.pixels else 0
     patches = shape.pixels / vision.patch_size**2
     attention = 4 * patches * patches * vision.hidden_size * len(vision.fullatt_block_indexes)
-    return pictures * (2 * tower_parameters(config) * patches + attention) * (1 if shape.frozen_tower else 4)
+    return pictures * (2 * tower_parameters(config) * patches + attention) * (1 if shape.frozen_tower else 3)
 
 
 def _kept_of_tower(config: QwenVLConfig, shape: Shape) -> float:
@@ -163,5 +165,5 @@ def _kept_of_tower(config: QwenVLConfig, shape: Shape) -> float:
 
 
 def with_tower(load: Load, share: float) -> Load:
-    """The tower's operations times `share`: pictures that several responses show are encoded once."""
+    """The tower's operations times `share`: rows of shorter samples show more pictures, and pictures that several responses show are encoded once."""
     return replace(load, vision=load.vision * share)

@@ -4,7 +4,9 @@ What is assumed beside the rates of hardware.py:
 
 - matrix products, attention, other operations and collectives follow one another; nothing hides anything (the trainer overlaps none of them)
 - a pipeline's stages wait for the slowest kind, and (stages − 1) / virtual_pipeline micro-batches for filling and draining, in each update
-- rows are filled evenly; the costs of a row are in proportion to its tokens, attention to the length of its samples, too
+- rows are filled evenly; the costs of a row are in proportion to its tokens, attention to what a token sees on average, too
+- responses to one prompt share its rows and its picture (training.share_prompts); what limits memory is a row of samples that share nothing
+- old log-probabilities are a forward pass more for all updates of a step but the first, those of a reference for all
 - responses' lengths spread evenly between 0 and twice their mean; engines read weights and cache once a decoding step and prefill a prompt once
 - split, in turn: rollout, train and sync follow one another; with training.async_steps a step lasts as long as the longer of rollout and train + sync
 """
@@ -41,6 +43,24 @@ class Work:
     frozen_tower: bool
     reference: bool
     asynchronous: bool
+    share_prompts: bool = True
+
+    @property
+    def rows_of_prompt(self) -> float:
+        """Tokens that a prompt and its responses take up."""
+        prompts = 1 if self.share_prompts else self.samples
+        return prompts * self.prompt_tokens + self.samples * self.response_tokens
+
+    @property
+    def keys_of_token(self) -> float:
+        """How many tokens each of those sees on average."""
+        prompt, response = self.prompt_tokens, self.response_tokens
+        of_prompt = prompt**2 / 2 * (1 if self.share_prompts else self.samples)
+        return (of_prompt + self.samples * (prompt * response + response**2 / 2)) / self.rows_of_prompt
+
+    @property
+    def updates(self) -> float:
+        return self.responses / self.responses_per_update
 
     @property
     def responses(self) -> int:
@@ -66,6 +86,7 @@ class Work:
             frozen_tower=frozen_tower,
             reference=config.algorithm.kl_coefficient > 0,
             asynchronous=training.async_steps > 0,
+            share_prompts=training.share_prompts,
         )
 
 
@@ -96,11 +117,13 @@ class Engines:
 def passes_seconds(load: Load, shape: Shape, work: Work, gpu: Gpu, row_tokens: float) -> dict[str, float]:
     """Of one micro-batch of so many tokens on one rank."""
     full = row_tokens / shape.tokens
-    shown = 1 / work.samples if work.frozen_tower else 1.0  # a frozen tower sees the picture of a prompt once
-    load = with_tower(load, shown)
-    shorter = work.sample_tokens / (shape.tokens / shape.samples)  # attention of shorter samples is cheaper
+    longest = shape.tokens / shape.samples
+    once = work.frozen_tower or work.share_prompts  # a prompt's picture is seen once, however many responses there are
+    load = with_tower(load, longest * (1 if once else work.samples) / work.rows_of_prompt)
+    shorter = work.keys_of_token / (longest / 2)  # attention of shorter samples is cheaper
     matrix = gpu.matrix * 1e12
-    forwards = 1.25 if work.reference else 1.0
+    passes = 4 if shape.recompute == "full" else 3  # of which one is forward
+    forwards = 1 + (max(0.0, 1 - 1 / work.updates) + work.reference) / passes
     return {
         "linears": (load.linears * forwards + load.vision) * full / (matrix * hardware.MATRIX),
         "attention": load.attention * forwards * full * shorter / (matrix * hardware.ATTENTION),
@@ -115,10 +138,10 @@ def passes_seconds(load: Load, shape: Shape, work: Work, gpu: Gpu, row_tokens: f
 
 
 def train_seconds(loads: Sequence[Load], shape: Shape, work: Work, gpu: Gpu) -> dict[str, float]:
-    """All updates of a rollout step, with their old log-probabilities."""
+    """All updates of a rollout step, and the log-probabilities that they need beforehand."""
     layout = shape.layout
-    updates = work.responses / work.responses_per_update
-    tokens = work.responses_per_update * work.sample_tokens / layout.data
+    updates = work.updates
+    tokens = work.responses_per_update / work.samples * work.rows_of_prompt / layout.data
     rows = _rows(tokens, shape.tokens, layout)
     by_stage = [passes_seconds(load, shape, work, gpu, tokens / rows) for load in loads]
     slowest = max(by_stage, key=lambda parts: sum(parts.values()))

@@ -48,7 +48,7 @@ from eureka_megatron.types import Batch, MicroBatch, Sample
 class Plan:
     """What is rehearsed: a model's directory (its config.json is read, no weights), a layout, and one rollout step's samples.
 
-    objective: None: a supervised step on all samples; else old log-probabilities and one policy update.
+    objective: None: a supervised step on all samples; else one policy update.
     on_gpu: whether it goes the way that a GPU would, see gpu_path; for bfloat16.
     layers: of the text model, instead of the model's own number, see `deepened`.
     """
@@ -76,7 +76,7 @@ class Rehearsal:
     """What one rank does in one optimizer step, and holds.
 
     Memory in bytes. `ahead`, `passes` and `update` are what is held at most beyond parameters, gradients and optimizer state: while a frozen
-    tower and old log-probabilities are computed, in the forward and backward passes, by the optimizer.
+    tower and log-probabilities of a reference are computed, in the forward and backward passes, by the optimizer.
     Example: Rehearsal(rank=0, parameters=…, gradients=…, optimizer=…, passes=…, operations=…, collectives={("allreduce_", "tensor"): 189408}, …)
     """
 

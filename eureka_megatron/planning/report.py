@@ -52,8 +52,11 @@ def row(outcome: Outcome) -> list[str]:
 
 
 def model_operations(ask: Ask) -> float:
-    """Floating-point operations of a rollout step's updates: forward and backward of every sample once, nothing that is computed again."""
-    return 3 * text_operations(ask.config, [ask.work.sample_tokens]) * ask.work.responses
+    """Floating-point operations of a rollout step's updates: forward and backward of every sample once, nothing that is computed again, nor what samples share."""
+    work = ask.work
+    apart = text_operations(ask.config, [work.sample_tokens]) * work.responses
+    saved = text_operations(ask.config, [work.prompt_tokens]) * (work.responses - work.prompts)
+    return 3 * (apart - (saved if work.share_prompts else 0))
 
 
 def assumptions(ask: Ask) -> str:

@@ -19,7 +19,7 @@ TEXT = 32  # tokens of a prompt besides its picture, at least
 
 @dataclass(frozen=True)
 class Workload:
-    """Full micro-batches: every row has `tokens` tokens, of samples that each show a picture of their own.
+    """Full micro-batches: every row has `tokens` tokens, of samples that share nothing and each show a picture of their own.
 
     Example: rows of 16,384 tokens where a sample has 7,096 at most are three samples of 5,461.
     """
@@ -31,7 +31,7 @@ class Workload:
     rollouts: bool = True  # with the engine's log-probabilities, as reinforcement learning has them
 
     def samples(self, config: QwenVLConfig, layout: Layout) -> tuple[Sample, ...]:
-        """Those of all data-parallel ranks. Their values are zeros; only shapes matter."""
+        """Those of all data-parallel ranks. Their values do not matter, only shapes do."""
         count = -(-self.tokens // self.longest)
         length = self.tokens // count
         if layout.context > 1:
@@ -62,7 +62,7 @@ def _sample(config: QwenVLConfig, length: int, units: int, number: int, rollouts
     positions = extend_positions(mrope_positions(prompt, spans, merge_size=merge), length - prompt)
     zeros = np.zeros(length, np.float32)
     return Sample(
-        tokens_S=np.zeros(length, np.int64),
+        tokens_S=np.full(length, number, np.int64),  # equal prompts would be shared
         positions_3S=positions,
         mask_S=(np.arange(length) >= prompt).astype(np.float32),
         advantages_S=zeros,

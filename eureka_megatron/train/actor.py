@@ -34,7 +34,8 @@ from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.release.card import run_card
 from eureka_megatron.sync import ipc_transfer, ray_transfer
 from eureka_megatron.sync.ray_transfer import SyncReport
-from eureka_megatron.train.parcel import Rules, Share, shares
+from eureka_megatron.train import sharing
+from eureka_megatron.train.parcel import Rules, Share, shares, unwrap
 from eureka_megatron.train.pulse import BEAT_SECONDS, Pulse, Watch, keep_log, last_words, log_file
 from eureka_megatron.types import Batch, Sample
 
@@ -270,17 +271,18 @@ class TrainerGroup:
         """Metrics of each optimizer step of this rollout step."""
         self.before_training()
         first, start = self.places[0], time.perf_counter()  # a rank of the first stage, which has the tower
-        results: list[dict[str, float]] = self._shared("train", shares(batch, first.rules, first.tower_ranks))
-        updated = [batch.samples[index] for update in batch.updates for index in update]
-        self.utilisation = self._utilised(updated * self.config.training.passes, time.perf_counter() - start)
+        parts = shares(batch, first.rules, first.tower_ranks)
+        results: list[dict[str, float]] = self._shared("train", parts)
+        self.utilisation = self._utilised(parts, (time.perf_counter() - start) / self.config.training.passes)
         return results
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step, and what `utilisation` has."""
         self.before_training()
         start = time.perf_counter()
-        metrics: dict[str, float] = self._shared("trainer.supervise", shares(Batch.of(samples), self.places[0].rules))
-        return metrics | self._utilised(samples, time.perf_counter() - start)
+        parts = shares(Batch.of(samples), self.places[0].rules)
+        metrics: dict[str, float] = self._shared("trainer.supervise", parts)
+        return metrics | self._utilised(parts, time.perf_counter() - start)
 
     @property
     def unknown_device(self) -> str | None:
@@ -294,9 +296,18 @@ class TrainerGroup:
     def _sizes(self) -> QwenVLConfig:
         return read_hf_config(self.config.model.path)
 
-    def _utilised(self, samples: Sequence[Sample], seconds: float) -> dict[str, float]:
+    def _utilised(self, parts: Sequence[Share], seconds: float) -> dict[str, float]:
+        """Of `seconds` in which all parts' micro-batches went forward and backward once."""
         first = self.places[0]
-        operations = update_operations(self._sizes, samples, frozen_tower=first.tower_ranks > 0)
+        rows = [
+            [samples[place] for place in row]
+            for part in parts
+            for samples in [unwrap(part.parcel)]
+            for row in part.rows
+        ]
+        layout = first.rules.rows
+        saved = [length for row in rows for length in sharing.saved(row, layout.padded)] if layout.share_prompts else []
+        operations = update_operations(self._sizes, rows, saved, frozen_tower=first.tower_ranks > 0)
         rate = operations / seconds / len(self.ranks) / 1e12
         peak = peak_of(first.device)
         return {"timed/tflops": rate} | ({"timed/mfu": rate / peak} if peak is not None else {})

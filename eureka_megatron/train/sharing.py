@@ -62,6 +62,12 @@ def tokens(samples: Sequence[Sample], padded: Callable[[int], int]) -> int:
     return sum(padded(len(sample)) for sample in samples)
 
 
+def saved(samples: Sequence[Sample], padded: Callable[[int], int]) -> list[int]:
+    """Rows of the prompts that a micro-batch of these samples does not compute. Example: of five responses to one prompt, four times its rows."""
+    groups = ([samples[place] for place in group] for group in by_prompt(samples))
+    return [shared_rows(own[0]) for own in groups if shares(own, padded) for _ in own[1:]]
+
+
 def _together(samples: Sequence[Sample], rows: int, padded: Callable[[int], int]) -> int:
     return padded(rows) + sum(padded(len(sample) - rows) for sample in samples)
 

@@ -89,13 +89,13 @@ def test_the_operations_of_metrics_are_those_of_the_model(found: dict[tuple[int,
     samples = one.samples.samples(config, one.layout)[:2]  # of one rank
     (rehearsal,) = rehearse([(one, 0)])
     parts = rehearsal.operations_by_part
-    # Old log-probabilities forward, then forward and backward: 1 + 3 for linears, 4 + 4 + 10 of 4 for flash attention, 1 + 4 for the head.
+    # Forward and backward: 1 + 2 for linears, 4 + 10 of 4 for flash attention, 1 + 3 for the head, which computes its logits again.
     width = 4 * config.text_config.num_attention_heads * config.text_config.head_dim * 2
     pairs = sum(len(sample) * (len(sample) + 1) / 2 for sample in samples)
     head = 2 * TOKENS * config.text_config.hidden_size * config.text_config.vocab_size
-    assert parts["text attention"] == 4.5 * width * pairs
-    assert parts["head"] == 5 * head
-    assert parts["text linears"] == 4 * (text_operations(config, map(len, samples)) - width * pairs - head)
+    assert parts["text attention"] == 3.5 * width * pairs
+    assert parts["head"] == 4 * head
+    assert parts["text linears"] == 3 * (text_operations(config, map(len, samples)) - width * pairs - head)
     vision = sum(number for part, number in parts.items() if part.startswith("vision"))
     assert vision == tower_operations(config, [picture for sample in samples for picture in sample.pictures])
 
@@ -144,5 +144,5 @@ def test_loads_are_of_one_micro_batch(found: dict[tuple[int, int], Rehearsal]) -
     load: Load = load_of(rehearsal, Layout(pipeline=2), 0)
     assert rehearsal.micro_batches == 2
     assert load.linears + load.vision + load.attention == rehearsal.operations / 2
-    # A row's hidden states leave the stage for the old log-probabilities and for the update; gradients only come.
-    assert load.pipeline == pytest.approx(2 * TOKENS * 2048 * 2, rel=0.001)
+    # A row's hidden states leave the stage; gradients only come.
+    assert load.pipeline == pytest.approx(TOKENS * 2048 * 2, rel=0.001)

@@ -76,13 +76,20 @@ def tower_operations(config: QwenVLConfig, pictures: Iterable[Picture]) -> float
     return total
 
 
-def update_operations(config: QwenVLConfig, samples: Sequence[Sample], *, frozen_tower: bool) -> float:
+def update_operations(
+    config: QwenVLConfig, rows: Iterable[Sequence[Sample]], saved: Iterable[int] = (), *, frozen_tower: bool
+) -> float:
     """Of forward and backward over every sample once, the usual measure of model FLOPs: nothing that is computed again, no old log-probabilities.
 
-    A frozen tower runs forward, once for a picture; one that learns, forward and backward for every sample that shows it.
+    Args:
+        rows: the samples of each micro-batch. A tower that learns runs forward and backward once for each picture that a micro-batch shows.
+        saved: lengths of prompts that were not computed, because others of their micro-batch share their rows.
+        frozen_tower: it runs forward, once for a picture.
     """
-    shown = [picture for sample in samples for picture in sample.pictures]
+    rows = list(rows)
+    shown = [{picture.key: picture for sample in row for picture in sample.pictures} for row in rows]
     if frozen_tower:
-        shown = list({picture.key: picture for picture in shown}.values())
-    text = 3 * text_operations(config, (len(sample) for sample in samples))
-    return text + tower_operations(config, shown) * (1 if frozen_tower else 3)
+        shown = [{key: picture for row in shown for key, picture in row.items()}]
+    pictures = [picture for row in shown for picture in row.values()]
+    text = text_operations(config, (len(sample) for row in rows for sample in row)) - text_operations(config, saved)
+    return 3 * text + tower_operations(config, pictures) * (1 if frozen_tower else 3)
