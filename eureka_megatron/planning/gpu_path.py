@@ -104,7 +104,7 @@ def as_on_gpu(attentions: Attentions) -> Iterator[None]:
         attentions.note(segments.cu_seqlens, segments.lengths, segments.lengths, self.causal)
         return flash(self, query, key, value, segments)
 
-    def chunks(query: Tensor, pair: Tensor, plan: Any) -> Tensor:
+    def chunks(query: Tensor, key: Tensor, value: Tensor, pair: Tensor, plan: Any) -> Tensor:
         attentions.note(plan.query_spans.cu, plan.queries, plan.keys, True)
         return context._flash(query, pair, plan)
 

@@ -40,7 +40,31 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if x.is_cuda or x.dtype != torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """In few passes over x: torch has one kernel on GPUs, but a dozen operations on CPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = (norms.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """With n = x · scale: weights get Σ g n over rows, x gets scale · (g w − n · mean(g w n))."""
+        (gradient,) = gradients
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        products = gradient * normed
+        means = (products @ weight)[..., None] / x.shape[-1]
+        to_weight = products.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return torch.mul(gradient, weight, out=products).addcmul_(normed, means, value=-1).mul_(scale), to_weight, None
 
 
 @dataclass(frozen=True)
@@ -128,4 +152,4 @@ class SegmentAttention(MegatronModule):
         return varlen_attention(query, key, value, spans, spans, causal=self.causal)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        return attend_in_buckets(query, key, value, segments.buckets, causal=self.causal)
+        return attend_in_buckets(query, key, value, None, segments.buckets, causal=self.causal)

@@ -44,16 +44,17 @@ class QueryPlan:
     # rows of each chunk, in the order of this rank's rows
     queries: tuple[int, ...]
     keys: tuple[int, ...]
-    # int64 [sum of keys]: where the chunks' keys stand when the ranks' rows are laid end to end; on the host, and on the device
-    places: np.ndarray
+    # int64 [sum of keys]: where the chunks' keys stand when the ranks' rows are laid end to end
     rows: Tensor
     # the same lengths on the device
     query_spans: Spans
     key_spans: Spans
+    # of each chunk, the keys before its own; on the host
+    before: tuple[np.ndarray, ...]
 
     @cached_property
     def buckets(self) -> Buckets:
-        return make_buckets(self.queries, self.rows.device, self.keys, self.places)
+        return make_buckets(self.queries, self.rows.device, self.before)
 
 
 def query_plan(
@@ -73,7 +74,7 @@ def query_plan(
     ranks, rank = (1, 0) if share is None else (share.size, share.rank)
     # Without a share every row stands where it is.
     order_T = np.arange(sum(segments)) if share is None else order_of(mirrored_rows(segments, ranks))
-    queries, keys, places, first = [], [], [], 0
+    queries, keys, places, before, first = [], [], [], [], 0
     for number, length in enumerate(segments):
         start, count = prefixes[number] if prefixes else (0, 0)
         size = length if share is None else length // (2 * ranks)
@@ -81,7 +82,9 @@ def query_plan(
             if size:
                 queries.append(size)
                 keys.append(count + (place + 1) * size)
-                places += [order_T[start : start + count], order_T[first : first + (place + 1) * size]]
+                own = order_T[first : first + (place + 1) * size]
+                before.append(np.concatenate((order_T[start : start + count], own[: place * size])))
+                places += [before[-1], own[place * size :]]
         first += length
     device = device if device is not None else (share.order_T.device if share is not None else torch.device("cpu"))
 
@@ -89,9 +92,8 @@ def query_plan(
         cu = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
         return Spans(cu, max(lengths, default=0))
 
-    together = np.concatenate(places)
-    rows = to_device(torch.from_numpy(together), device)
-    return QueryPlan(tuple(queries), tuple(keys), together, rows, spans(queries), spans(keys))
+    rows = to_device(torch.from_numpy(np.concatenate(places)), device)
+    return QueryPlan(tuple(queries), tuple(keys), rows, spans(queries), spans(keys), tuple(before))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: QueryPlan, group: dist.ProcessGroup | None) -> Tensor:
@@ -104,14 +106,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: QueryPlan, group: di
     pair = torch.cat((key, value), dim=-1)
     if group is not None:
         pair = gather_from_sequence_parallel_region(pair, tensor_parallel_output_grad=True, group=group)
-    on_gpu = query.is_cuda and query.dtype != torch.float32
-    return (_flash if on_gpu else _chunks)(query, pair, plan)
+    if query.is_cuda and query.dtype != torch.float32:
+        return _flash(query, pair, plan)
+    return _chunks(query, key, value, pair, plan)
 
 
-def _chunks(query: Tensor, pair: Tensor, plan: QueryPlan) -> Tensor:
-    """Chunks of like length at once, against keys and values of all ranks' rows."""
-    key, value = pair.chunk(2, dim=-1)
-    return attend_in_buckets(query, key, value, plan.buckets, causal=True)
+def _chunks(query: Tensor, key: Tensor, value: Tensor, pair: Tensor, plan: QueryPlan) -> Tensor:
+    """Chunks of like length at once. A chunk's own keys are here; those before it are among all ranks' rows."""
+    return attend_in_buckets(query, key, value, pair, plan.buckets, causal=True)
 
 
 def _flash(query: Tensor, pair: Tensor, plan: QueryPlan) -> Tensor:

@@ -16,6 +16,7 @@ Sources: Qwen2-VL (arXiv:2409.12191, section 2.1, M-RoPE); Qwen2.5-VL (arXiv:250
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,31 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, 1, heads, head_dim] → the same, rotated."""
-        first, second = x.to(self.cos.dtype).chunk(2, dim=-1)
-        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat(rotated, dim=-1).to(x.dtype)
+        return _Rotate.apply(x, self.cos, self.sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: nothing of x is kept, and nothing is laid side by side once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradients[0], cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    out = torch.empty_like(wide)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).sub_(second * sin)
+    torch.mul(second, cos, out=right).add_(first * sin)
+    return out.to(x.dtype)
 
 
 def text_angles(positions_3T: Tensor, head_dim: int, theta: float, mrope_section: tuple[int, ...]) -> Tensor:
