@@ -2,8 +2,7 @@
 
 torch's fake process group makes this process rank r of any number; under FakeTensorMode a tensor has a shape and no memory. Everything else is
 the code that trains, `PolicyTrainer` from its constructor to its optimizer step, so what `Counts` and FlopCounterMode find is what will happen.
-What cannot be asked of fake tensors is put in here, and nothing else: weights are not read, values that the host asks for are one,
-shapes that pipeline stages tell each other are known beforehand.
+What cannot be asked of fake tensors is put in here, and nothing else: weights are not read, and values that the host asks for are one.
 
 One rehearsal a process, as Megatron's groups are global: `rehearse` starts a process of its own.
 """
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
@@ -36,12 +35,12 @@ from eureka_megatron.planning.counting import Counts
 from eureka_megatron.planning.gpu_path import Attentions, as_on_gpu
 from eureka_megatron.planning.parts import Parts
 from eureka_megatron.planning.workload import Workload
-from eureka_megatron.rl.losses import Metrics
 from eureka_megatron.train import trainer as trainer_module
 from eureka_megatron.train.parcel import shares
-from eureka_megatron.train.step import LossFunction, Objective
+from eureka_megatron.train.pipeline import received as received
+from eureka_megatron.train.step import Objective
 from eureka_megatron.train.trainer import PolicyTrainer
-from eureka_megatron.types import Batch, MicroBatch, Sample
+from eureka_megatron.types import Batch, Sample
 
 
 @dataclass(frozen=True)
@@ -143,44 +142,10 @@ class Drawn(PolicyTrainer):
 
 
 class Unread(PolicyTrainer):
-    """The trainer, with whatever weights its tensors are made with. It knows which shapes its stage will be sent."""
-
-    shapes: ClassVar[tuple[Iterator[list[int]], Iterator[list[int]]]]  # from the stage before, from the one after
+    """The trainer, with whatever weights its tensors are made with."""
 
     def _load(self, chunks: list[Any], *, allow_narrowing: bool) -> None:
         pass
-
-    def _forward_only(self, batches: list[MicroBatch], loss: LossFunction) -> list[Metrics]:
-        self._foresee(batches)
-        return super()._forward_only(batches, loss)
-
-    def _gradients(self, micro_batches: list[MicroBatch], loss: LossFunction) -> dict[str, float]:
-        self._foresee(micro_batches)
-        return super()._gradients(micro_batches, loss)
-
-    def _foresee(self, micro_batches: Sequence[MicroBatch]) -> None:
-        layout = self.parallel.layout
-        width = self.hf_config.text_config.hidden_size
-        shared = layout.context * (layout.tensor if layout.sequence_parallel else 1)
-        rows = [[batch.tokens // shared, 1, width] for batch in micro_batches]
-        before, after = received(rows, layout, self.parallel.pipeline.rank)
-        Unread.shapes = iter(before), iter(after)
-
-
-def received(rows: Sequence[Any], layout: Layout, stage: int) -> tuple[list[Any], list[Any]]:
-    """(from the stage before, from the one after): what a stage receives, in order, of micro-batches 0, 1, … that leave every stage as `rows`.
-
-    Micro-batches go through a virtual pipeline in groups of as many as there are stages, chunk after chunk; backward the chunks come in reverse.
-    Rows a b c d, two stages, two chunks, stage 0, which has the embedding:  from before  a b  c d  (chunk 1 only),  from after  a b a b  c d c d.
-    """
-    stages, chunks = layout.pipeline, range(layout.virtual_pipeline)
-    size = stages if len(chunks) > 1 else 1
-    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-    before = [row for group in groups for chunk in chunks for row in group if stage or chunk]
-    after = [
-        row for group in groups for chunk in chunks for row in group if stage < stages - 1 or chunk < len(chunks) - 1
-    ]
-    return before, after
 
 
 def measure(
@@ -299,7 +264,6 @@ def of_layers(number: int | None) -> Iterator[None]:
 def _unasked() -> Iterator[None]:
     """What Megatron would ask of others, or of values, answered from here."""
     from megatron.core.optimizer import clip_grads
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     def own_object(found: list[Any], value: Any, group: Any = None) -> None:
         found[:] = [value] * len(found)
@@ -308,15 +272,7 @@ def _unasked() -> Iterator[None]:
         parts = [torch.norm(tensor) for tensors in lists for tensor in tensors]
         return torch.norm(torch.stack(parts) if parts else torch.zeros(1))[None], None
 
-    exchange = P2PCommunicator._communicate_shapes
-
-    def shapes(communicator: Any, to_next: Any, to_previous: Any, from_previous: bool, from_next: bool) -> Any:
-        exchange(communicator, to_next, to_previous, from_previous, from_next)  # counted, though nothing comes
-        before, after = Unread.shapes
-        return next(before) if from_previous else [0, 0, 0], next(after) if from_next else [0, 0, 0]
-
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(P2PCommunicator, "_communicate_shapes", shapes))
         stack.enter_context(mock.patch.object(dist, "all_gather_object", own_object))
         stack.enter_context(
             mock.patch.object(nn.Module, "bfloat16", lambda module: module)

@@ -25,6 +25,7 @@ from eureka_megatron.rl.logprobs import token_logits, token_logprobs
 from eureka_megatron.rl.losses import LossInputs, Metrics, add_metrics, policy_loss
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.train.parcel import Update
+from eureka_megatron.train.pipeline import communication
 from eureka_megatron.types import ContextShare, MicroBatch, Sample, VisionBatch
 
 Record = TypeVar("Record", bound=MicroBatch | VisionBatch | ContextShare)
@@ -96,9 +97,10 @@ def run_schedule(
             data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
             model=chunks,
             num_microbatches=len(micro_batches),
-            seq_length=longest,  # an upper bound only: config.variable_seq_lengths sends the true shapes
+            seq_length=longest,  # an upper bound only: see train.pipeline
             micro_batch_size=1,
             forward_only=forward_only,
+            **communication(config, micro_batches, parallel),
         )
 
 

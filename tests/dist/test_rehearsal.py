@@ -76,3 +76,24 @@ def test_what_a_stage_of_a_pipeline_receives() -> None:
     assert received("abcd", plain, 1) == ([*"abcd"], [])
     assert received("abcd", virtual, 0) == ([*"abcd"], [*"ababcdcd"])
     assert received("abcd", virtual, 1) == ([*"ababcdcd"], [*"abcd"])
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2, "sequence_parallel": True}, {"pipeline": 2}, {"context": 2}])
+def test_the_host_waits_for_no_micro_batch(tiny_dir: Path, layout: dict[str, Any]) -> None:
+    """On a GPU it would: as many synchronisations a step with three times the micro-batches."""
+    samples = tuple(made_up_samples(tiny_dir)) * 2
+    few, many = (
+        Plan(
+            tiny_dir,
+            Layout(**layout),
+            Execution(dtype="bfloat16"),
+            samples,
+            max_tokens,
+            objective=Objective("ppo_clip", {}),
+            on_gpu=True,
+        )
+        for max_tokens in (1024, 192)
+    )
+    one, other = rehearse([(few, 0), (many, 0)])
+    assert other.micro_batches >= 3 * one.micro_batches
+    assert one.synchronisations == other.synchronisations

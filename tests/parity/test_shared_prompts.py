@@ -124,7 +124,9 @@ def test_responses_learn_together_what_they_learn_apart(
     parts = [errors(shared, apart) for apart, shared in ranks]
     found = {name: max(part[name] for part in parts if name in part) for name in ("steps", "logprobs", "metrics")}
     print({name: f"{error:.1e}" for name, error in found.items()})
-    assert found["steps"] <= 3e-6  # measured 2.3e-6 at tensor 2 · context 2, else 1.6e-6: as packed samples against samples alone
+    assert (
+        found["steps"] <= 3e-6
+    )  # measured 2.3e-6 at tensor 2 · context 2, else 1.6e-6: as packed samples against samples alone
     assert max(found["logprobs"], found["metrics"]) <= 1e-6  # measured 1.4e-7
 
 
