@@ -92,7 +92,7 @@ def own_steps(folder: Path, work: Work, steps: int) -> list[dict[str, float]]:
 def steps_of(command: Sequence[str], threads: int) -> dict[str, float]:
     """Medians over the steps that a process prints as its last line."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"failed: {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     steps = json.loads(done.stdout.splitlines()[-1])[LEFT_OUT - 1 :]  # the first has no end before it already
