@@ -3,7 +3,7 @@
     python tools/benchmark/memory.py [--steps 200] [--json FILE]
 
 The real run on the tiny model, 2 prompts × 4 responses × 16 tokens a step; resident memory of the driver, each trainer rank and each engine after every step. Reported is the
-slope of the line of least squares after step 20, the sum of all processes. Exit code 1 when it is above 0.1 MB (10^6 bytes) a step.
+slope of the line of least squares after step 20, of the process that grows fastest: a sum would hide it behind one that shrinks. Exit code 1 when it is above 0.1 MB (10^6 bytes) a step.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def main() -> int:
         parser.error(f"--steps {options.steps}: the first {LEFT_OUT} are left out, and 10 more are the least")
     with tempfile.TemporaryDirectory(prefix="memory-") as name:
         found = measure(Path(name), options.steps)
-    total = [sum(values) for values in zip(*found.values(), strict=True)]
     slopes = {name: slope(values[LEFT_OUT:]) for name, values in found.items()}
     for name, values in found.items():
         print(
@@ -76,8 +75,8 @@ def main() -> int:
         "megabytes": {name: [round(value, 2) for value in values] for name, values in found.items()},
     }
     result = Result(
-        f"host memory, growth over {options.steps} steps",
-        slope(total[LEFT_OUT:]),
+        f"host memory, growth over {options.steps} steps, of the worst process",
+        max(slopes.values()),
         "MB a step",
         GOAL,
         at_least=False,

@@ -9,6 +9,7 @@ into another that is there already, with all cores. Both take turns. The ratio i
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -40,6 +41,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
     results = []
     for size in options.sizes:
         with tempfile.TemporaryDirectory(prefix="sync-") as name:
