@@ -205,6 +205,7 @@ PLAIN = [
     "parallel.sequence_parallel=false",
     "data.test=null",
     "data.max_prompt_tokens=128",
+    "rollout.max_model_tokens=256",
     "training.evaluate_every=0",
     "algorithm.filter.enabled=false",
     "sync.check_every=0",

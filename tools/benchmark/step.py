@@ -71,7 +71,6 @@ def own_steps(folder: Path, work: Work, steps: int) -> list[dict[str, float]]:
         f"training.responses_per_update={PROMPTS * SAMPLES}",
         f"rollout.samples_per_prompt={SAMPLES}",
         f"rollout.max_response_tokens={work.tokens}",
-        "rollout.max_model_tokens=256",
     ]
     config = run_config(folder, "run", overrides)
     shutil.rmtree(config.run.output, ignore_errors=True)

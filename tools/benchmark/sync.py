@@ -27,7 +27,7 @@ def measure(folder: Path, size: str, rounds: int) -> Result:
     nbytes = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
     source = torch.ones(nbytes // 4)
     target = torch.zeros_like(source)
-    with opened(run_config(folder, "run", ["rollout.samples_per_prompt=2", "training.prompts_per_step=8"])) as run:
+    with opened(run_config(folder, "run", ["training.responses_per_update=128"])) as run:
         tasks = {"sync": run.sync_weights, "copy": lambda: target.copy_(source)}
         seconds = in_turns(tasks, rounds, warmup=2)
     rates = {name: nbytes / median(values) / 1e9 for name, values in seconds.items()}
