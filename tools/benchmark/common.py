@@ -28,8 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    import torch
-
     from eureka_megatron.config import RunConfig
     from eureka_megatron.run.run import Run
 
@@ -251,7 +249,3 @@ def opened(config: RunConfig) -> Iterator[Run]:
     )
     with patched, Run(config) as run:
         yield run
-
-
-def bytes_of(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
