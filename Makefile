@@ -1,4 +1,4 @@
-# make install | install-gpu | install-te | demo | test | lint | clean — everything happens in .venv (another: VENV=…), with the exact
+# make install | install-gpu | install-te | demo | test | lint | benchmark | clean — everything happens in .venv (another: VENV=…), with the exact
 # pins of requirements/cpu.txt (Python 3.11) or, after install-gpu, of requirements/gpu.txt (Python 3.12). Another interpreter: PYTHON=…
 PYTHON     ?= python3.11
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3.12,$(PYTHON))
@@ -13,7 +13,7 @@ TE         ?= 2.11.0
 # Two cores: one thread a process unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install install-gpu install-te demo test lint clean
+.PHONY: install install-gpu install-te demo test lint benchmark clean
 install: $(STAMP)
 
 $(CPU_STAMP): requirements/cpu.txt setup.py tools/mend_torchvision.py
@@ -58,6 +58,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	if command -v shellcheck >/dev/null; then shellcheck -x slurm/*; else echo "shellcheck is not installed: slurm/ is not linted"; fi
+
+# At most half an hour on two idle cores; also makes .venv-trl, the environment of the peer. Each script alone: tools/benchmark/NAME.py --help.
+benchmark: $(STAMP)
+	$(BIN)/python tools/benchmark/all.py --peer-venv .venv-trl
 
 clean:
 	rm -rf demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache
