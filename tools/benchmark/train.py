@@ -168,7 +168,7 @@ def compare(
     tokens, rate = sum(map(len, samples)), median(rates)
     filled = tokens / (len(samples) * max(map(len, samples)))
     print(f"{kind}: {tokens} tokens in {len(samples)} samples ({filled:.0%} of the padded batch)", flush=True)
-    operations = update_operations(trainer.hf_config, samples, frozen_tower=False)
+    operations = update_operations(trainer.hf_config, [[sample] for sample in samples], frozen_tower=False)
     shares = {name: operations / median(seconds[name]) / rate for name in tasks}
     for name in tasks:
         print(
