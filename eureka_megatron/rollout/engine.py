@@ -214,6 +214,7 @@ class Engine:
                 seed=seed,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,
+                detokenize=False,  # token by token; `_rollout` does it once
                 stop_token_ids=self._stop_ids,
                 logit_bias=dict.fromkeys(self._banned, float("-inf")),
             )
@@ -403,10 +404,14 @@ class Engine:
         chosen = [flat.token_ids[start] for start in flat.start_indices]
         assert chosen == list(sample.token_ids), "log-probabilities are not those of the sampled tokens"
         first, *later = sample.weight_versions
+        said = (
+            chosen[:-1] if sample.finish_reason == "stop" else chosen
+        )  # the end token is no text, whether the tokenizer calls it special or not
+        text = self._llm.get_tokenizer().decode(said, skip_special_tokens=True)
         return Rollout(
             tokens_R=np.array(sample.token_ids, dtype=np.int64),
             logprobs_R=np.array([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32),
-            text=sample.text,
+            text=text.rstrip("\ufffd"),  # a character that was cut off
             finish_reason=sample.finish_reason,
             weight_version=int(first.version),
             switches=tuple((span.start, int(span.version)) for span in later),
