@@ -404,9 +404,7 @@ class Engine:
         chosen = [flat.token_ids[start] for start in flat.start_indices]
         assert chosen == list(sample.token_ids), "log-probabilities are not those of the sampled tokens"
         first, *later = sample.weight_versions
-        said = (
-            chosen[:-1] if sample.finish_reason == "stop" else chosen
-        )  # the end token is no text, whether the tokenizer calls it special or not
+        said = chosen[:-1] if sample.finish_reason == "stop" else chosen  # the end is no text
         text = self._llm.get_tokenizer().decode(said, skip_special_tokens=True)
         return Rollout(
             tokens_R=np.array(sample.token_ids, dtype=np.int64),

@@ -22,7 +22,7 @@ LAYERS = (
     ("demo", "verify", "doctor", "planning"),
     ("loop",),
     ("run",),
-    ("train", "rollout", "data", "rl", "tracking", "release"),
+    ("train", "rollout", "data", "rl", "tracking", "release", "evaluation"),
     ("weights", "checkpoint", "sync", "rewards"),
     ("models",),
     ("parallel",),
@@ -45,7 +45,7 @@ ALLOWED = {
     "megatron": ("models/", "parallel/", "train/", "planning/", "weights/online.py", "checkpoint/store.py"),
 }
 # Tested on bare torch, so they may not reach the trainer's or the engine's libraries by any path.
-BARE = ("data", "rewards", "rl", "weights/splits.py", "weights/table.py")
+BARE = ("data", "rewards", "rl", "evaluation", "weights/splits.py", "weights/table.py")
 
 
 @dataclass(frozen=True)
