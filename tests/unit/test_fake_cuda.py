@@ -142,7 +142,7 @@ def test_no_micro_batch_makes_the_host_wait(model: Path, samples: list[Sample], 
         show(f"{name}, rows of {tokens}", found)
         assert by_function(found["waits"]) == {METRICS: 3} | ({FEATURES: 1} if "freeze" in SETTINGS[name][1] else {})
         forwards.append(found["forwards"])
-    assert forwards[0] == max(forwards) >= 6
+    assert forwards[0] == max(forwards) >= 4  # old log-probabilities of the second update, and both updates
 
 
 def test_nor_do_samples_without_pictures_and_rows_without_samples(model: Path, samples: list[Sample]) -> None:
@@ -214,11 +214,11 @@ def test_pictures_stand_on_the_gpu_one_micro_batch_at_a_time(
         for count in counts
     ]
     found = run_ranks(rehearse, 1, str(model), ({}, freeze), len(sample), steps)[0]
-    assert [one["forwards"] for one in found] == [2 * count for count in counts]
+    assert [one["forwards"] for one in found] == [*counts], "no pass for old log-probabilities: there is one update"
     growth = (found[1]["bytes"] - found[0]["bytes"]) / (counts[1] - counts[0])
     smallest = sample.pictures[0].units * 128 * 2  # a picture's embeddings; its features and patches are larger
     print(f"{growth:.0f} bytes more for each further micro-batch of {len(sample)} tokens; a picture has {smallest}")
-    assert 0 < growth <= 16 * len(sample) < smallest  # measured 439 for 59 tokens: two fp32 numbers each
+    assert 0 < growth <= 16 * len(sample) < smallest  # measured 436 for 59 tokens: two fp32 numbers each
 
 
 def backward_waits(_: int) -> list[Any]:
