@@ -30,28 +30,32 @@ def paper_extraction(response: str) -> str:
     return boxes[-1].strip() if boxes else response
 
 
-def boxed(text: str) -> list[str]:
-    """Contents of all balanced \\boxed{…} outside of one another, in order."""
-    found, start = [], text.find(_BOX)
+def boxed(text: str, *, strict: bool = False) -> list[str]:
+    """Contents of all balanced \\boxed{…} outside of one another, in order.
+
+    strict: raise ValueError when one does not close.
+    """
+    ends, found, start = _closings(text), [], text.find(_BOX)
     while start >= 0:
         inside = start + len(_BOX)
-        end = closing(text, inside)
-        if end is None:
-            start = text.find(_BOX, inside)
-        else:
+        end = ends.get(inside)
+        if end is None and strict:
+            raise ValueError("a box does not close")
+        if end is not None:
             found.append(text[inside:end])
-            start = text.find(_BOX, end)
+        start = text.find(_BOX, inside if end is None else end)
     return found
 
 
-def closing(text: str, inside: int) -> int | None:
-    """Where the brace closes that was opened before `inside`; None: nowhere."""
-    depth = 1
-    for place in range(inside, len(text)):
-        depth += (text[place] == "{") - (text[place] == "}")
-        if depth == 0:
-            return place
-    return None
+def _closings(text: str) -> dict[int, int]:
+    """Where each brace closes, by the place behind the one that opens; what never closes is left out. In one pass: responses may be long."""
+    found, opened = {}, []
+    for mark in re.finditer("[{}]", text):
+        if mark[0] == "{":
+            opened.append(mark.end())
+        elif opened:
+            found[opened.pop()] = mark.start()
+    return found
 
 
 def infer_letter(text: str, options: Mapping[str, str]) -> str | None:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 
 from eureka_megatron.errors import UserError
 from eureka_megatron.evaluation import symbolic
-from eureka_megatron.evaluation.extraction import closing
+from eureka_megatron.evaluation.extraction import boxed
 from eureka_megatron.evaluation.verdict import Row, Verdict, absent, field, items, number
 
 EXACT = 1e-8
 _FINAL = re.compile(r"So the final answer is (.*)")
-_BOX = "\\boxed{"
 _REPLACED = (
     ("\\left", ""), ("\\right", ""), ("∶", ":"), ("，", ","), ("$", ""), ("\\approx", "="), ("\\simeq", "="), ("\\sim", "="),
     ("^\\prime", "'"), ("^{\\prime}", "'"), ("^\\circ", ""), ("%", ""),
@@ -75,13 +74,10 @@ def equal(gold: str, answer: str, precision: Sequence[float] = (EXACT,)) -> bool
 
 def normalised(text: str) -> str | None:
     """What is judged: boxes, else what stands between dollars in the last line, else all. None: a box does not close."""
-    boxes, start = [], text.find(_BOX)
-    while start >= 0:
-        end = closing(text, start + len(_BOX))
-        if end is None:
-            return None
-        boxes.append(text[start + len(_BOX) : end])
-        start = text.find(_BOX, end)
+    try:
+        boxes = boxed(text, strict=True)
+    except ValueError:
+        return None
     if boxes:
         text = ",".join(boxes)
     elif dollars := re.findall(r"\$(.*?)\$", (text.strip().splitlines() or [""])[-1]):

@@ -197,3 +197,24 @@ def test_judging_needs_neither_torch_nor_vllm() -> None:
     assert (
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
     )
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "mmk12": MMK12,
+    "mathvista": {"answer": "1.2", "answer_type": "float", "precision": 1.0},
+    "mathverse": CHOICES,
+    "mathvision": {"answer": "3", "options": []},
+    "olympiadbench": {"final_answer": ["x=1, (1,2)"]},
+    "wemath": {"answer": "A", "option": "A. 1;B. 2"},
+    "counting": {"answer": "3"},
+}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\\boxed{" * 20000, "(" * 9, "nan", "1e999", "\\frac", "=", "\x00中$\\in $", "}{", "\\boxed{\\sqrt}"]
+)
+def test_no_response_raises_or_takes_long(text: str) -> None:
+    for benchmark, row in ROWS.items():
+        for judge in (judge_official, judge_paper):
+            assert not judge(benchmark, row, text, extracted=True).correct
+            judge(benchmark, row, text)
