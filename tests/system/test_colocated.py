@@ -91,7 +91,11 @@ def test_a_colocated_run_is_the_split_run(tmp_path: Path, monkeypatch: pytest.Mo
         metrics[placement] = [{k: v for k, v in row.items() if not any(word in k for word in timed)} for row in rows]
         assert f'"placement": "{placement}"' in (tmp_path / placement / FILE).read_text()
         assert "trainer" in capsys.readouterr().out
-    assert metrics["colocated"] == metrics["split"]
+    # But for the engine's rounding, which depends on the responses that its steps happen to hold together.
+    for own, other in zip(metrics["colocated"], metrics["split"], strict=True):
+        assert own.keys() == other.keys()
+        pairs = {name: (value, other[name]) for name, value in own.items() if value != other[name]}
+        assert not {n: p for n, p in pairs.items() if p[0] != pytest.approx(p[1], rel=1e-4, abs=1e-5)}
     assert [row["train/grad_norm"] > 0 for row in metrics["split"]] == [True, True], "it learns"
     assert calls["colocated"] == START + STEPS
     together = [call for call in calls["colocated"] if call not in COLOCATED_ONLY]
