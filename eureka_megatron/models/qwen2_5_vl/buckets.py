@@ -80,7 +80,8 @@ def make_buckets(queries: Sequence[int], device: torch.device, before: Sequence[
     while left:
         longest = queries[left[-1]]
         alike = [n for n in left if seen[n] == seen[left[-1]] and 3 * queries[n] >= 2 * longest]
-        left = [n for n in left if n not in set(alike)]
+        chosen = set(alike)
+        left = [n for n in left if n not in chosen]
         lengths, first = (np.array([values[n] for n in alike])[:, None] for values in (queries, starts))
         column = np.arange(longest)
         padding_BL = column >= lengths

@@ -72,8 +72,10 @@ def query_plan(
         device: of the plan's tensors; None: the share's.
     """
     ranks, rank = (1, 0) if share is None else (share.size, share.rank)
-    # Without a share every row stands where it is.
-    order_T = np.arange(sum(segments)) if share is None else order_of(mirrored_rows(segments, ranks))
+    if share is None:  # every row stands where it is
+        order_T = np.arange(sum(segments))
+    else:
+        order_T = order_of(mirrored_rows(segments, ranks)) if share.places_T is None else share.places_T
     queries, keys, places, before, first = [], [], [], [], 0
     for number, length in enumerate(segments):
         start, count = prefixes[number] if prefixes else (0, 0)
