@@ -102,4 +102,4 @@ def test_other_layouts_find_the_same(tiny_dir: Path, samples: list[Sample], layo
         assert own.keys() == other.keys()
         error = max(abs(own[name] - other[name]) / max(1.0, abs(other[name])) for name in own)
         print(f"{error:.1e}")
-        assert error <= 1e-5
+        assert error <= 2e-6  # measured 4.8e-7
