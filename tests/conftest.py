@@ -25,6 +25,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     item.add_marker(pytest.mark.skip(reason="needs a GPU; this machine has none"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that prints, not xdist's workers
+        config.pluginmanager.register(Failures(config))
+
+
+class Failures:
+    """Prints a failure when it happens, with its last line: a run that is ended before its summary still says what failed."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            lines = report.longreprtext.strip().splitlines() or [""]
+            reason = next((line for line in reversed(lines) if line.startswith("E ")), lines[-1])
+            terminal.write_line(f"\nFAILED at {report.when}: {report.nodeid}: {reason[:300]}")
+
+
 def _place(item: pytest.Item) -> int:
     folder = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else ""
     return ORDER.index(folder) if folder in ORDER else len(ORDER)

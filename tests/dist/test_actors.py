@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def own_memory_of_a_rank(_: Any, parcel: Parcel) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def ray_with_gpus() -> Any:
-    """Ray that believes to have two GPUs."""
+    """Ray that believes to have three GPUs."""
     import ray
 
     from tests.helpers.engines import private_ray
@@ -60,7 +61,7 @@ def ray_with_gpus() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             patch.delenv(name, raising=False)
-        with private_ray(gpus=2):
+        with private_ray(gpus=3):
             yield ray
 
 
@@ -73,25 +74,24 @@ def test_trainers_get_their_gpu_settings_and_engines_do_not(
     ray, config = ray_with_gpus, run_config(tiny_dir, engines=1)
     with ExitStack() as stack:
 
-        def rank_environment() -> dict[str, str]:
-            group = TrainerGroup(config)
-            stack.callback(group.close)
-            found = ray.get(group.ranks[0].__ray_call__.remote(environment))
-            group.close()
-            return found
+        def start(group: Any, end: Callable[[], None]) -> Any:
+            stack.callback(end)
+            return group.__ray_call__.remote(environment)
 
-        ours = rank_environment()
-        assert ours["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-        assert ours["PYTORCH_ALLOC_CONF"] == EXPANDABLE
+        usual = TrainerGroup(config)
+        calls = [start(usual.ranks[0], usual.close)]
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-        theirs = rank_environment()
+        own = TrainerGroup(config)
+        calls.append(start(own.ranks[0], own.close))
+        pool = RolloutPool(config, engine_class=Idle)
+        calls.append(start(pool.actors[0], pool.shutdown))
+        ours, theirs, engine = ray.get(calls)  # the processes start side by side
+        assert ours["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+        assert ours["PYTORCH_ALLOC_CONF"] == EXPANDABLE
         assert theirs["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
         assert theirs["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
         assert "PYTORCH_ALLOC_CONF" not in theirs
-        pool = RolloutPool(config, engine_class=Idle)
-        stack.callback(pool.shutdown)
-        engine = ray.get(pool.actors[0].__ray_call__.remote(environment))
         assert not {"CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & engine.keys()
 
 
@@ -127,25 +127,25 @@ with ExitStack() as stack:
 """
 
 
-@pytest.mark.parametrize("limit", [None, 300_000_000])
-def test_the_object_store_is_a_share_of_the_machine_or_what_rays_environment_says(limit: int | None) -> None:
+def test_the_object_store_is_a_share_of_the_machine_or_what_rays_environment_says() -> None:
     shared = os.statvfs("/dev/shm")
     memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), shared.f_blocks * shared.f_frsize)
-    extra = {} if limit is None else {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(limit)}
-    done = subprocess.run(
-        [sys.executable, "-c", STORE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | extra,
-    )
-    assert done.returncode == 0, done.stderr
-    found = int(done.stdout.split()[-1])
-    print(f"{found / 2**30:.2f} GiB of {memory / 2**30:.1f}")
-    if limit is not None:
-        assert found == pytest.approx(limit, rel=0.01)
-    else:
-        assert 512 << 20 < found < 0.5 * memory  # Ray takes 30 % of what is free at the start
+    limit = 300_000_000
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", STORE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | extra
+        )
+        for extra in ({}, {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(limit)})
+    ]
+    found = []
+    for process in started:
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        found.append(int(output.split()[-1]))
+    print(f"{found[0] / 2**30:.2f} GiB of {memory / 2**30:.1f}")
+    assert 512 << 20 < found[0] < 0.5 * memory  # Ray takes 30 % of what is free at the start
+    assert found[1] == pytest.approx(limit, rel=0.01)
 
 
 def plain_updates(rank: int, directory: str, config: Any, batch: Batch) -> list[dict[str, float]]:
@@ -159,29 +159,9 @@ def plain_updates(rank: int, directory: str, config: Any, batch: Batch) -> list[
     return trainer.train(batch, config.algorithm.loss, {}, shaping=shaping_of(config.algorithm))
 
 
-def test_ranks_that_get_their_share_make_the_updates_of_ranks_that_have_everything(
-    ray_with_gpus: Any, tiny_dir: Path
-) -> None:
-    from eureka_megatron.train.actor import TrainerGroup
-
-    prompts = made_up_samples(tiny_dir, pictures=(((3, 3),), ((2, 5), (1, 1)), ()))
-    samples = [replace(sample, advantages_S=sample.mask_S * (n - 1)) for n in range(3) for sample in prompts]
-    batch = Batch(tuple(samples), ((0, 2, 4, 6, 8), (1, 3, 5, 7)))
-    config = run_config(tiny_dir, {"parallel": {"data": 2}})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"freeze": ("vision", "merger")})})
-    group = TrainerGroup(config)
-    try:
-        assert group.start()["dp"] == 2
-        group.start_phase(config.optimizer, 4)
-        found = group.train(batch)
-    finally:
-        group.close()
-    assert found == run_ranks(plain_updates, 2, str(tiny_dir), config, batch)[0]
-
-
 @pytest.fixture(scope="module")
-def two_ranks(ray_with_gpus: Any, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Starts trainer ranks at tensor 2; a function, as each test spoils them."""
+def two_ranks(ray_with_gpus: Any, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two data-parallel ranks, which a call can spoil: the second runs a function while the first waits for it in a collective."""
     from eureka_megatron.train import actor
 
     class Spoilt(actor.TrainerRank):  # local, so that Ray pickles it by value
@@ -195,39 +175,56 @@ def two_ranks(ray_with_gpus: Any, tiny_dir: Path, tmp_path_factory: pytest.TempP
                 torch.distributed.all_reduce(torch.ones(1))
             return super().call(name, *arguments) if name != "spoil" else None
 
-    groups: list[Any] = []
-
-    def start(output: Path) -> Any:
-        for group in groups:  # it has the GPUs
-            group.close()
-        sections = {
-            "run": {"output": str(output)},
-            "parallel": {"tensor": 2},
-            "training": {"prompts_per_step": 4, "responses_per_update": 8, "stall_seconds": 4},
-        }
-        config = run_config(tiny_dir).model_copy()
-        config = make_config({**config.model_dump(mode="json"), **sections})
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(actor, "TrainerRank", Spoilt)
-            groups.append(actor.TrainerGroup(config))
-        groups[-1].start()
-        return groups[-1]
-
-    yield start
-    for group in groups:
+    sections = {
+        "run": {"output": str(tmp_path_factory.mktemp("ranks"))},
+        "parallel": {"data": 2},
+        "training": {"prompts_per_step": 4, "responses_per_update": 8, "stall_seconds": 4},
+    }
+    config = make_config({**run_config(tiny_dir).model_dump(mode="json"), **sections})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"freeze": ("vision", "merger")})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actor, "TrainerRank", Spoilt)
+        group = actor.TrainerGroup(config)
+    try:
+        assert group.start()["dp"] == 2
+        yield group
+    finally:
         group.close()
 
 
-def test_a_rank_that_dies_ends_the_call_with_its_last_word(two_ranks: Any, tmp_path: Path) -> None:
+def test_ranks_that_get_their_share_make_the_updates_of_ranks_that_have_everything(
+    two_ranks: Any, tiny_dir: Path
+) -> None:
+    prompts = made_up_samples(tiny_dir, pictures=(((3, 3),), ((2, 5), (1, 1)), ()))
+    samples = [replace(sample, advantages_S=sample.mask_S * (n - 1)) for n in range(3) for sample in prompts]
+    batch = Batch(tuple(samples), ((0, 2, 4, 6, 8), (1, 3, 5, 7)))
+    config = two_ranks.config
+    two_ranks.start_phase(config.optimizer, 4)
+    found = two_ranks.train(batch)
+    assert found == run_ranks(plain_updates, 2, str(tiny_dir), config, batch)[0]
+
+
+def test_a_rank_that_stands_still_is_named_and_what_the_others_wait_in(two_ranks: Any) -> None:
+    pids: list[int] = two_ranks._all("pid")
+    try:
+        expected = r"rank 1 stands still: no sign of life for 4 s \(training\.stall_seconds\) during 'spoil'; rank 0 waits in all_reduce"
+        with pytest.raises(UserError, match=expected):
+            two_ranks._all("spoil", lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
+
+
+def test_a_rank_that_dies_ends_the_call_with_its_last_word(two_ranks: Any) -> None:
+    """It is the end of these ranks."""
+
     def crash() -> None:
         print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
         print("(a line about something else)", flush=True)
         os._exit(3)
 
-    group = two_ranks(tmp_path)
     with pytest.raises(UserError, match=r"rank 1 died during 'spoil': CUDA error: an illegal.*logs/rank_0001\.log"):
-        group._all("spoil", crash)
-    assert (tmp_path / "logs" / "rank_0000.log").read_text().startswith("--- ")
+        two_ranks._all("spoil", crash)
+    assert (two_ranks.config.run.output / "logs" / "rank_0000.log").read_text().startswith("--- ")
 
 
 def test_the_last_word_of_a_rank_is_an_error_of_its_last_start(tmp_path: Path) -> None:
@@ -243,14 +240,3 @@ def test_the_last_word_of_a_rank_is_an_error_of_its_last_start(tmp_path: Path) -
             "x.py:3: UserWarning: errors are ignored\nterminate called\n  what():  CUDA error: unspecified launch failure\nbye\n"
         )
     assert last_words(log) == f"what():  CUDA error: unspecified launch failure ({log})"
-
-
-def test_a_rank_that_stands_still_is_named_and_what_the_others_wait_in(two_ranks: Any, tmp_path: Path) -> None:
-    group = two_ranks(tmp_path)
-    pids: list[int] = group._all("pid")
-    try:
-        expected = r"rank 1 stands still: no sign of life for 4 s \(training\.stall_seconds\) during 'spoil'; rank 0 waits in all_reduce"
-        with pytest.raises(UserError, match=expected):
-            group._all("spoil", lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    finally:
-        os.kill(pids[1], signal.SIGCONT)

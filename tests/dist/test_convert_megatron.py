@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,53 +39,6 @@ LAYOUTS = [  # kv heads are 2
 ]
 
 
-def model_at(rank: int, hf: str, layout: Layout) -> tuple[list[Any], Parallel]:
-    parallel = init_parallel(layout, rank=rank)
-    return build_model(read_hf_config(hf), parallel), parallel
-
-
-def load_both_ways(rank: int, hf: str, converted: str, layout: Layout) -> list[str]:
-    """HF names that differ after `load_hf`, and after Megatron's loader; keys that Megatron's loader misses."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
-
-    chunks, parallel = model_at(rank, hf, layout)
-    source = Reader(hf)
-    wrong = []
-
-    def compare(how: str) -> None:
-        for name, weight in iter_hf_weights(chunks, parallel):
-            if rank == 0 and not torch.equal(weight, source[name]):
-                wrong.append(f"{how}: {name}")
-
-    def forget() -> None:
-        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
-            parameter.data.fill_(torch.nan)
-
-    forget()
-    load_hf(chunks, converted, parallel)
-    compare("load_hf")
-    forget()
-    wanted = sharded_state(chunks, parallel)
-    state, missing, _ = dist_checkpointing.load(wanted, converted, strict=StrictHandling.RETURN_ALL)
-    wrong.extend(f"missing: {key}" for key in missing if "_extra_state" not in key)
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(state if len(chunks) == 1 else state[f"model{number}"], strict=False)
-    compare("megatron")
-    return wrong
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_converted_checkpoint_loads_at_any_layout(tmp_path, layout):
-    source = build_published(tmp_path / "hf", tied=layout.pipeline == 2, randomize_all=True)
-    hf_to_megatron(source, tmp_path / "megatron")
-    world = layout.world_size
-    assert run_ranks(load_both_ways, world, str(source), str(tmp_path / "megatron"), layout) == [[]] * world
-
-
-# --- every kind of checkpoint, all the way round ---
-
-
 def both_namings(directory: Path) -> list[Path]:
     """The directory, and a copy whose tensors go by transformers 5's names (sharded ones keep their index)."""
     new = shutil.copytree(directory, directory.with_name(directory.name + "-new"))
@@ -116,45 +70,95 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
     return found
 
 
-def go_round(rank: int, converted: list[str], layout: Layout, output: str) -> None:
-    """Loads each converted checkpoint at a layout and exports it from there."""
-    parallel = init_parallel(layout, rank=rank)
+def load_both_ways(parallel: Parallel, hf: Path, converted: Path, saved: Path) -> list[str]:
+    """HF names that differ after `load_hf`, and after Megatron's loader; keys that Megatron's loader misses. Then Megatron saves it."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    chunks = build_model(read_hf_config(hf), parallel)
+    source = Reader(hf)
+    wrong = []
+
+    def compare(how: str) -> None:
+        for name, weight in iter_hf_weights(chunks, parallel):
+            if parallel.world.rank == 0 and not torch.equal(weight, source[name]):
+                wrong.append(f"{how}: {name}")
+
+    def forget() -> None:
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+            parameter.data.fill_(torch.nan)
+
+    forget()
+    load_hf(chunks, converted, parallel)
+    compare("load_hf")
+    forget()
+    wanted = sharded_state(chunks, parallel)
+    state, missing, _ = dist_checkpointing.load(wanted, converted, strict=StrictHandling.RETURN_ALL)
+    wrong.extend(f"missing: {key}" for key in missing if "_extra_state" not in key)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state if len(chunks) == 1 else state[f"model{number}"], strict=False)
+    compare("megatron")
+    load_hf(chunks, hf, parallel)
+    if parallel.world.rank == 0:
+        saved.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(sharded_state(chunks, parallel), saved)
+    return wrong
+
+
+def go_round(parallel: Parallel, converted: list[Path], output: Path) -> None:
+    """Loads each converted checkpoint and exports it from there."""
     for directory in converted:
         config = read_hf_config(directory)
         dtype = describe(directory).tensors["visual.patch_embed.proj.weight"][1]
         chunks = build_model(config, parallel, Execution(dtype=str(dtype).removeprefix("torch.")))
         load_hf(chunks, directory, parallel)
-        export_hf(chunks, parallel, directory, f"{output}/{Path(directory).name}", card={})
+        export_hf(chunks, parallel, directory, output / directory.name, card={})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@dataclass(frozen=True)
+class Passage:
+    """What has gone through ranks at a layout."""
+
+    layout: Layout
+    source: Path  # loaded both ways
+    wrong: list[list[str]]  # of each rank
+    saved: Path  # by Megatron, from `source`
+    exported: Path  # every kind, by names
+
+
+def go_through(rank: int, layout: Layout, kinds: list[tuple[Path, Path]], one: int, folder: Path) -> list[str]:
+    parallel = init_parallel(layout, rank=rank)
+    wrong = load_both_ways(parallel, *kinds[one], folder / "saved")
+    go_round(parallel, [converted for _, converted in kinds], folder)
+    return wrong
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def passage(request: pytest.FixtureRequest, kinds: list[tuple[Path, Path]], tmp_path_factory: Any) -> Passage:
+    """Everything that ranks at this layout are for, at one start of them."""
+    layout, folder = request.param, tmp_path_factory.mktemp("layout")
+    one = 0 if layout.pipeline == 2 else 4  # tied, untied
+    wrong = run_ranks(go_through, layout.world_size, layout, kinds, one, folder)
+    return Passage(layout, kinds[one][0], wrong, folder / "saved", folder)
+
+
+def test_a_converted_checkpoint_loads_at_any_layout(passage: Passage) -> None:
+    assert passage.wrong == [[]] * passage.layout.world_size
+
+
 def test_every_kind_of_checkpoint_comes_back_bitwise_through_every_layout(
-    kinds: list[tuple[Path, Path]], tmp_path: Path, layout: Layout
+    kinds: list[tuple[Path, Path]], passage: Passage
 ) -> None:
-    run_ranks(go_round, layout.world_size, [str(converted) for _, converted in kinds], layout, str(tmp_path))
     for source, converted in kinds:
-        expected, found = Reader(source, rename=hub_name), Reader(tmp_path / converted.name)
+        expected, found = Reader(source, rename=hub_name), Reader(passage.exported / converted.name)
         assert expected.tensors.keys() == found.tensors.keys()
         for name in expected.tensors:
             assert expected[name].dtype == found[name].dtype
             assert torch.equal(expected[name], found[name]), (source.name, name)
 
 
-def save_by_megatron(rank: int, hf: str, output: str, layout: Layout) -> None:
-    from megatron.core import dist_checkpointing
-
-    chunks, parallel = model_at(rank, hf, layout)
-    load_hf(chunks, hf, parallel)
-    if rank == 0:
-        Path(output).mkdir()
-    dist.barrier()
-    dist_checkpointing.save(sharded_state(chunks, parallel), output)
-
-
-@pytest.mark.parametrize("layout", [LAYOUTS[4], LAYOUTS[5], *LAYOUTS[-2:]], ids=str)
-def test_what_megatron_saves_at_any_layout_converts_back_bitwise(tmp_path, layout):
-    source = build_published(tmp_path / "hf", tied=layout.pipeline == 2, randomize_all=True)
-    run_ranks(save_by_megatron, layout.world_size, str(source), str(tmp_path / "saved"), layout)
-    shutil.copyfile(source / "config.json", tmp_path / "saved" / "config.json")
-    megatron_to_hf(tmp_path / "saved", tmp_path / "back", verify=True)
-    assert differences(describe(source), describe(tmp_path / "back")) == []
+def test_what_megatron_saves_at_any_layout_converts_back_bitwise(passage: Passage, tmp_path: Path) -> None:
+    shutil.copyfile(passage.source / "config.json", passage.saved / "config.json")
+    megatron_to_hf(passage.saved, tmp_path / "back", verify=True)
+    assert differences(describe(passage.source), describe(tmp_path / "back")) == []

@@ -1,5 +1,6 @@
 """For tests with real engines: a private Ray, prompts over made-up pictures, and transformers as the judge of log-probabilities."""
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ def private_ray(cpus: int = 2, store_mib: int = 256, gpus: int = 0) -> Iterator[
     """A Ray instance of this process only, with a bounded object store. It believes to have `gpus` GPUs."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as start_ray has it: the workers are the job
     with tempfile.TemporaryDirectory(prefix="eureka-", ignore_cleanup_errors=True) as folder:
         ray.init(
             num_cpus=cpus,

@@ -36,7 +36,17 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PRELOADED = ["torch", "torch.distributed", "megatron.core.models.gpt", "transformers.models.qwen2_5_vl"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "megatron.core.models.gpt",
+    "megatron.core.dist_checkpointing",
+    "transformers.models.qwen2_5_vl",
+    "pytest",
+    "eureka_megatron.train.trainer",
+    "eureka_megatron.train.checkpointing",
+    "eureka_megatron.verify",
+]
 # After the first failure the others usually sit in a collective; they get this long to fail for a reason of their own.
 GRACE_SECONDS = 1.0
 

@@ -42,7 +42,9 @@ class Lying(Engine):
         return version - self.lies, found
 
 
-def test_an_asynchronous_run_with_engines_that_die_and_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_asynchronous_run_with_engines_that_die_and_lie(
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_counting(tmp_path / "data", train=60, test=4)
     build_published(tmp_path / "model", seed=3, randomize_all=True)
     config = demo_config(

@@ -72,7 +72,9 @@ def watch(patch: pytest.MonkeyPatch, calls: list[str], bytes_asleep: list[int], 
     noted(RolloutPool, "__init__", "init")
 
 
-def test_a_colocated_run_is_the_split_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_colocated_run_is_the_split_run(
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     from eureka_megatron.loop import train
 
     write_counting(tmp_path / "data", train=24, test=4, noise=0.3)

@@ -1,31 +1,23 @@
 """`eureka demo`, cut short: every station of the story is passed for real; how far it learns is `make demo`'s to show."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from eureka_megatron.cli.commands import main
+from eureka_megatron.demo.counting import write_counting
+from eureka_megatron.demo.forms import build_published
+
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
-SHORT = ["sft.steps=40", "training.steps=2", "algorithm.filter.enabled=false", "training.evaluate_every=2"]
+SHORT = ["sft.steps=40", "training.steps=2", "algorithm.filter.enabled=false", "tracking.wandb=disabled"]
 
 
-def eureka(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "eureka_megatron", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=550,
-    )
-
-
-def test_the_short_story_leaves_everything_behind(tmp_path: Path) -> None:
-    done = eureka("demo", "--out", str(tmp_path / "demo"), "--overrides", *SHORT)
-    assert done.returncode == 0, done.stderr
+def test_the_short_story_leaves_everything_behind(
+    one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--overrides", *SHORT]) == 0, capsys.readouterr().err
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     layout = {"tp": 2, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "sequence_parallel": 1}
     assert summary["trainer_layout"] == layout
@@ -37,53 +29,49 @@ def test_the_short_story_leaves_everything_behind(tmp_path: Path) -> None:
         assert (tmp_path / "demo" / name).stat().st_size > 0, name
     lines = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["sft"] * 40 + ["train"] * 2
-    assert "curves.png" in done.stdout
-    again = eureka("demo", "--out", str(tmp_path))
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: ")
-    assert "not from an earlier demo" in again.stderr
+    assert "curves.png" in capsys.readouterr().out
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "not from an earlier demo" in error
 
 
-def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
+def test_a_bad_configuration_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, model, data = tmp_path / "run.yaml", tmp_path / "model", tmp_path / "data"
+    build_published(model)
+    write_counting(data, train=4, test=2)
+    config.write_text(
+        f"model: {{path: {model}}}\ndata: {{train: {data}/train.jsonl, min_pixels: 784}}\nrun: {{output: {tmp_path}/out}}"
+    )
+    capsys.readouterr()
     for override, message in [
         ("parallel.tensor=3", "parallel.tensor=3 does not divide"),
         ("algorithm.loss=pp_clip", "unknown loss 'pp_clip'"),
         ("optimizer.learning_rate=1", "unknown key 'optimizer.learning_rate'"),
     ]:
-        config = tmp_path / "run.yaml"
-        model, data = tmp_path / "model", tmp_path / "data"
-        if not model.exists():
-            from eureka_megatron.demo.counting import write_counting
-            from eureka_megatron.demo.forms import build_published
-
-            build_published(model)
-            write_counting(data, train=4, test=2)
-            config.write_text(
-                f"model: {{path: {model}}}\ndata: {{train: {data}/train.jsonl, min_pixels: 784}}\nrun: {{output: {tmp_path}/out}}"
-            )
-        done = eureka("train", str(config), override)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
+        assert main(["train", str(config), override]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
         assert not (tmp_path / "out").exists()
     (tmp_path / "out" / "hf").mkdir(parents=True)
     (tmp_path / "out" / "hf" / "config.json").touch()
-    done = eureka("train", str(config))
-    assert done.returncode == 1
-    assert f"{tmp_path}/out/hf" in done.stderr  # an earlier run's export is found before, not after, this one's work
+    assert main(["train", str(config)]) == 1
+    assert (
+        f"{tmp_path}/out/hf" in capsys.readouterr().err
+    )  # an earlier run's export is found before, not after, this one's work
 
 
-def test_bad_rows_are_named_with_file_and_line(tmp_path: Path) -> None:
-    from eureka_megatron.demo.counting import write_counting
-    from eureka_megatron.demo.forms import build_published
-
+def test_bad_rows_are_named_with_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_published(tmp_path / "model")
     paths = write_counting(tmp_path / "data", train=4, test=2)
     rows = paths.train.read_text().splitlines()
     broken = json.loads(rows[2]) | {"message": "[{"}
     paths.train.write_text("\n".join([*rows[:2], json.dumps(broken), *rows[3:]]))
     config = tmp_path / "run.yaml"
-    config.write_text(f"model: {{path: {tmp_path}/model}}\ndata: {{train: {paths.train}, min_pixels: 784}}")
-    done = eureka("train", str(config))
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {paths.train}:3: ")
+    config.write_text(
+        f"model: {{path: {tmp_path}/model}}\ndata: {{train: {paths.train}, min_pixels: 784}}\nrun: {{output: {tmp_path}/out}}"
+    )
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {paths.train}:3: ")

@@ -14,7 +14,7 @@ from eureka_megatron.demo.forms import build_published
 from eureka_megatron.sync.check import compare
 from eureka_megatron.sync.ray_transfer import send_weights
 from eureka_megatron.sync.source import MegatronWeightSource, SyncError, TensorMeta
-from tests.helpers.engines import Prompts, load_reference, module_source, private_ray, run_config, score, worst
+from tests.helpers.engines import Prompts, load_reference, module_source, run_config, score, worst
 
 pytestmark = pytest.mark.system
 
@@ -29,7 +29,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_dir: Path) -> Iterator[Any]:
+def pool(one_ray: None, tiny_dir: Path) -> Iterator[Any]:
     from eureka_megatron.rollout.engine import Engine
     from eureka_megatron.rollout.pool import RolloutPool
 
@@ -49,11 +49,10 @@ def pool(tiny_dir: Path) -> Iterator[Any]:
 
             self._llm.collective_rpc(change)
 
-    with private_ray():
-        pool = RolloutPool(run_config(tiny_dir, tensor=2), engine_class=Corruptible)
-        pool.start()
-        yield pool
-        pool.shutdown()
+    pool = RolloutPool(run_config(tiny_dir, tensor=2), engine_class=Corruptible)
+    pool.start()
+    yield pool
+    pool.shutdown()
 
 
 @pytest.fixture

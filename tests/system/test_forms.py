@@ -86,7 +86,9 @@ def loads_in_transformers(directory: Path, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_published_form_goes_through_every_command(form: str, data: Path, tmp_path: Path, capsys) -> None:
+def test_a_published_form_goes_through_every_command(
+    one_ray: None, form: str, data: Path, tmp_path: Path, capsys
+) -> None:
     tied = form in TIED
     shards = {"max_shard_size": "1MB"} if form.startswith("hub") else {}
     source = build_published(tmp_path / "published", form, tied=tied, randomize_all=True, **shards)

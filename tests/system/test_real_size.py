@@ -33,7 +33,7 @@ def write_rows(folder: Path) -> Path:
     return path
 
 
-def test_one_step_at_the_size_of_the_real_thing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_one_step_at_the_size_of_the_real_thing(one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = build_published(tmp_path / "model", vocab_size=TOKENS, spare_rows=ROWS - TOKENS, randomize_all=True)
     config = make_config(
         {

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from eureka_megatron.checkpoint.store import list_checkpoints, newest_whole, problems_of
+from eureka_megatron.cli.commands import main
 from eureka_megatron.config import load_config
 from eureka_megatron.demo.counting import write_counting
 from eureka_megatron.demo.forms import build_published
@@ -149,12 +150,14 @@ class Training:
         psutil.wait_procs(family, timeout=30)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def finish(self) -> str:
-        """Waits for its end. → what it printed"""
-        code = self.process.wait(timeout=500)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        assert code == 0, self.log.read_text()[-3000:]
-        return self.log.read_text()
+
+def eureka(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """A command in this process, which has imported everything and has a Ray. → what it printed"""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
 
 
 def numbers(path: Path) -> dict[int, dict[str, float]]:
@@ -168,8 +171,10 @@ def numbers(path: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.timeout(1200)  # three starts of the whole system
-def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tmp_path: Path) -> None:
-    """The real thing: Ray, trainer rank, vLLM engine, all killed after the second checkpoint and resumed from the command line."""
+def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(
+    one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real thing: driver, Ray, trainer rank, vLLM engine, all killed after the second checkpoint; the command is then given again."""
     build_published(tmp_path / "model", seed=3, randomize_all=True)
     data = write_counting(tmp_path / "data", train=40, test=4).train
     configs = {}
@@ -181,22 +186,21 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tm
     reached = killed.kill_after(2, folder)
     assert "starting from the beginning" in killed.log.read_text()
     assert reached < 5
-    refused = subprocess.run(
-        [sys.executable, "-m", "eureka_megatron", "train", configs["killed"]], capture_output=True, text=True
-    )
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "go on from there with --resume auto" in refused.stderr
-    resumed = Training(configs["killed"], "--resume", "auto").finish()
+    capsys.readouterr()
+    assert main(["train", str(configs["killed"])]) == 2
+    refused = capsys.readouterr().err
+    assert refused.count("\n") == 1
+    assert "go on from there with --resume auto" in refused
+    resumed = eureka(capsys, "train", configs["killed"], "--resume", "auto")
     assert f"going on after step {reached}, from {folder / f'step_{reached:06d}'}" in resumed
-    Training(configs["whole"]).finish()
+    eureka(capsys, "train", configs["whole"], "tracking.wandb=disabled")
     whole, found = (numbers(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert whole.keys() == set(range(5))
     assert len({metrics["train/entropy"] for metrics in whole.values()}) == 5, "every step must be another"
     assert found == whole
     weights = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
-    exported = [sys.executable, "-m", "eureka_megatron", "export", folder / "step_000005", "--output", tmp_path / "out"]
-    subprocess.run([*exported, "--quiet"], check=True)
+    eureka(capsys, "export", folder / "step_000005", "--output", tmp_path / "out", "--quiet")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights[0], "what the run itself exports"
     assert "- **Run**: killed, step 5" in (tmp_path / "out" / "README.md").read_text().splitlines()
     assert all(problems_of(directory) == [] for _, directory in list_checkpoints(folder))
@@ -205,20 +209,22 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(tm
 
 
 @pytest.mark.timeout(1200)
-def test_a_killed_cold_start_goes_on_to_the_same_metrics_and_the_same_model(tmp_path: Path) -> None:
+def test_a_killed_cold_start_goes_on_to_the_same_metrics_and_the_same_model(
+    one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build_published(tmp_path / "model", seed=3, randomize_all=True)
     data = write_counting(tmp_path / "data", train=40, test=4).train
-    sections = "sft: {steps: 12, samples_per_step: 6}\nparallel: {tensor: 2}\n"
+    sections = "sft: {steps: 12, samples_per_step: 6}\n"
     configs = {name: tmp_path / f"{name}.yaml" for name in ("whole", "killed")}
     for name, path in configs.items():
         text = CONFIG.format(output=tmp_path / name, model=tmp_path / "model", data=data) + sections
-        path.write_text(text.replace("every: 1", "every: 2"))
+        path.write_text(text.replace("every: 1", "every: 2").replace("wandb: offline", "wandb: disabled"))
     folder = tmp_path / "killed" / "checkpoints"
     reached = Training(configs["killed"], command="sft").kill_after(4, folder)
     assert reached < 12
-    resumed = Training(configs["killed"], "--resume", "auto", command="sft").finish()
+    resumed = eureka(capsys, "sft", configs["killed"], "--resume", "auto")
     assert f"going on after step {reached}, from {folder / f'step_{reached:06d}'}" in resumed
-    Training(configs["whole"], command="sft").finish()
+    eureka(capsys, "sft", configs["whole"])
     whole, found = (numbers(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert whole.keys() == set(range(12))
     assert len({metrics["sft/loss"] for metrics in whole.values()}) == 12, "every step must be another"

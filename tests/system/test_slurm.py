@@ -24,7 +24,7 @@ from tests.system.test_resume import CONFIG, numbers
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1200), pytest.mark.skipif(bool(lacking()), reason=lacking())]
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 8
+STEPS = 5  # of CONFIG
 SFT = "sft: {{steps: {steps}, samples_per_step: 6}}\n"
 
 
@@ -38,8 +38,7 @@ class Site:
 
     def config(self, name: str, more: str) -> Path:
         path = self.base / f"{name}.yaml"
-        text = CONFIG.format(output=self.base / name, model=self.base / "model", data=self.data) + more
-        path.write_text(text.replace("steps: 5,", f"steps: {STEPS},"))
+        path.write_text(CONFIG.format(output=self.base / name, model=self.base / "model", data=self.data) + more)
         return path
 
     def submit(self, config: Path, *options: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Weights into a real engine through Ray: exact, complete, refused or repaired. One engine for the module.
+"""Weights into a real engine through Ray: exact, complete, refused or repaired.
 
 The trainer's side is transformers' model where the test is about the engine, and real Megatron ranks at the end.
 """
@@ -19,7 +19,6 @@ from tests.helpers.engines import (
     Prompts,
     load_reference,
     module_source,
-    private_ray,
     reference_logprobs,
     run_config,
     score,
@@ -29,39 +28,7 @@ from tests.helpers.engines import (
 
 pytestmark = pytest.mark.system
 
-LAYOUTS = {"tp2_sp": {"tensor": 2, "sequence_parallel": True}, "pp2": {"pipeline": 2}}
 OPTIONS: dict[str, Any] = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 16}
-
-
-@pytest.fixture(scope="module")
-def pool(tiny_dir: Path) -> Iterator[Any]:
-    from eureka_megatron.rollout.engine import Engine
-    from eureka_megatron.rollout.pool import RolloutPool
-
-    class ForgetfulEngine(Engine):  # local, so that Ray pickles it by value; an ordinary engine until told otherwise
-        @property
-        def _model(self) -> Any:  # with one worker it is in this process
-            return self._llm.collective_rpc(lambda worker: worker.get_model())[0]
-
-        def keep_encoder_cache(self, keep: bool) -> None:
-            self._llm.llm_engine.reset_encoder_cache = (lambda: None) if keep else None
-            if not keep:
-                del self._llm.llm_engine.reset_encoder_cache
-
-        def corrupt(self, parameter: str, element: int) -> None:
-            with torch.no_grad():
-                self._model.get_parameter(parameter).view(-1)[element] += 0.5
-
-        def corrupt_packed(self, module: str) -> None:
-            layer = self._model.get_submodule(module)
-            original = layer.cpu_linear
-            layer.cpu_linear = lambda x, weight, bias: original(x, weight, bias) * 1.0001
-
-    with private_ray():
-        pool = RolloutPool(run_config(tiny_dir), engine_class=ForgetfulEngine)
-        pool.start()
-        yield pool
-        pool.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -294,15 +261,14 @@ def test_the_time_of_a_sync(pool: Any, trainer: Any) -> None:
     assert seconds[0] <= 0.3  # the least of seven: other processes share the cores of a test machine
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_dir: Path, layout: str) -> None:
+def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_dir: Path) -> None:
+    """From pipeline stages; from tensor-parallel ranks below, and in tests/system/test_story.py."""
     from eureka_megatron.demo.forms import build_published
     from eureka_megatron.train.actor import TrainerGroup
 
-    other = build_published(
-        tiny_dir.parent / f"other_{layout}", seed=7, randomize_all=True
-    )  # not what the engine started with
-    group = TrainerGroup(run_config(other, {"parallel": LAYOUTS[layout]}))
+    # Not what the engine started with.
+    other = build_published(tiny_dir.parent / "other", seed=7, randomize_all=True)
+    group = TrainerGroup(run_config(other, {"parallel": {"pipeline": 2}}))
     try:
         group.start()
         for version in (70, 71):  # the second update finds everything set up
@@ -310,7 +276,7 @@ def test_shards_arrive_as_the_checkpoint_they_were_loaded_from(pool: Any, tiny_d
             pool.weights_sent(report)
             compare(report.fingerprints, pool.fingerprints()[0])
             compare(fingerprints(module_source(load_reference(other))), report.fingerprints, where="trainer")
-            print(f"{layout}: weight sync in {report.seconds:.3f} s")
+            print(f"weight sync in {report.seconds:.3f} s")
     finally:
         group.close()
 
@@ -323,7 +289,7 @@ def test_what_is_frozen_does_not_travel_and_is_compared_all_the_same(pool: Any, 
 
     _send(pool, module_source(load_reference(tiny_dir)), 80)  # as if the engines had just loaded the checkpoint
     names = ("vision", "merger", "model.embed_tokens.*")
-    config = run_config(tiny_dir, {"parallel": LAYOUTS["tp2_sp"], "optimizer": {"lr": 0.01}})
+    config = run_config(tiny_dir, {"parallel": {"tensor": 2, "sequence_parallel": True}, "optimizer": {"lr": 0.01}})
     config = config.model_copy(update={"model": config.model.model_copy(update={"freeze": names})})
     group = TrainerGroup(config)
     try:

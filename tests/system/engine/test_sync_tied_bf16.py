@@ -8,20 +8,19 @@ import pytest
 import torch
 
 from eureka_megatron.sync.check import compare
-from tests.helpers.engines import load_reference, module_source, private_ray, run_config
+from tests.helpers.engines import load_reference, module_source, run_config
 
 pytestmark = pytest.mark.system
 
 
 @pytest.fixture(scope="module")
-def pool(tied_tiny_dir: Path) -> Iterator[Any]:
+def pool(one_ray: None, tied_tiny_dir: Path) -> Iterator[Any]:
     from eureka_megatron.rollout.pool import RolloutPool
 
-    with private_ray():
-        pool = RolloutPool(run_config(tied_tiny_dir, dtype="bfloat16"))
-        pool.start()
-        yield pool
-        pool.shutdown()
+    pool = RolloutPool(run_config(tied_tiny_dir, dtype="bfloat16"))
+    pool.start()
+    yield pool
+    pool.shutdown()
 
 
 def test_the_engine_starts_with_the_checkpoints_weights_and_takes_new_ones(pool: Any, tied_tiny_dir: Path) -> None:

@@ -1,6 +1,5 @@
-"""Videos through a real vLLM engine and the native trainer: the same tokens, positions and log-probabilities. One engine for the module."""
+"""Videos through a real vLLM engine and the native trainer: the same tokens, positions and log-probabilities."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,40 +12,13 @@ from eureka_megatron.config import OptimizerSection
 from eureka_megatron.data.batch import make_batch
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.types import Batch, Prompt, Sample
-from tests.helpers.engines import load_reference, module_source, private_ray, run_config, score
+from tests.helpers.engines import load_reference, module_source, run_config, score
 from tests.helpers.ranks import run_ranks
 from tests.helpers.videos import video_prompts
 
 pytestmark = pytest.mark.system
 
 OPTIONS: dict[str, Any] = {"n": 2, "temperature": 1.0, "top_p": 1.0, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def pool(tiny_dir: Path) -> Iterator[Any]:
-    from eureka_megatron.rollout.engine import Engine
-    from eureka_megatron.rollout.pool import RolloutPool
-
-    class ObservedEngine(Engine):  # local, so that Ray pickles it by value
-        @property
-        def _model(self) -> Any:  # with one worker it is in this process
-            return self._llm.collective_rpc(lambda worker: worker.get_model())[0]
-
-        def positions(self, prompt: Prompt) -> np.ndarray:
-            """What vLLM works out while it serves the prompt: int64 [3, S + 1]."""
-            original, seen = self._model.get_mrope_input_positions, []
-            self._model.get_mrope_input_positions = lambda *args, **kwargs: (
-                seen.append(original(*args, **kwargs)) or seen[0]
-            )
-            self.score([prompt], [np.array([5])])
-            del self._model.get_mrope_input_positions
-            return seen[0][0].numpy()
-
-    with private_ray():
-        pool = RolloutPool(run_config(tiny_dir), engine_class=ObservedEngine)
-        pool.start()
-        yield pool
-        pool.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +142,8 @@ def test_after_a_changed_vision_tower_the_same_videos_agree_again(
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
     shutil.copytree(tiny_dir, tmp_path / "hf")
     model.save_pretrained(tmp_path / "hf")
-    pool.weights_sent(send_weights(module_source(model), pool.actors, version=1, is_sender=True, bucket_mib=64))
+    version = pool.version + 1
+    pool.weights_sent(send_weights(module_source(model), pool.actors, version=version, is_sender=True, bucket_mib=64))
     chosen = [(prompt, rollout.tokens_R) for prompt, rollout in pairs]
     now = by_trainer(tmp_path / "hf", chosen)
     assert worst(now, ours) > 1e-3

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from eureka_megatron.errors import UserError
-from tests.helpers.engines import Prompts, load_reference, module_source, noise_picture, private_ray, run_config, worst
+from tests.helpers.engines import Prompts, load_reference, module_source, noise_picture, run_config, worst
 
 pytestmark = pytest.mark.system
 
@@ -23,14 +23,13 @@ OPTIONS: dict[str, Any] = {"n": 8, "temperature": 1.0, "top_p": 1.0, "max_tokens
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_dir: Path) -> Iterator[Any]:
+def pool(one_ray: None, tiny_dir: Path) -> Iterator[Any]:
     from eureka_megatron.rollout.pool import RolloutPool
 
-    with private_ray():
-        pool = RolloutPool(run_config(tiny_dir, engines=2))
-        pool.start()
-        yield pool
-        pool.shutdown()
+    pool = RolloutPool(run_config(tiny_dir, engines=2))
+    pool.start()
+    yield pool
+    pool.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +47,11 @@ def questions(tiny_dir: Path) -> list[Any]:
     return [prompts.make(f"q{i}", "How many circles are there?", [noise_picture(i)]) for i in range(12)]
 
 
-def _kill_during(pool: Any, index: int, seconds: float) -> threading.Thread:
-    pid = pool.status()[index]["pid"]
+def _kill_soon(pid: int) -> threading.Thread:
+    """While the engine of this process is sampling."""
 
     def kill() -> None:
-        time.sleep(seconds)
+        time.sleep(0.5)
         os.kill(pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
@@ -73,33 +72,30 @@ def _gone(pid: int) -> bool:
     return False
 
 
-def test_a_killed_engine_without_a_source_of_weights_is_an_error(pool: Any, trainer: Any, questions: list[Any]) -> None:
+def test_the_prompts_of_killed_engines_are_done_again_with_the_current_weights(
+    pool: Any, trainer: Any, questions: list[Any], tiny_dir: Path
+) -> None:
+    """Once there is a source of weights: the first call ends with an error for want of one, and the second replaces both engines."""
     from eureka_megatron.sync.ray_transfer import send_weights
 
     def send(engines: list[Any], wait: bool = True) -> Any:
         return send_weights(module_source(trainer), engines, version=1, bucket_mib=64, is_sender=True)
 
     pool.weights_sent(send(pool.actors))
-    thread = _kill_during(pool, 1, 0.5)
+    undisturbed = pool.generate(questions, **OPTIONS, seed=2)
+    victims = [status["pid"] for status in pool.status()]
+    thread = _kill_soon(victims[1])
     with pytest.raises(UserError, match=r"engine 1 died and its replacement cannot get the weights of version 1"):
         pool.generate(questions, **OPTIONS, seed=1)
     thread.join()
+    assert pool.restarts == 0
     pool.resend = send
-    assert [status["weight_version"] for status in pool.status()] == [1, 1]  # the next call mends it
-    assert pool.restarts == 1
-
-
-def test_the_prompts_of_a_killed_engine_are_done_again_with_the_current_weights(
-    pool: Any, trainer: Any, questions: list[Any], tiny_dir: Path
-) -> None:
-    undisturbed = pool.generate(questions, **OPTIONS, seed=2)
-    restarts = pool.restarts
-    victim = pool.status()[0]["pid"]
-    thread = _kill_during(pool, 0, 0.5)
+    thread = _kill_soon(victims[0])
     groups = pool.generate(questions, **OPTIONS, seed=2)
     thread.join()
-    assert pool.restarts == restarts + 1
-    assert pool.status()[0]["pid"] != victim
+    assert pool.restarts == 2
+    assert [status["weight_version"] for status in pool.status()] == [1, 1]
+    assert not {status["pid"] for status in pool.status()} & set(victims)
     assert [group.prompt.id for group in groups] == [question.id for question in questions]
     assert {rollout.weight_version for group in groups for rollout in group.rollouts} == {1}
     assert worst(trainer, tiny_dir, questions, groups) <= 1e-5
@@ -111,7 +107,7 @@ def test_the_prompts_of_a_killed_engine_are_done_again_with_the_current_weights(
 def test_an_engine_that_no_longer_answers_is_replaced(pool: Any, questions: list[Any]) -> None:
     undisturbed = pool.generate(questions, **OPTIONS, seed=3)
     restarts, victim = pool.restarts, pool.status()[1]["pid"]
-    pool.timeout_seconds = 20.0
+    pool.timeout_seconds = 8.0  # a slice takes a fraction of a second
     os.kill(victim, signal.SIGSTOP)
     try:
         groups = pool.generate(questions, **OPTIONS, seed=3)

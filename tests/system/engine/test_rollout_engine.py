@@ -1,7 +1,6 @@
-"""A real vLLM engine as a Ray actor: what it samples, what it refuses. One engine serves the whole module."""
+"""A real vLLM engine as a Ray actor: what it samples, what it refuses."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from tests.helpers.engines import (
     Prompts,
     load_reference,
     noise_picture,
-    private_ray,
     reference_logprobs,
     run_config,
     score,
@@ -24,17 +22,6 @@ from tests.helpers.engines import (
 pytestmark = pytest.mark.system
 
 OPTIONS: dict[str, Any] = {"n": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def pool(tiny_dir: Path) -> Iterator[Any]:
-    from eureka_megatron.rollout.pool import RolloutPool
-
-    with private_ray():
-        pool = RolloutPool(run_config(tiny_dir))
-        pool.start()
-        yield pool
-        pool.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +116,7 @@ def test_a_response_ends_with_its_end_token_or_at_the_limit(pool: Any, prompts: 
         assert not ends.intersection(rollout.tokens_R[:-1].tolist())
         assert stopped or len(rollout.tokens_R) == 60
         assert len(rollout.logprobs_R) == len(rollout.tokens_R)
-        assert rollout.weight_version == 0
+        assert rollout.weight_version == pool.version
         assert "<|im_end|>" not in rollout.text
 
 
