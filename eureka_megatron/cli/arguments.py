@@ -99,6 +99,10 @@ def _rate(text: str) -> float:
     return value
 
 
+def _not_negative(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _rate(text)
+
+
 def _share(text: str) -> float:
     try:
         value = float(text)
@@ -201,6 +205,56 @@ _COMMANDS: dict[str, tuple[str, tuple[Argument, ...] | None]] = {
             _value("--push", "OWNER/NAME", "upload to this hub repository, private unless --public"),
             _flag("--public", "make the repository public when it is new"),
             _flag("--quiet", "no progress bar"),
+        ),
+    ),
+    "eval": (
+        "score a model on benchmarks: sampled by vLLM, judged by the authors' rules and by the original's",
+        (
+            _path("--model", "DIR", "Hugging Face or Megatron directory, or hub id", required=True),
+            _value(
+                "--benchmark",
+                "NAME",
+                "mmk12, mathvista, mathverse, mathvision, olympiadbench, wemath or counting; repeatable, each with its --data",
+                action="append",
+                required=True,
+            ),
+            _path(
+                "--data",
+                "PATH",
+                "its published file or folder: parquet, JSON, JSONL, or VLMEvalKit's TSV (of counting the demo's, beside the model)",
+                action="append",
+                default=[],
+            ),
+            _path(
+                "--output",
+                "DIR",
+                "answers, verdicts and summary.json; what is there is not asked again (evaluation)",
+                default=Path("evaluation"),
+            ),
+            _path("--media", "DIR", "further picture folders", nargs="*", default=[]),
+            _number("--limit", "the first so many rows of each"),
+            _number("--samples", "of each row: mean and pass@k (1)", default=1),
+            _value("--temperature", "T", "(0: greedy)", type=_not_negative),
+            _value("--top-p", "P", "(1)", type=_share),
+            _number("--max-tokens", "of a response (4096)"),
+            _number("--max-prompt-tokens", "longest prompt (20480)"),
+            _value("--system-prompt", "NAME", "none, mm_eureka_7b or mm_eureka_32b (mm_eureka_32b, as the original's)"),
+            _value("--seed", "N", "of the samples (0)", type=int, default=0),
+            _number("--engines", "that share the rows (all GPUs)"),
+            _number("--tensor", "GPUs of an engine (1)", default=1),
+            _value("--dtype", None, "to compute in (the checkpoint's)", choices=("float32", "bfloat16")),
+            _number("--min-pixels", "of a picture (the checkpoint's)"),
+            _number("--max-pixels", "of a picture (the checkpoint's)"),
+            _number("--max-concurrent", "answers at once, of an engine (256)", default=256),
+            _value("--kv-cache-gib", "GIB", "of an engine on CPUs (1)", type=_rate, default=1.0),
+            _value("--gpu-memory-utilization", "P", "of an engine's GPUs (0.85)", type=_share, default=0.85),
+            _value(
+                "--judge-url",
+                "URL",
+                "OpenAI-compatible, asked where rules leave a verdict open; its key: OPENAI_API_KEY",
+            ),
+            _value("--judge-model", "NAME", "at that address"),
+            _flag("--json", "print the summary as one JSON object"),
         ),
     ),
     "data": ("data sets: made-up counting task, MMK12 conversion, validation", None),

@@ -6,12 +6,13 @@ commands, so that `eureka --help` answers at once.
 """
 
 import argparse
+import json
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from typing import IO, Any
 
 from eureka_megatron.cli.arguments import parse
@@ -201,6 +202,25 @@ def _export(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    _first_word(sys.stderr if args.json else None)
+    from eureka_megatron.run.evaluate import EvalOptions, pair_up, run_eval
+
+    named = {field.name: getattr(args, field.name) for field in fields(EvalOptions) if hasattr(args, field.name)}
+    named |= {"benchmarks": pair_up(args.model, args.benchmark, args.data), "media": tuple(args.media)}
+    with session(args.output), redirect_stdout(sys.stderr if args.json else sys.stdout):
+        summary = run_eval(EvalOptions(**named))
+    if args.json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+    else:
+        from eureka_megatron.evaluation.tables import show
+
+        show(summary)
+        print(f"answers and verdicts in {args.output}, the figures in {args.output / 'summary.json'}")
+
+
 def _mmk12(args: argparse.Namespace) -> None:
     from eureka_megatron.data.prepare import convert_mmk12, kinds
 
@@ -263,6 +283,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "eureka convert megatron-to-hf": _convert,
     "eureka convert inspect": _inspect,
     "eureka export": _export,
+    "eureka eval": _eval,
     "eureka data counting": _counting,
     "eureka data mmk12": _mmk12,
     "eureka data validate": _validate,

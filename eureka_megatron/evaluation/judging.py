@@ -8,7 +8,7 @@
 | MathVision | `mathvision` | a letter by `infer_letter`, else our judge |
 | OlympiadBench | `olympiadbench` | our judge, against all answers together |
 | We-Math | `wemath` | the original's code has none: as official, else a letter by `infer_letter` |
-| counting | our judge | our judge |
+| counting | the demo's reward | our judge |
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 
-from eureka_megatron.errors import UserError, nearest
+from eureka_megatron.errors import ConfigError, nearest
 from eureka_megatron.evaluation import mathvision, mathvista, olympiadbench, wemath
 from eureka_megatron.evaluation.extraction import infer_letter, paper_extraction
 from eureka_megatron.evaluation.verdict import Row, Verdict, field, items, number
@@ -51,10 +51,15 @@ def judge_paper(benchmark: str, row: Row, text: str, *, extracted: bool = False)
 def _judged(
     rules: Mapping[str, Callable[..., Verdict]], benchmark: str, row: Row, text: str, extracted: bool
 ) -> Verdict:
+    return rules[named(benchmark)](row, text, extracted=extracted)
+
+
+def named(benchmark: str) -> str:
+    """One of BENCHMARKS, from any spelling. Raises ConfigError."""
     name = re.sub(r"[\s_-]", "", benchmark).lower()
-    if name not in rules:
-        raise UserError(f"benchmark {benchmark!r} is unknown{nearest(name, BENCHMARKS)}")
-    return rules[name](row, text, extracted=extracted)
+    if name not in BENCHMARKS:
+        raise ConfigError(f"benchmark {benchmark!r} is unknown{nearest(name, BENCHMARKS)}")
+    return name
 
 
 # --- our judge ---
@@ -173,6 +178,14 @@ def _wemath(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     return Verdict(letter, letter == field("We-Math", row, "answer"))
 
 
+def _counting_official(row: Row, text: str, *, extracted: bool = False) -> Verdict:
+    """The demo's own reward: an answer counts behind a closed thought only."""
+    if extracted:
+        return _counting(row, text, extracted=True)
+    found = _pool().judge([(text, field("counting", row, "answer"))], think="required")[0]
+    return Verdict(paper_extraction(text), bool(found["accuracy"] > 0))
+
+
 def _counting(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     answer = text if extracted else paper_extraction(text)
     return Verdict(answer, agrees(answer, field("counting", row, "answer")))
@@ -185,7 +198,7 @@ _OFFICIAL: dict[str, Callable[..., Verdict]] = {
     "mathvision": mathvision.judge,
     "olympiadbench": olympiadbench.judge,
     "wemath": wemath.judge,
-    "counting": _counting,
+    "counting": _counting_official,
 }
 _PAPER: dict[str, Callable[..., Verdict]] = {
     "mmk12": _mmk12,

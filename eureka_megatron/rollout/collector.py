@@ -73,6 +73,11 @@ class _Tally:
     accuracies: list[float] = field(default_factory=list)  # mean of each group
 
 
+def stream_seed(seed: int, name: str) -> int:
+    """Of a stream of random numbers, by its name."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()) >> 2
+
+
 class Collector:
     """Collects the groups of a step. `metrics` holds the figures of the last `collect`.
 
@@ -156,11 +161,8 @@ class Collector:
 
     def _sampling(self, name: str, n: int, temperature: float, top_p: float) -> Sampling:
         """Each generation batch of each step, by its name, has a stream of random numbers of its own, the same in a resumed run."""
-        digest = hashlib.blake2b(f"{self._config.run.seed}/{name}".encode(), digest_size=8).digest()
-        max_tokens = self._config.rollout.max_response_tokens
-        return Sampling(
-            n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=int.from_bytes(digest) >> 2
-        )
+        seed, max_tokens = stream_seed(self._config.run.seed, name), self._config.rollout.max_response_tokens
+        return Sampling(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
 
     def _sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, tally: _Tally, seen: Counter[str] | None = None

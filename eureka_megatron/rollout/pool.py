@@ -134,11 +134,14 @@ class RolloutPool:
         prompts: Sequence[Prompt],
         *,
         seen: Counter[str] | None = None,
+        finished: Callable[[int, tuple[Rollout, ...]], None] | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Group]:
         """n rollouts for every prompt, in order, spread over the engines; the result does not depend on how.
 
-        seen: how often ids have come up, when these prompts are a part of more; counted on here.
+        Args:
+            seen: how often ids have come up, when these prompts are a part of more; counted on here.
+            finished: called with a prompt's number and rollouts as soon as it has them.
 
         A prompt of an engine that dies, does not answer within `rollout.timeout_seconds` or has other weights than it should is done again.
         Raises UserError when engines keep dying.
@@ -149,13 +152,15 @@ class RolloutPool:
         work = list(zip(range(len(prompts)), prompts, request_seeds(prompts, sampling["seed"], seen), strict=True))
         with self._one_at_a_time:
             try:
-                found = self._serve(work, sampling)
+                found = self._serve(work, sampling, finished or (lambda *_: None))
             except BaseException:
                 self._abandon()
                 raise
         return [Group(prompt, found[i]) for i, prompt in enumerate(prompts)]
 
-    def _serve(self, work: Sequence[Work], sampling: Sampling) -> dict[int, tuple[Rollout, ...]]:
+    def _serve(
+        self, work: Sequence[Work], sampling: Sampling, finished: Callable[[int, tuple[Rollout, ...]], None]
+    ) -> dict[int, tuple[Rollout, ...]]:
         """All of the work, from one queue: an engine holds as many prompts as it samples at once, or its part where there are fewer."""
         waiting, found, deaths = deque(range(len(work))), dict[int, tuple[Rollout, ...]](), 0
         held: list[tuple[Any, set[int]]] = [(actor, set()) for actor in self._actors]
@@ -188,6 +193,8 @@ class RolloutPool:
             if call is not None and answer is not None:
                 done = {number: tuple(rollouts) for number, rollouts in answer.items()}
                 found |= done
+                for number, rollouts in done.items():
+                    finished(number, rollouts)
                 held[call.engine][1].difference_update(done)
             if error is not None:
                 assert call is not None

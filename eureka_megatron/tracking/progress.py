@@ -1,0 +1,41 @@
+"""Progress of what is counted: a bar with the time left on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from eureka_megatron.tracking.console import format_seconds, tell
+
+LINE_SECONDS = 15.0
+
+
+@contextmanager
+def progress(
+    title: str, total: int, done: int = 0, *, line_seconds: float = LINE_SECONDS
+) -> Iterator[Callable[[], None]]:
+    """Yields a function to be called when one more of `total` is done. done: how many were before."""
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+            task = bar.add_task(title, total=total, completed=done)
+            yield lambda: bar.advance(task)
+        return
+    started = last = time.monotonic()
+    count, first = done, done
+
+    def advance() -> None:
+        nonlocal count, last
+        count += 1
+        now = time.monotonic()
+        if now - last >= line_seconds and count < total:
+            last = now
+            left = (now - started) / (count - first) * (total - count)
+            tell(f"{title} {count}/{total} · {format_seconds(left)} left")
+
+    yield advance
+    if count > first:
+        tell(f"{title} {count}/{total} · {format_seconds(time.monotonic() - started)}")
