@@ -1,9 +1,14 @@
 """`eureka demo`, cut short: every station of the story is passed for real; how far it learns is `make demo`'s to show."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 from eureka_megatron.cli.commands import main
 from eureka_megatron.demo.counting import write_counting
@@ -30,10 +35,53 @@ def test_the_short_story_leaves_everything_behind(
     lines = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["sft"] * 40 + ["train"] * 2
     assert "curves.png" in capsys.readouterr().out
+    _evaluate(tmp_path / "demo" / "hf", tmp_path / "eval", summary, capsys)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "not from an earlier demo" in error
+
+
+def _evaluate(model: Path, out: Path, summary: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """`eureka eval` of the export: the demo's own task, and two benchmarks, one of which was killed in the middle of a line."""
+    picture = io.BytesIO()
+    Image.new("RGB", (90, 84), "red").save(picture, "PNG")
+    shown = {"bytes": picture.getvalue(), "path": None}
+    choice = {
+        "question": "Which?",
+        "options": list("ABCDE"),
+        "answer": "B",
+        "level": 1,
+        "subject": "algebra",
+        "decoded_image": shown,
+    }
+    out.mkdir()
+    parquet.write_table(pa.Table.from_pylist([choice | {"id": str(n)} for n in range(5)]), out / "vision.parquet")
+    sphere = {
+        "question": "$x + 1 = 2$?",
+        "final_answer": ["1"],
+        "answer_type": "Numerical",
+        "is_multiple_answer": False,
+    }
+    (out / "OE_TO_maths_en_COMP.json").write_text(json.dumps([sphere | {"id": n} for n in range(2)]))
+    (out / "mathvision").mkdir()
+    whole = json.dumps({"id": "0", "sample": 0, "response": "\\boxed{B}", "tokens": 3})
+    (out / "mathvision" / "answers.jsonl").write_text(whole + '\n{"id": "1", "sample": 0, "resp')
+    assert main(["eval", "--model", str(model), "--benchmark", "counting", "--output", str(out)]) == 0
+    assert "counting" in capsys.readouterr().out
+    figures = json.loads((out / "summary.json").read_text())["counting"]
+    assert figures["rows"] == 200
+    assert figures["scores"]["official"]["accuracy"] == summary["accuracy_export_vllm"]
+    words = ["--benchmark", "mathvision", "--data", str(out / "vision.parquet")]
+    words += ["--benchmark", "olympiadbench", "--data", str(out / "OE_TO_maths_en_COMP.json")]
+    assert main(["eval", "--model", str(model), *words, "--output", str(out), "--max-tokens", "8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [told[name]["rows"] for name in ("mathvision", "olympiadbench")] == [5, 2]
+    lines = [json.loads(line) for line in (out / "mathvision" / "answers.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == list("01234")
+    assert (lines[0]["tokens"], lines[0]["official"]) == (3, {"extraction": "b", "correct": True})  # not asked again
+    assert all(line["prompt"].count("<|image_pad|>") == 1 and line["tokens"] <= 8 for line in lines[1:])
+    assert "wrapped using the" in lines[1]["prompt"]  # the 32B prompt
 
 
 def test_a_bad_configuration_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

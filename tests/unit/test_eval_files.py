@@ -183,9 +183,7 @@ def test_rows_that_cannot_be_asked_or_judged_are_told_at_once(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         Rows("mathvista", tmp_path / "none.parquet")
     with pytest.raises(UserError, match=r"row a line is named \.jsonl"):
-        Rows(
-            "mathvista", write(tmp_path / "x.jsonl", [{"pid": "1"}, {"pid": "2"}]).rename(tmp_path / "x.json")
-        )
+        Rows("mathvista", write(tmp_path / "x.jsonl", [{"pid": "1"}, {"pid": "2"}]).rename(tmp_path / "x.json"))
 
 
 def test_what_the_overall_score_does_not_count_is_left_out(tmp_path):
