@@ -66,6 +66,9 @@ class JudgeModel:
                 self._known[found["key"]] = bool(found["correct"])
             except (ValueError, KeyError, TypeError):
                 continue  # cut short by a kill
+        if cache.exists() and not cache.read_bytes().endswith(b"\n"):
+            with cache.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     def ask(self, questions: Mapping[Any, Question]) -> dict[Any, bool | None]:
         """Verdicts by the questions' names; None where no yes or no came.

@@ -7,7 +7,7 @@ is judged again. Each number stands beside the name of its rule.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from eureka_megatron.evaluation.judge_model import JudgeModel, Question, undecid
 from eureka_megatron.evaluation.judging import named
 from eureka_megatron.evaluation.rows import GOLDS, Rows, groups
 from eureka_megatron.evaluation.scores import accuracy, by_group
-from eureka_megatron.evaluation.verdict import Verdict, items
+from eureka_megatron.evaluation.verdict import items
 from eureka_megatron.places import absolute, model_directory
 from eureka_megatron.rollout.collector import stream_seed
 from eureka_megatron.rollout.pool import RolloutPool
@@ -89,15 +89,22 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark of this command."""
+    """One benchmark to be asked and judged."""
 
     rows: Rows
     protocol: Protocol
     answers: Answers
+    samples: int = 1  # of each row
+    seed: int = 0
 
     @property
     def name(self) -> str:
         return self.rows.benchmark
+
+    def missing(self) -> list[int]:
+        """Rows that have not all their samples."""
+        known, samples = self.answers.known, range(self.samples)
+        return [index for index, name in enumerate(self.rows.ids) if not all((name, k) in known for k in samples)]
 
 
 def pair_up(model: Path, benchmarks: Sequence[str], data: Sequence[Path]) -> tuple[tuple[str, Path], ...]:
@@ -136,14 +143,15 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
         for why, count in rows.left_out.items():
             tell(f"{counted(count, 'row')} left out: {why}")
         protocol = options.protocol(rows.benchmark)
-        tasks.append(Task(rows, protocol, Answers(options.output / rows.benchmark, _settings(options, protocol, rows))))
-    if any(_missing(task, options.samples) for task in tasks):
+        answers = Answers(options.output / rows.benchmark, _settings(options, protocol, rows))
+        tasks.append(Task(rows, protocol, answers, options.samples, options.seed))
+    if any(task.missing() for task in tasks):
         _sample(tasks, options)
     model = None
     if options.judge_url:
         assert options.judge_model, "checked"
         model = JudgeModel(options.judge_url, options.judge_model, options.output / "judge.jsonl")
-    summary = {task.name: _judge(task, options, model) for task in tasks}
+    summary = {task.name: judge(task, model) for task in tasks}
     path = options.output / "summary.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(earlier | summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -185,12 +193,6 @@ def _settings(options: EvalOptions, protocol: Protocol, rows: Rows) -> dict[str,
     }
 
 
-def _missing(task: Task, samples: int) -> list[int]:
-    """Rows that have not all their samples."""
-    known = task.answers.known
-    return [index for index, name in enumerate(task.rows.ids) if not all((name, k) in known for k in range(samples))]
-
-
 # --- sampling ---
 
 
@@ -213,7 +215,7 @@ def _sample(tasks: Sequence[Task], options: EvalOptions) -> None:
         }
         pool.start()
         for task in tasks:
-            ask(task, pool, processors[task.name], options)
+            ask(task, pool, processors[task.name])
 
 
 def _engine_config(tasks: Sequence[Task], options: EvalOptions, gpus: int) -> RunConfig:
@@ -244,17 +246,17 @@ def _engine_config(tasks: Sequence[Task], options: EvalOptions, gpus: int) -> Ru
     )
 
 
-def ask(task: Task, pool: RolloutPool, processor: Processor, options: EvalOptions) -> None:
+def ask(task: Task, pool: RolloutPool, processor: Processor) -> None:
     """Sample the answers that are missing; each is on disk when its row is finished."""
-    rows, protocol, samples = task.rows, task.protocol, options.samples
+    rows, protocol, samples = task.rows, task.protocol, task.samples
     sampling = Sampling(
         n=samples,
         temperature=protocol.temperature,
         top_p=protocol.top_p,
         max_tokens=protocol.max_tokens,
-        seed=stream_seed(options.seed, "evaluate"),
+        seed=stream_seed(task.seed, "evaluate"),
     )
-    missing = _missing(task, samples)
+    missing = task.missing()
 
     def read(index: int) -> Prompt | UserError:
         try:
@@ -265,7 +267,7 @@ def ask(task: Task, pool: RolloutPool, processor: Processor, options: EvalOption
             return error
 
     with task.answers, progress(f"{task.name}: answers", len(rows), len(rows) - len(missing)) as advance:
-        for part in _parts(missing, read, options):
+        for part in _parts(missing, read, PICTURE_BYTES * pool.config.rollout.engines):
             prompts = []
             for index, found in part:
                 if isinstance(found, Prompt):
@@ -283,7 +285,9 @@ def ask(task: Task, pool: RolloutPool, processor: Processor, options: EvalOption
             pool.generate(prompts, finished=finished, **sampling)
 
 
-def _parts(missing: Sequence[int], read: Any, options: EvalOptions) -> Iterator[list[tuple[int, Prompt | UserError]]]:
+def _parts(
+    missing: Sequence[int], read: Callable[[int], Prompt | UserError], most_bytes: int
+) -> Iterator[list[tuple[int, Prompt | UserError]]]:
     """Rows with their prompts, many at a time; the next are read while engines are at work on these."""
     with ThreadPoolExecutor(READERS, "rows") as readers:
         ahead: list[tuple[int, Future[Prompt | UserError]]] = []
@@ -298,8 +302,8 @@ def _parts(missing: Sequence[int], read: Any, options: EvalOptions) -> Iterator[
         look_ahead()
         while ahead:
             part: list[tuple[int, Prompt | UserError]] = []
-            held, most = 0, PICTURE_BYTES * (options.engines or 1)
-            while ahead and held < most:
+            held = 0
+            while ahead and held < most_bytes:
                 index, future = ahead.pop(0)
                 found = future.result()
                 held += found.nbytes if isinstance(found, Prompt) else 0
@@ -323,22 +327,22 @@ def _record(prompt: Prompt, sample: int, rollout: Rollout) -> dict[str, Any]:
 # --- judging ---
 
 
-def _judge(task: Task, options: EvalOptions, model: JudgeModel | None) -> dict[str, Any]:
-    """Both verdicts on every answer, written beside it, and the figures."""
-    rows, samples = task.rows, options.samples
+def judge(task: Task, model: JudgeModel | None = None) -> dict[str, Any]:
+    """Both verdicts on every answer, written beside it. → the figures, as in summary.json"""
+    rows, samples = task.rows, task.samples
     records: dict[tuple[str, int], dict[str, Any]] = {}
-    light: list[dict[str, Any]] = []
+    columns: list[dict[str, list[str]]] = []
+    problems: list[dict[str, Any]] = []  # what We-Math's metric asks of a row
     doubts: dict[tuple[str, int], Question] = {}
     with progress(f"{task.name}: verdicts", len(rows)) as advance:
         for index, name in enumerate(rows.ids):
             row = rows[index]
-            light.append(
-                {key: value for key, value in row.items() if not isinstance(value, bytes | dict) or key == "metadata"}
-            )
+            columns.append(groups(task.name, row))
+            problems.append({key: row.get(key) for key in ("ID", "key", "knowledge concept")})
             gold = ", ".join(items(row[GOLDS.get(task.name, "answer")]))
             for k in range(samples):
                 record = records[name, k] = dict(task.answers.known[name, k])
-                official, paper = (judge(task.name, row, record["response"]) for judge in (judge_official, judge_paper))
+                official, paper = (rule(task.name, row, record["response"]) for rule in (judge_official, judge_paper))
                 record |= {"gold": gold, "official": asdict(official), "paper": asdict(paper)}
                 record["stage"] = "unanswered" if "error" in record else "rules"
                 if model is not None and undecided(paper, gold):
@@ -346,40 +350,43 @@ def _judge(task: Task, options: EvalOptions, model: JudgeModel | None) -> dict[s
                     doubts[name, k] = Question(question, gold, str(paper.extraction))
             advance()
     if model is not None:
-        tell(
-            f"{task.name}: asking {options.judge_model} about {counted(len(doubts), 'answer')} that rules leave open …"
-        )
+        tell(f"{task.name}: asking {model.model} about {counted(len(doubts), 'answer')} that rules leave open …")
         for key, correct in model.ask(doubts).items():
             if correct is not None:
                 records[key]["judge"] = correct
                 records[key]["stage"] = "judge model"
-    task.answers.replace(records.values())
-    return _figures(task, options, records, light, model)
+    task.answers.replace({**task.answers.known, **records}.values())  # with --limit there may be more
+    found = _figures(task, records, columns, model)
+    if task.name == "wemath":
+        for rule in found["scores"]:
+            right = [_correct(records[name, 0], rule) for name in rows.ids]  # of several samples the first
+            found["scores"][rule]["wemath"] = _wemath(problems, right)
+    return found
+
+
+def _correct(record: dict[str, Any], rule: str) -> bool:
+    """Whether an answer is right by "official", "paper", or what stands behind the latter: a judge model's name."""
+    if rule in ("official", "paper"):
+        return record[rule]["correct"]
+    return bool(record.get("judge", record["paper"]["correct"]))
 
 
 def _figures(
     task: Task,
-    options: EvalOptions,
     records: dict[tuple[str, int], dict[str, Any]],
-    rows: Sequence[dict[str, Any]],
+    columns: Sequence[dict[str, list[str]]],
     model: JudgeModel | None,
 ) -> dict[str, Any]:
     """What summary.json says of one benchmark: scores by rule, groups by rule, counts, what it was sampled with."""
-
-    def of(judged: Any) -> list[list[bool]]:
-        return [[judged(records[name, k]) for k in range(options.samples)] for name in task.rows.ids]
-
+    names = ["official", "paper", *([f"paper, then {model.model}"] if model else [])]
     rules = {
-        "official": of(lambda record: record["official"]["correct"]),
-        "paper": of(lambda record: record["paper"]["correct"]),
+        rule: [[_correct(records[name, k], rule) for k in range(task.samples)] for name in task.rows.ids]
+        for rule in names
     }
-    if model is not None:
-        rules[f"paper, then {options.judge_model}"] = of(lambda r: bool(r.get("judge", r["paper"]["correct"])))
-    columns = [groups(task.name, row) for row in rows]
     values = list(records.values())
     found: dict[str, Any] = {
         "rows": len(task.rows),
-        "samples": options.samples,
+        "samples": task.samples,
         "scores": {rule: accuracy(verdicts) for rule, verdicts in rules.items()},
         "groups": {rule: by_group(verdicts, columns) for rule, verdicts in rules.items()},
         "truncated": sum(record.get("finish_reason") == "length" for record in values),
@@ -389,15 +396,12 @@ def _figures(
     }
     if model is not None:
         found["judge_model"] = {"asked": model.asked, "cached": model.cached, "failed": model.failed}
-    if task.name == "wemath":
-        for rule, verdicts in rules.items():
-            found["scores"][rule]["wemath"] = _wemath(rows, verdicts)
     return found
 
 
-def _wemath(rows: Sequence[dict[str, Any]], verdicts: Sequence[Sequence[bool]]) -> dict[str, Any] | str:
-    """Of the first samples; a sentence where problems are not whole, as with --limit."""
+def _wemath(rows: Sequence[dict[str, Any]], right: Sequence[bool]) -> dict[str, Any] | str:
+    """The four-way metric; a sentence where problems are not whole, as with --limit."""
     try:
-        return wemath_scores(rows, [Verdict(None, samples[0]) for samples in verdicts])
+        return wemath_scores(rows, right)
     except UserError as error:
         return str(error)

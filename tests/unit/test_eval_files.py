@@ -287,5 +287,9 @@ def test_answers_that_are_there_are_judged_without_an_engine(tmp_path, tiny_dir)
     assert (four["paper"]["wemath"]["loose"]["CM"], four["paper"]["wemath"]["loose"]["score"]) == (1, 1.0)
     assert summary["mathvista"]["groups"]["paper"]["skills"]["algebraic reasoning"]["rows"] == 2
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    again = run_eval(EvalOptions(model=tiny_dir, benchmarks=(chosen[0],), output=tmp_path / "out", limit=1))
+    assert again["mathvista"]["rows"] == 1
+    assert len((tmp_path / "out" / "mathvista" / "answers.jsonl").read_text().splitlines()) == 2  # none is lost
+    assert set(json.loads((tmp_path / "out" / "summary.json").read_text())) == set(CASES)
     with pytest.raises(UserError, match=r"sampled otherwise: max_tokens 4096 there, 17 now"):
         run_eval(EvalOptions(model=tiny_dir, benchmarks=(chosen[0],), output=tmp_path / "out", max_tokens=17))
