@@ -248,6 +248,18 @@ class TrainingSection(Section):
     offload: bool = True
 
 
+class EvaluationSection(Section):
+    """Benchmarks that training is evaluated on besides data.test, by the code of `eureka eval`, and what is kept of the best weights."""
+
+    # mmk12, mathvista, mathverse, mathvision, olympiadbench, wemath → its published file or folder; asked every training.evaluate_every
+    # steps as the run asks (system prompt, lengths, evaluate_temperature), logged as eval/NAME_official and eval/NAME_paper
+    benchmarks: dict[str, Place] = Field(default_factory=dict)
+    # rows of each, from the first on; null: all
+    limit: int | None = Field(None, ge=1)
+    # an evaluation's metric such as eval/accuracy or eval/mathvista_paper: the weights with its highest value lie in run.output/hf_best
+    best: str | None = None
+
+
 class CheckpointSection(Section):
     """Training checkpoints, in `run.output`/checkpoints; `--resume auto` of `eureka train` and `eureka sft` goes on from the newest whole one."""
 
@@ -314,6 +326,7 @@ class RunConfig(Section):
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     sft: SFTSection = SFTSection()
     sync: SyncSection = SyncSection()

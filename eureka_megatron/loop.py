@@ -18,6 +18,7 @@ from eureka_megatron.data.batch import (
     updates_per_step,
 )
 from eureka_megatron.errors import UserError
+from eureka_megatron.run.best import Best
 from eureka_megatron.run.inputs import settle
 from eureka_megatron.run.resume import CheckpointSchedule, driver_state, restore, starting_point, told_when_stopped
 from eureka_megatron.run.run import Run
@@ -32,7 +33,8 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
     config, history = run.config, []
     run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
     first = restore(run, checkpoint, tracker) if checkpoint else 0
-    before = run.evaluate() if config.training.evaluate_before and run.test and first == 0 else {}
+    before = run.evaluate() if config.training.evaluate_before and run.evaluates and first == 0 else {}
+    best = Best(config)
     schedule = CheckpointSchedule(run.trainer, config, config.training.steps, lambda: driver_state(run), tracker)
     for step in range(first, config.training.steps):
         with tracker.phase("rollout"):
@@ -48,18 +50,19 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
                     metrics["train/rewards_differ"] = rewards_differ(groups, config)
                 with tracker.phase("sync"):
                     metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
-        if _due(config.training.evaluate_every, step) and run.test:
+        if _due(config.training.evaluate_every, step) and run.evaluates:
             with tracker.phase("evaluate"):
-                metrics |= {f"eval/{name}": value for name, value in run.evaluate().items()}
+                metrics |= {f"eval/{name}": value for name, value in run.evaluate(step + 1).items()}
         if step == 0:
             metrics |= {f"eval_before/{name}": value for name, value in before.items()}
         tracker.log(step, metrics | schedule.figures())
         history.append(metrics)
-        if _due(config.training.export_every, step):
-            try:
+        try:
+            best.after(step, metrics, run)
+            if _due(config.training.export_every, step):
                 run.export(config.run.output / f"hf_step_{step + 1:06d}")
-            except UserError as error:  # a full disk
-                tracker.say(f"warning: no export of step {step + 1}: {error}")
+        except UserError as error:  # a full disk
+            tracker.say(f"warning: no export of step {step + 1}: {error}")
         schedule.after(step)
     schedule.finish()
     return history

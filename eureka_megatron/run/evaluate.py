@@ -7,6 +7,7 @@ is judged again. Each number stands beside the name of its rule.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from eureka_megatron.evaluation.judging import named
 from eureka_megatron.evaluation.rows import GOLDS, Rows, groups
 from eureka_megatron.evaluation.scores import accuracy, by_group
 from eureka_megatron.evaluation.verdict import items
+from eureka_megatron.models.qwen2_5_vl.config import check_engine, read_hf_config
 from eureka_megatron.places import absolute, model_directory
 from eureka_megatron.rollout.collector import stream_seed
 from eureka_megatron.rollout.pool import RolloutPool
@@ -133,6 +135,7 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
     """
     options = replace(options, model=model_directory(options.model), output=absolute(options.output))
     _check(options)
+    check_engine(read_hf_config(options.model), options.tensor)
     bounds = picture_bounds(load_hf_processor(options.model).image_processor, options.model)
     pixels = options.min_pixels or bounds[0], options.max_pixels or bounds[1]
     options = replace(options, min_pixels=pixels[0], max_pixels=pixels[1], dtype=options.dtype or _dtype(options.model))
@@ -152,10 +155,15 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
         assert options.judge_model, "checked"
         model = JudgeModel(options.judge_url, options.judge_model, options.output / "judge.jsonl")
     summary = {task.name: judge(task, model) for task in tasks}
-    path = options.output / "summary.json"
+    _keep(options.output, summary)
+    return summary
+
+
+def _keep(folder: Path, summary: dict[str, Any]) -> None:
+    """In summary.json, beside other benchmarks' figures."""
+    path = folder / "summary.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(earlier | summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return summary
 
 
 def _check(options: EvalOptions) -> None:
@@ -322,6 +330,37 @@ def _record(prompt: Prompt, sample: int, rollout: Rollout) -> dict[str, Any]:
         "tokens": len(rollout.tokens_R),
         "finish_reason": rollout.finish_reason,
     }
+
+
+# --- while a run trains ---
+
+
+def open_benchmarks(config: RunConfig) -> list[Rows]:
+    """Those of `evaluation.benchmarks`. Raises ConfigError: a name is unknown; UserError: bad rows."""
+    found = config.evaluation
+    return [Rows(name, path, config.data.media, found.limit) for name, path in found.benchmarks.items()]
+
+
+def evaluate_in_training(
+    config: RunConfig, rows: Rows, pool: RolloutPool, processor: Processor, step: int
+) -> dict[str, float]:
+    """`NAME_official` and `NAME_paper` of the weights that the engines have; answers and figures in run.output/evaluation/step_N."""
+    training, data = config.training, config.data
+    protocol = Protocol(
+        data.system_prompt,
+        training.evaluate_temperature,
+        training.evaluate_top_p,
+        config.rollout.max_response_tokens,
+        data.max_prompt_tokens,
+    )
+    folder = config.run.output / "evaluation" / f"step_{step:06d}"
+    shutil.rmtree(folder / rows.benchmark, ignore_errors=True)  # of a run that was stopped in it
+    settings = {"data": str(rows.path), "step": step, "weight_version": pool.version, **asdict(protocol)}
+    task = Task(rows, protocol, Answers(folder / rows.benchmark, settings), seed=config.run.seed)
+    ask(task, pool, processor)
+    found = judge(task)
+    _keep(folder, {rows.benchmark: found})
+    return {f"{rows.benchmark}_{rule}": score["accuracy"] for rule, score in found["scores"].items()}
 
 
 # --- judging ---

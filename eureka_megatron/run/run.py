@@ -19,6 +19,7 @@ from eureka_megatron.rollout.collector import Collector
 from eureka_megatron.rollout.pool import RolloutPool
 from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
 from eureka_megatron.run.cluster import start_ray
+from eureka_megatron.run.evaluate import evaluate_in_training, open_benchmarks
 from eureka_megatron.run.inputs import open_dataset, reward_rules
 from eureka_megatron.run.output import replacing
 from eureka_megatron.run.placement import Placement
@@ -55,6 +56,7 @@ class Run:
         tell(f"reading {config.data.train} …")
         self.train_data = open_dataset(config, config.data.train, self.processor)
         self.test = open_dataset(config, config.data.test, self.processor) if config.data.test else None
+        self.benchmarks = open_benchmarks(config)
         try:
             self._start()
         except BaseException:
@@ -146,12 +148,21 @@ class Run:
         finally:
             self.trainer_turn.release()
 
-    def evaluate(self) -> dict[str, float]:
-        """Sample every test prompt once and judge it."""
-        if self.test is None:
-            raise UserError("data.test is not set: nothing to evaluate")
-        found = (self.test.get(index, keep=False) for index in range(len(self.test)))
-        self.scores = self.collector.evaluate(prompt for prompt in found if prompt)
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.test is not None or bool(self.benchmarks)
+
+    def evaluate(self, step: int = 0) -> dict[str, float]:
+        """Sample every test prompt once and judge it; then the rows of `evaluation.benchmarks`, whose answers go to a folder of this step."""
+        if not self.evaluates:
+            raise UserError("neither data.test nor evaluation.benchmarks is set: nothing to evaluate")
+        self.scores = {}
+        if self.test is not None:
+            found = (self.test.get(index, keep=False) for index in range(len(self.test)))
+            self.scores = self.collector.evaluate(prompt for prompt in found if prompt)
+        for rows in self.benchmarks:
+            self.scores |= evaluate_in_training(self.config, rows, self.pool, self.processor, step)
         self.scored_version = self.weight_version
         return self.scores
 
