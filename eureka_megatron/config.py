@@ -242,22 +242,17 @@ class TrainingSection(Section):
     evaluate_temperature: float = Field(1.0, ge=0)
     # the likeliest tokens that hold this share of the probability
     evaluate_top_p: float = Field(1.0, gt=0, le=1)
+    # mmk12, mathvista, mathverse, mathvision, olympiadbench, wemath → its published file or folder: asked as `eureka eval` does, but with the
+    # run's system prompt, lengths and temperature; logged as eval/NAME_official and eval/NAME_paper
+    evaluate_benchmarks: dict[str, Place] = Field(default_factory=dict)
+    # rows of each benchmark, from the first on; null: all
+    evaluate_limit: int | None = Field(None, ge=1)
+    # an evaluation's metric such as eval/accuracy or eval/mathvista_paper: the weights with its highest value lie in run.output/hf_best
+    evaluate_best: str | None = None
     # rollout steps between HF exports; 0: only at the end
     export_every: int = Field(0, ge=0)
     # colocated: while engines sample, the optimizer's state waits in host memory and the gradients' memory is free
     offload: bool = True
-
-
-class EvaluationSection(Section):
-    """Benchmarks that training is evaluated on besides data.test, by the code of `eureka eval`, and what is kept of the best weights."""
-
-    # mmk12, mathvista, mathverse, mathvision, olympiadbench, wemath → its published file or folder; asked every training.evaluate_every
-    # steps as the run asks (system prompt, lengths, evaluate_temperature), logged as eval/NAME_official and eval/NAME_paper
-    benchmarks: dict[str, Place] = Field(default_factory=dict)
-    # rows of each, from the first on; null: all
-    limit: int | None = Field(None, ge=1)
-    # an evaluation's metric such as eval/accuracy or eval/mathvista_paper: the weights with its highest value lie in run.output/hf_best
-    best: str | None = None
 
 
 class CheckpointSection(Section):
@@ -326,7 +321,6 @@ class RunConfig(Section):
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
-    evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     sft: SFTSection = SFTSection()
     sync: SyncSection = SyncSection()

@@ -32,6 +32,7 @@ from eureka_megatron.planning.published import configuration
 from eureka_megatron.planning.twins import Twin, rehearse_twin
 from eureka_megatron.rewards.rewarder import check_function
 from eureka_megatron.run.checks import check_algorithm, check_rollout, check_run
+from eureka_megatron.run.evaluate import open_benchmarks
 from eureka_megatron.run.inputs import answer_check, reward_rules, settle
 from eureka_megatron.run.output import taken
 from eureka_megatron.run.seats import Demand, check_seats
@@ -84,6 +85,8 @@ def dry_run(config: RunConfig, machine: Machine, *, supervised: bool = False, re
         run.check("rewards", run.rewards)
     for data in dict.fromkeys([config.data.train, *([str(config.data.test)] if config.data.test else [])]):
         run.check("data", lambda data=data: run.data(data))  # type: ignore[misc]
+    if config.training.evaluate_benchmarks and not supervised:
+        run.check("benchmarks", run.benchmarks)
     if not resume:
         run.check("output", run.output)
     if run.problems:
@@ -253,6 +256,13 @@ class DryRun:
             max_tokens=self.config.longest_sample,
         )
         return f"{named}: {counted(len(found), 'row')}, {_read_some(found)}"
+
+    def benchmarks(self) -> str:
+        missing = [str(path) for path in self.config.training.evaluate_benchmarks.values() if not path.exists()]
+        if missing and self.elsewhere:
+            self.absent += missing
+            return f"{', '.join(missing)}: not on this machine"
+        return ", ".join(f"{rows.benchmark} {counted(len(rows), 'row')}" for rows in open_benchmarks(self.config))
 
     def output(self) -> str:
         output = absolute(self.config.run.output) / "hf"

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Best:
-    """Watches `evaluation.best`. A resumed run goes on from what is written down."""
+    """Watches `training.evaluate_best`. A resumed run goes on from what is written down."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.metric, self.folder = config.evaluation.best, config.run.output / "hf_best"
+        self.metric, self.folder = config.training.evaluate_best, config.run.output / "hf_best"
         self.path = config.run.output / "best.json"
         self.value = -float("inf")
         if self.metric and self.path.exists() and self.folder.exists():

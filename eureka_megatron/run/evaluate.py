@@ -336,9 +336,10 @@ def _record(prompt: Prompt, sample: int, rollout: Rollout) -> dict[str, Any]:
 
 
 def open_benchmarks(config: RunConfig) -> list[Rows]:
-    """Those of `evaluation.benchmarks`. Raises ConfigError: a name is unknown; UserError: bad rows."""
-    found = config.evaluation
-    return [Rows(name, path, config.data.media, found.limit) for name, path in found.benchmarks.items()]
+    """Those of `training.evaluate_benchmarks`. Raises ConfigError: a name is unknown; UserError: bad rows."""
+    training = config.training
+    chosen = training.evaluate_benchmarks.items()
+    return [Rows(name, path, config.data.media, training.evaluate_limit) for name, path in chosen]
 
 
 def evaluate_in_training(

@@ -154,9 +154,9 @@ class Run:
         return self.test is not None or bool(self.benchmarks)
 
     def evaluate(self, step: int = 0) -> dict[str, float]:
-        """Sample every test prompt once and judge it; then the rows of `evaluation.benchmarks`, whose answers go to a folder of this step."""
+        """Sample every test prompt once and judge it; then the rows of `training.evaluate_benchmarks`, whose answers go to a folder of this step."""
         if not self.evaluates:
-            raise UserError("neither data.test nor evaluation.benchmarks is set: nothing to evaluate")
+            raise UserError("neither data.test nor training.evaluate_benchmarks is set: nothing to evaluate")
         self.scores = {}
         if self.test is not None:
             found = (self.test.get(index, keep=False) for index in range(len(self.test)))

@@ -22,7 +22,13 @@ SHORT = ["sft.steps=40", "training.steps=2", "algorithm.filter.enabled=false", "
 def test_the_short_story_leaves_everything_behind(
     one_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["demo", "--out", str(tmp_path / "demo"), "--overrides", *SHORT]) == 0, capsys.readouterr().err
+    vision = _questions(tmp_path / "vision.parquet")
+    asked = [
+        f"training.evaluate_benchmarks.mathvision={vision}",
+        "training.evaluate_every=2",
+        "training.evaluate_best=eval/mathvision_paper",
+    ]
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--overrides", *SHORT, *asked]) == 0, capsys.readouterr().err
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     layout = {"tp": 2, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "sequence_parallel": 1}
     assert summary["trainer_layout"] == layout
@@ -34,29 +40,35 @@ def test_the_short_story_leaves_everything_behind(
         assert (tmp_path / "demo" / name).stat().st_size > 0, name
     lines = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["sft"] * 40 + ["train"] * 2
+    assert ["eval/mathvision_official" in line for line in lines[-2:]] == [False, True]
+    best = json.loads((tmp_path / "demo" / "best.json").read_text())
+    assert best == {"metric": "eval/mathvision_paper", "value": lines[-1]["eval/mathvision_paper"], "step": 2}
+    assert (tmp_path / "demo" / "hf_best" / "model.safetensors").read_bytes() == (
+        tmp_path / "demo" / "hf" / "model.safetensors"
+    ).read_bytes()
+    assert len((tmp_path / "demo/evaluation/step_000002/mathvision/answers.jsonl").read_text().splitlines()) == 5
     assert "curves.png" in capsys.readouterr().out
-    _evaluate(tmp_path / "demo" / "hf", tmp_path / "eval", summary, capsys)
+    _evaluate(tmp_path / "demo" / "hf", vision, summary, capsys)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "not from an earlier demo" in error
 
 
-def _evaluate(model: Path, out: Path, summary: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """`eureka eval` of the export: the demo's own task, and two benchmarks, one of which was killed in the middle of a line."""
+def _questions(path: Path) -> Path:
+    """Five rows in MathVision's schema."""
     picture = io.BytesIO()
     Image.new("RGB", (90, 84), "red").save(picture, "PNG")
-    shown = {"bytes": picture.getvalue(), "path": None}
-    choice = {
-        "question": "Which?",
-        "options": list("ABCDE"),
-        "answer": "B",
-        "level": 1,
-        "subject": "algebra",
-        "decoded_image": shown,
-    }
+    row = {"question": "Which?", "options": list("ABCDE"), "answer": "B", "level": 1, "subject": "algebra"}
+    row |= {"decoded_image": {"bytes": picture.getvalue(), "path": None}}
+    parquet.write_table(pa.Table.from_pylist([row | {"id": str(number)} for number in range(5)]), path)
+    return path
+
+
+def _evaluate(model: Path, vision: Path, summary: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """`eureka eval` of the export: the demo's own task, and two benchmarks, one of which was killed in the middle of a line."""
+    out = vision.parent / "eval"
     out.mkdir()
-    parquet.write_table(pa.Table.from_pylist([choice | {"id": str(n)} for n in range(5)]), out / "vision.parquet")
     sphere = {
         "question": "$x + 1 = 2$?",
         "final_answer": ["1"],
@@ -72,7 +84,7 @@ def _evaluate(model: Path, out: Path, summary: dict[str, Any], capsys: pytest.Ca
     figures = json.loads((out / "summary.json").read_text())["counting"]
     assert figures["rows"] == 200
     assert figures["scores"]["official"]["accuracy"] == summary["accuracy_export_vllm"]
-    words = ["--benchmark", "mathvision", "--data", str(out / "vision.parquet")]
+    words = ["--benchmark", "mathvision", "--data", str(vision)]
     words += ["--benchmark", "olympiadbench", "--data", str(out / "OE_TO_maths_en_COMP.json")]
     assert main(["eval", "--model", str(model), *words, "--output", str(out), "--max-tokens", "8", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
