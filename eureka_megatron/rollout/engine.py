@@ -28,7 +28,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -40,30 +39,13 @@ import torch
 
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
-from eureka_megatron.models.qwen2_5_vl.config import ARCHITECTURE, read_hf_config, tower_divides
+from eureka_megatron.models.qwen2_5_vl.config import read_hf_config, tower_divides
+from eureka_megatron.rollout.settings import EngineOptions, cpu_settings, gpu_settings, hf_overrides, set_environment
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.rollout.worker import EXTENSION, Failure, shared_bytes
 from eureka_megatron.sync.check import Fingerprint, check_announced, combine
 from eureka_megatron.sync.source import SyncError, TensorMeta
 from eureka_megatron.types import Picture, Prompt, Rollout, Sampling
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is started with. Example: EngineOptions(model="Qwen2.5-VL-7B-Instruct", dtype="bfloat16")."""
-
-    model: Path | str  # Hugging Face directory, or one in Megatron's format
-    dtype: str = "bfloat16"
-    max_model_tokens: int = 8192  # prompt and response together
-    max_concurrent: int = 256  # sequences running at once
-    kv_cache_gib: float = 1.0  # on a CPU, of each worker
-    gpu_memory_utilization: float = 0.85  # on a GPU: share of its memory for weights and KV cache
-    min_pixels: int = 4 * 28 * 28  # bounds of the image processor; pictures already within them pass unchanged
-    max_pixels: int = 640 * 28 * 28
-    seed: int = 0
-    weight_version: int = 0  # of the weights in `model`
-    sleeps: bool = False  # whether the trainer has its GPU in turn (`sleep`, `wake`)
-    tensor: int = 1  # tensor-parallel workers, each with a GPU of this node
 
 
 def request_seeds(prompts: Sequence[Prompt], seed: int, seen: Counter[str] | None = None) -> list[int]:
@@ -104,7 +86,7 @@ class Engine:
         directory = Path(options.model)
         config = read_hf_config(directory)
         positions = config.text_config.max_position_embeddings
-        _set_environment()
+        set_environment()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
@@ -132,7 +114,7 @@ class Engine:
             # A tower that cannot be split is whole in every worker, and they share the pictures.
             mm_encoder_tp_mode="weights" if tower_divides(config.vision_config, options.tensor) else "data",
             weight_transfer_config=WeightTransferConfig(backend=backend),
-            **(_gpu_settings(options) if on_gpu else _cpu_settings(options)),
+            **(gpu_settings(options) if on_gpu else cpu_settings(options)),
         )
         self._pids = self._on_workers("pid")
         if options.tensor > 1:
@@ -174,6 +156,10 @@ class Engine:
         from vllm import RequestOutput
 
         self._require_whole_weights()
+        if (
+            work and not self._serving
+        ):  # what is computed anew does not depend on what was asked before: a resumed run repeats it bit for bit
+            self._llm.reset_prefix_cache()
         finished: dict[int, list[Rollout]] = {}
         until = time.monotonic() + seconds
         try:
@@ -446,54 +432,3 @@ def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarra
         raise UserError(
             f"prompt {prompt.id}: vLLM has token {found[first]} at {first}, tokens_S has {expected_S[first]}"
         )
-
-
-def hf_overrides(options: EngineOptions, positions: int, *, on_gpu: bool) -> dict[str, Any]:
-    """What vLLM is to read in config.json in place of what stands there. positions: those that the checkpoint names."""
-    return {
-        # Some files name none, and vLLM would take a model without an output layer.
-        "architectures": [ARCHITECTURE],
-        # `score` must generate one token beyond, even where max_model_tokens is all the positions that the checkpoint names: they bound
-        # the table of rotary angles, whose rows do not depend on how many there are.
-        "text_config": {"max_position_embeddings": max(positions, options.max_model_tokens + 1)},
-        **({"head_dtype": "float32"} if on_gpu else {}),
-    }
-
-
-def _gpu_settings(options: EngineOptions) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        "enable_sleep_mode": options.sleeps,
-    }
-    if options.max_model_tokens > 8192:  # vLLM's smallest default: a video must fit into one step of the encoder whole
-        settings["max_num_batched_tokens"] = options.max_model_tokens + 1
-    return settings
-
-
-def _cpu_settings(options: EngineOptions) -> dict[str, Any]:
-    """vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when the prompt of a seeded request is processed in parts.
-
-    So prompts are never split: not for the token budget, and not at the end of a cached prefix (whose blocks of 128 tokens are longer
-    than the prompts a CPU is used for).
-    """
-    return {
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
-        "enable_chunked_prefill": False,
-        "enable_prefix_caching": False,
-        "max_num_batched_tokens": max(options.max_model_tokens + 1, 2048),
-    }
-
-
-def _set_environment() -> None:
-    """Before vLLM is imported. What the user has set stays, except what the engine relies on."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # vLLM passes it over for requests with a seed, as all of ours are, but may have nvcc compile it while an engine starts: GPU nodes
-    # without a CUDA toolkit would end there.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    if not torch.cuda.is_available():
-        # Several engines and trainer ranks share the cores: OMP_NUM_THREADS decides, not vLLM's one-thread-a-core binding.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
