@@ -117,7 +117,7 @@ def _mathvista(row: Row, text: str, *, extracted: bool = False) -> Verdict:
         letter = _option(text, options, extracted)
         # By the text: of two equal choices either is right.
         return Verdict(letter, letter is not None and options.get(letter) == gold)
-    if row.get("answer_type") == "list":
+    if optional(row, "answer_type") == "list":
         return Verdict(answer, False)  # the original compares with the text of None
     left, right = number(gold), number(answer)
     if left is not None and right is not None:
@@ -136,7 +136,7 @@ def _mathverse(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     answer, gold = official.extraction or "", field("MathVerse", row, "answer").strip()
     if official.correct:
         return official
-    if str(row.get("question_type")).replace("_", "-") == "multi-choice":
+    if optional(row, "question_type").replace("_", "-") == "multi-choice":
         question = optional(row, "question_for_eval") or optional(row, "question")
         options = options_in(question.partition("Choices:")[2] or question)
         letter = chosen(answer, options or dict.fromkeys("ABCD", "\0"), agrees)

@@ -24,7 +24,8 @@ def judge(row: Row, text: str, *, extracted: bool = False) -> Verdict:
 def gold(row: Row) -> str:
     """The answer as published, which is text; a table may have made a number of it (7.0 for "7")."""
     text = field("MathVista", row, "answer")
-    return text if isinstance(row["answer"], str) else normalised(row, text) or text
+    as_published = isinstance(row["answer"], str) or question_type(row) == "multi_choice"
+    return text if as_published else normalised(row, text) or text
 
 
 def question_type(row: Row) -> str:
@@ -37,7 +38,7 @@ def extract(row: Row, response: str) -> str:
         return ""
     if question_type(row) == "multi_choice" and response in items(row.get("choices")):
         return response
-    kind = row.get("answer_type")
+    kind = optional(row, "answer_type")
     if kind == "integer" and _whole(response) is not None:
         return str(_whole(response))
     if kind == "float" and number(response) is not None:

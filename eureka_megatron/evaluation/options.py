@@ -18,9 +18,9 @@ _BEFORE = re.compile(
 _BEHIND = re.compile(r"(?<=[A-H)])\s*(?:选项|项|is (?:correct|right|true)\.?|正确)$")
 _AROUND = " \n\t()[]{}<>（）【】《》.．。:：,，;；!*$\\~`'\""
 _NAMED = re.compile(r"[\s*(（\[]*([A-H])[\s*]*[)）\].．、:：][\s*]*(.*)", re.DOTALL)
-_ANOTHER = re.compile(r"\W*[A-H](?![A-Za-z])")
+_ANOTHER = re.compile(r"^\W*[A-H](?![A-Za-z])|[(（][A-H][)）]")
 _SAID = re.compile(
-    r"(?:\b(?:answer|option|choice)\s*(?:is|:)|答案(?:应该)?(?:是|为|选)?|故选|应选|(?<![\u4e00-\u9fff])选)[\s:：*$(（\[【<]*(?:(?:option|choice|选项)\s*[(（]?)?(?:\\\w+\{)?([A-H])(?![A-Za-z'])",
+    r"(?:\b(?:answer|option|choice)\s*(?:is|:)|答案(?:应该)?(?:是|为|选)?|故选|应选|(?<![不能])选)[\s:：*$(（\[【<]*(?:(?:option|choice|选项)\s*[(（]?)?(?:\\\w+\{)?([A-H])(?![A-Za-z'])",
     re.IGNORECASE,
 )
 _STATEMENT_CHARACTERS = 200
@@ -77,7 +77,7 @@ def chosen(answer: str, options: Mapping[str, str], agrees: Callable[[str, str],
     if len(same) == 1:
         return same[0]
     if named and short:
-        return None if _ANOTHER.match(text) else named[1]
+        return None if _ANOTHER.search(text) else named[1]
     if number(plain) is not None:
         return None
     if letter := infer_letter(answer, options):
@@ -87,7 +87,7 @@ def chosen(answer: str, options: Mapping[str, str], agrees: Callable[[str, str],
 
 
 def _plain(text: str) -> str:
-    """For comparing texts: without markup, case, what surrounds it and a full stop."""
+    """For comparing texts: without markup, case, blanks and a full stop."""
     while (inner := _WRAPPED.sub(r"\1", text)) != text:
         text = inner
-    return " ".join(text.replace("$", "").strip(" \n\t*.．。;；,，\"'`").split()).lower()
+    return "".join(text.replace("$", "").strip(" \n\t*.．。;；,，\"'`").split()).lower()
