@@ -23,7 +23,9 @@ from eureka_megatron.evaluation import mathvision, mathvista, olympiadbench, wem
 from eureka_megatron.evaluation.extraction import infer_letter, paper_extraction
 from eureka_megatron.evaluation.options import bare_letter, chosen, options_in
 from eureka_megatron.evaluation.verdict import Row, Verdict, field, items, number, optional
+from eureka_megatron.rewards import units
 from eureka_megatron.rewards.judge import JudgePool
+from eureka_megatron.rewards.normalise import canonical
 
 BENCHMARKS = ("mmk12", "mathvista", "mathverse", "mathvision", "olympiadbench", "wemath", "counting")
 _ALIASES = {**{name: name for name in BENCHMARKS}, "mathv": "mathvision", "olympiad": "olympiadbench"}
@@ -32,6 +34,7 @@ _PARTS = re.compile(
     r"(?:testmini|test|mini|train|en|cn|zh|cot|format|solution|thinking|vision(?:only|intensive|dominant)|text(?:dominant|lite|only)"
     r"|oe|tp|mm|to|maths|physics|comp|cee)*"
 )
+_TRUE_NORTH = re.compile(r"(°|\^\s*\{?\s*\\circ\s*\}?|\bdegrees)\s*(?:\\(?:mathrm|text)\s*\{\s*T\s*\}|T)(?![A-Za-z])")
 
 
 def judge_official(benchmark: str, row: Row, text: str, *, extracted: bool = False) -> Verdict:
@@ -83,11 +86,13 @@ def _pool() -> JudgePool:
 
 
 @functools.lru_cache(maxsize=4096)
-def agrees(answer: str, gold: str, units: str = "same") -> bool:
-    """Whether our judge, isolated and limited, takes the answer for the gold one. `units`: see `ScoringRules`."""
+def agrees(answer: str, gold: str, of_units: str = "same") -> bool:
+    """Whether our judge, isolated and limited, takes the answer for the gold one. `of_units`: `ScoringRules.units`."""
     if answer.strip() == gold.strip() != "":
         return True
-    return bool(_pool().judge([(f"<answer>{answer}</answer>", gold)], think="optional", units=units)[0]["accuracy"] > 0)
+    return bool(
+        _pool().judge([(f"<answer>{answer}</answer>", gold)], think="optional", units=of_units)[0]["accuracy"] > 0
+    )
 
 
 def _option(text: str, options: Mapping[str, str], extracted: bool) -> str | None:
@@ -139,12 +144,17 @@ def _mathverse(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     if optional(row, "question_type").replace("_", "-") == "multi-choice":
         question = optional(row, "question_for_eval") or optional(row, "question")
         options = options_in(question.partition("Choices:")[2] or question)
-        letter = chosen(answer, options or dict.fromkeys("ABCD", "\0"), agrees)
+        letter = chosen(answer, options or dict.fromkeys("ABCD", "\0"), _agrees_converted)
         if (wanted := bare_letter(gold)) is not None:
             return Verdict(answer, letter == wanted)
         if letter in options:  # a gold answer that is an option's text
             return Verdict(answer, agrees(options[letter], gold))
-    return Verdict(answer, agrees(answer, gold, "converted"))
+    return Verdict(answer, _agrees_converted(answer, gold))
+
+
+def _agrees_converted(answer: str, gold: str) -> bool:
+    """As MathVerse's authors have it: 50 cm is 0.5 m; and a bearing's T may be missing (053^\\circ T)."""
+    return agrees(_TRUE_NORTH.sub(r"\1", answer), _TRUE_NORTH.sub(r"\1", gold), "converted")
 
 
 def _mathvision(row: Row, text: str, *, extracted: bool = False) -> Verdict:
@@ -166,9 +176,11 @@ def _olympiadbench(row: Row, text: str, *, extracted: bool = False) -> Verdict:
         bare = gold.strip().strip("$")
         if agrees(answer, f"{bare} {unit.strip().strip('$')}", "converted"):
             return Verdict(answer, True)
-    left, right = number(gold.strip().strip("$")), number(answer.strip().strip("$"))
-    near = left is not None and right is not None and abs(left - right) <= olympiadbench.tolerances(row)[0]
-    return Verdict(answer, near)
+    tolerance = olympiadbench.tolerances(row)
+    if len(golds) > 1 or len(tolerance) > 1 or tolerance[0] <= olympiadbench.EXACT:
+        return Verdict(answer, False)
+    value, _ = units.split(canonical(answer))
+    return Verdict(answer, olympiadbench.near(gold.replace("$", ""), value.replace("$", ""), tolerance[0]))
 
 
 def _wemath(row: Row, text: str, *, extracted: bool = False) -> Verdict:

@@ -139,12 +139,13 @@ def _equal_intervals(gold: str, answer: str, tolerance: float) -> bool:
         ends, others = one[1:-1].split(","), other[1:-1].split(",")
         if len(ends) != len(others):
             return False
-        if not all(_equal_end(a.strip(), b.strip(), tolerance) for a, b in zip(ends, others, strict=True)):
+        if not all(near(a.strip(), b.strip(), tolerance) for a, b in zip(ends, others, strict=True)):
             return False
     return True
 
 
-def _equal_end(gold: str, answer: str, tolerance: float) -> bool:
+def near(gold: str, answer: str, tolerance: float) -> bool:
+    """Whether two formulas are the same, or their values within the tolerance."""
     left, right = number(gold), number(answer)
     if left is not None and right is not None:
         return abs(left - right) <= tolerance * 1.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 
 from eureka_megatron.evaluation.extraction import infer_letter
@@ -16,13 +17,15 @@ _BEFORE = re.compile(
     re.IGNORECASE,
 )
 _BEHIND = re.compile(r"(?<=[A-H)])\s*(?:选项|项|is (?:correct|right|true)\.?|正确)$")
-_AROUND = " \n\t()[]{}<>（）【】《》.．。:：,，;；!*$\\~`'\""
+_AROUND = " \n\t()[]{}<>（）【】《》.．。:：,，;；!?！？*$\\~`'\""
 _NAMED = re.compile(r"[\s*(（\[]*([A-H])[\s*]*[)）\].．、:：][\s*]*(.*)", re.DOTALL)
 _ANOTHER = re.compile(r"^\W*[A-H](?![A-Za-z])|[(（][A-H][)）]")
 _SAID = re.compile(
-    r"(?:\b(?:answer|option|choice)\s*(?:is|:)|答案(?:应该)?(?:是|为|选)?|故选|应选|(?<![不能])选)[\s:：*$(（\[【<]*(?:(?:option|choice|选项)\s*[(（]?)?(?:\\\w+\{)?([A-H])(?![A-Za-z'])",
+    r"(?:\b(?:answer|option|choice)\s*(?:is|:)|\b(?:choose|pick|select)\b|答案(?:应该)?(?:是|为|选)?|故选|应选|(?<![不能])选)[\s:：*$(（\[【<]*(?:(?:the )?(?:option|choice|选项)\s*[(（]?)?(?:\\\w+\{)?([A-H])(?![A-Za-z'])",
     re.IGNORECASE,
 )
+_OPENED = re.compile("<answer>", re.IGNORECASE)
+_CLOSED = re.compile("</answer", re.IGNORECASE)
 _STATEMENT_CHARACTERS = 200
 
 
@@ -47,7 +50,7 @@ def bare_letter(answer: str) -> str | None:
     """The one letter that an answer is. Examples: "(B)", "\\text{B}.", "**b**", "Option B", "选B" → "B"."""
     if len(answer) > _STATEMENT_CHARACTERS:
         return None
-    bare = answer
+    bare = unicodedata.normalize("NFKC", answer)
     while (inner := _WRAPPED.sub(r"\1", bare)) != bare:
         bare = inner
     bare = _BEHIND.sub("", bare.strip(_AROUND)).strip(_AROUND)
@@ -59,14 +62,17 @@ def bare_letter(answer: str) -> str | None:
 def chosen(answer: str, options: Mapping[str, str], agrees: Callable[[str, str], bool]) -> str | None:
     """The option that an answer picks: "Z" for a refusal, None for none or several.
 
-    In this order: it is a letter; a letter with a text; the text or the value of one option; what `infer_letter` finds; "the answer is B".
+    In this order: it is a letter, or its first or last line is; a letter with a text; the text or the value of one option; what `infer_letter` finds; "the answer is B".
     A number that is no option's value is none, though its digits may stand in one.
 
     Args:
         agrees: whether two texts are equal in value.
     """
-    if (letter := bare_letter(answer)) is not None:
-        return letter
+    if opened := list(_OPENED.finditer(answer)):  # tags that the extraction does not know: cut off, or with capitals
+        answer = _CLOSED.split(answer[opened[-1].end() :])[0]
+    lines = answer.strip().splitlines() or [""]
+    if len(alone := {bare_letter(lines[0]), bare_letter(lines[-1])} - {None}) == 1:
+        return alone.pop()
     short = len(answer) <= _STATEMENT_CHARACTERS and "\n" not in answer.strip()
     named = _NAMED.match(answer)
     text = named[2] if named else answer
