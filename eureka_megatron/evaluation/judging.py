@@ -3,11 +3,11 @@
 | benchmark | official | paper |
 |---|---|---|
 | MMK12 | none; as paper | its extraction, then one letter, else the text of one option |
-| MathVista | `mathvista` | a letter by `infer_letter`; numbers as numbers; lists are never right |
+| MathVista | `mathvista` | the option in tags or box, else by `infer_letter`; numbers as numbers; lists are never right |
 | MathVerse | equal strings (the authors' quick match) | equal strings, the option's letter or text, else our judge |
-| MathVision | `mathvision` | a letter by `infer_letter`, else our judge |
-| OlympiadBench | `olympiadbench` | our judge, against all answers together |
-| We-Math | `wemath` | the original's code has none: as official, else a letter by `infer_letter` |
+| MathVision | `mathvision` | the option in tags or box, else by `infer_letter`; our judge where there are no options |
+| OlympiadBench | `olympiadbench` | our judge, against all answers together, with the row's unit and tolerance |
+| We-Math | `wemath` | the original's code has none: as official behind "Answer", else as MathVision |
 | counting | the demo's reward | our judge |
 """
 
@@ -21,19 +21,27 @@ from collections.abc import Callable, Mapping
 from eureka_megatron.errors import ConfigError, nearest
 from eureka_megatron.evaluation import mathvision, mathvista, olympiadbench, wemath
 from eureka_megatron.evaluation.extraction import infer_letter, paper_extraction
-from eureka_megatron.evaluation.verdict import Row, Verdict, field, items, number
+from eureka_megatron.evaluation.options import bare_letter, chosen, options_in
+from eureka_megatron.evaluation.verdict import Row, Verdict, field, items, number, optional
+from eureka_megatron.rewards import units
 from eureka_megatron.rewards.judge import JudgePool
+from eureka_megatron.rewards.normalise import canonical
 
 BENCHMARKS = ("mmk12", "mathvista", "mathverse", "mathvision", "olympiadbench", "wemath", "counting")
-_OPTION = re.compile(r"(?:^|(?<=[\s;；]))[(（]?([A-H])\s*[.、:：．)）]")
-_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
+_ALIASES = {**{name: name for name in BENCHMARKS}, "mathv": "mathvision", "olympiad": "olympiadbench"}
+# Splits, versions and configurations, as data sets and other tools' task names have them.
+_PARTS = re.compile(
+    r"(?:testmini|test|mini|train|en|cn|zh|cot|format|solution|thinking|vision(?:only|intensive|dominant)|text(?:dominant|lite|only)"
+    r"|oe|tp|mm|to|maths|physics|comp|cee)*"
+)
+_TRUE_NORTH = re.compile(r"(°|\^\s*\{?\s*\\circ\s*\}?|\bdegrees)\s*(?:\\(?:mathrm|text)\s*\{\s*T\s*\}|T)(?![A-Za-z])")
 
 
 def judge_official(benchmark: str, row: Row, text: str, *, extracted: bool = False) -> Verdict:
     """The authors' verdict, by their rules alone (no language model).
 
     Args:
-        benchmark: one of BENCHMARKS; case, spaces and hyphens do not matter.
+        benchmark: one of BENCHMARKS in any spelling, see `benchmark_named`.
         row: in the published schema.
         text: the whole response; with `extracted` what was already extracted from it.
 
@@ -51,15 +59,20 @@ def judge_paper(benchmark: str, row: Row, text: str, *, extracted: bool = False)
 def _judged(
     rules: Mapping[str, Callable[..., Verdict]], benchmark: str, row: Row, text: str, extracted: bool
 ) -> Verdict:
-    return rules[named(benchmark)](row, text, extracted=extracted)
+    return rules[benchmark_named(benchmark)](row, text, extracted=extracted)
 
 
-def named(benchmark: str) -> str:
-    """One of BENCHMARKS, from any spelling. Raises ConfigError."""
-    name = re.sub(r"[\s_-]", "", benchmark).lower()
-    if name not in BENCHMARKS:
-        raise ConfigError(f"benchmark {benchmark!r} is unknown{nearest(name, BENCHMARKS)}")
-    return name
+@functools.cache
+def benchmark_named(name: str) -> str:
+    """Which of BENCHMARKS a name means: any case and signs, an owner before it, splits behind it, "MATH-V". Raises ConfigError for none.
+
+    Examples: "AI4Math/MathVista", "MathVerse testmini", "We-Math", "olympiadbench_test_en" → "mathvista", "mathverse", "wemath", "olympiadbench".
+    """
+    plain = re.sub(r"[\W_]", "", name.rpartition("/")[2]).lower()
+    for known in sorted(_ALIASES, key=len, reverse=True):
+        if plain.startswith(known) and _PARTS.fullmatch(plain, len(known)):
+            return _ALIASES[known]
+    raise ConfigError(f"benchmark {name!r} is unknown{nearest(plain, BENCHMARKS)}")
 
 
 # --- our judge ---
@@ -73,63 +86,47 @@ def _pool() -> JudgePool:
 
 
 @functools.lru_cache(maxsize=4096)
-def agrees(answer: str, gold: str) -> bool:
-    """Whether our judge, isolated and limited, takes the answer for the gold one."""
+def agrees(answer: str, gold: str, of_units: str = "same") -> bool:
+    """Whether our judge, isolated and limited, takes the answer for the gold one. `of_units`: `ScoringRules.units`."""
     if answer.strip() == gold.strip() != "":
         return True
-    return bool(_pool().judge([(f"<answer>{answer}</answer>", gold)], think="optional")[0]["accuracy"] > 0)
+    return bool(
+        _pool().judge([(f"<answer>{answer}</answer>", gold)], think="optional", units=of_units)[0]["accuracy"] > 0
+    )
 
 
-def options_in(question: str) -> dict[str, str]:
-    """Options that a question holds, in lines or split by spaces or semicolons. Example: "…\\nA. one\\nB、two" → {"A": "one", "B": "two"}.
+def _option(text: str, options: Mapping[str, str], extracted: bool) -> str | None:
+    """The letter that a response picks, where the original looks for one in the whole response before it extracts.
 
-    Of several places where they may begin ("point A. …") the last that a second option follows.
+    What stands in the answer tags or a box comes first here: in the original the article of "A triangle …" outvotes "<answer>B</answer>".
     """
-    marks = list(_OPTION.finditer(question))
-    for first in reversed([place for place, mark in enumerate(marks) if mark[1] == "A"]):
-        chosen = [marks[first]]
-        for mark in marks[first + 1 :]:
-            if mark[1] == chr(ord("A") + len(chosen)):
-                chosen.append(mark)
-        if len(chosen) > 1:
-            ends = [mark.start() for mark in chosen[1:]] + [len(question)]
-            return {m[1]: question[m.end() : end].strip(" \n\t;；") for m, end in zip(chosen, ends, strict=True)}
-    return {}
-
-
-def _letter(answer: str) -> str | None:
-    """The one letter that an answer is. Examples: "(B)", "\\text{B}.", "B" → "B"."""
-    bare = _WRAPPED.sub(r"\1", answer).strip(" \n()[]{}.．。:：*$")
-    return bare.upper() if len(bare) == 1 and bare.upper() in "ABCDEFGH" else None
+    answer = text if extracted else paper_extraction(text)
+    if answer.strip() and (extracted or answer != text):
+        letter = chosen(answer, options, agrees)
+        if letter is not None or number(answer) is not None:
+            return letter
+    return infer_letter(text, options) or chosen(answer, options, agrees)
 
 
 def _mmk12(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     gold, answer = field("MMK12", row, "answer").strip(), text if extracted else paper_extraction(text)
-    letter = _letter(answer)
-    if letter is None:
-        options = options_in(field("MMK12", row, "question"))
-        named = re.match(r"\s*\(?([A-H])[).．.、:：]\s*(.*)", answer, re.DOTALL)
-        plain = " ".join((named[2] if named else answer).split()).lower()
-        same = [name for name, option in options.items() if " ".join(option.split()).lower() == plain]
-        letter = (
-            same[0] if len(same) == 1 else named[1] if named else infer_letter(answer, options) if options else None
-        )
-    return Verdict(letter or answer, letter is not None and letter == _letter(gold))
+    letter = bare_letter(answer) or chosen(answer, options_in(field("MMK12", row, "question")), agrees)
+    return Verdict(letter or answer, letter is not None and letter == bare_letter(gold))
 
 
 def _mathvista(row: Row, text: str, *, extracted: bool = False) -> Verdict:
-    answer, gold = text if extracted else paper_extraction(text), field("MathVista", row, "answer")
+    answer, gold = text if extracted else paper_extraction(text), mathvista.gold(row)
     choices = items(row.get("choices"))
     if mathvista.question_type(row) == "multi_choice":
         options = {chr(ord("A") + place): choice for place, choice in enumerate(choices)}
-        letter = infer_letter(text, options) or infer_letter(answer, options)
-        return Verdict(letter, letter is not None and gold in choices and letter == chr(ord("A") + choices.index(gold)))
-    if row.get("answer_type") == "list":
+        letter = _option(text, options, extracted)
+        # By the text: of two equal choices either is right.
+        return Verdict(letter, letter is not None and options.get(letter) == gold)
+    if optional(row, "answer_type") == "list":
         return Verdict(answer, False)  # the original compares with the text of None
     left, right = number(gold), number(answer)
     if left is not None and right is not None:
-        whole = row.get("answer_type") == "integer"
-        return Verdict(answer, left == right and (not whole or right == int(right)))
+        return Verdict(answer, left == right)
     return Verdict(answer, agrees(answer, gold))
 
 
@@ -144,38 +141,55 @@ def _mathverse(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     answer, gold = official.extraction or "", field("MathVerse", row, "answer").strip()
     if official.correct:
         return official
-    if row.get("question_type") == "multi-choice" and (wanted := _letter(gold)) is not None:
-        question = str(row.get("question_for_eval") or row.get("question") or "")
-        options = options_in(question.partition("Choices:")[2])
-        letter = _letter(answer) or infer_letter(answer, options or dict.fromkeys("ABCD", "\0"))
-        return Verdict(answer, letter == wanted)
-    return Verdict(answer, agrees(answer, gold))
+    if optional(row, "question_type").replace("_", "-") == "multi-choice":
+        question = optional(row, "question_for_eval") or optional(row, "question")
+        options = options_in(question.partition("Choices:")[2] or question)
+        letter = chosen(answer, options or dict.fromkeys("ABCD", "\0"), _agrees_converted)
+        if (wanted := bare_letter(gold)) is not None:
+            return Verdict(answer, letter == wanted)
+        if letter in options:  # a gold answer that is an option's text
+            return Verdict(answer, agrees(options[letter], gold))
+    return Verdict(answer, _agrees_converted(answer, gold))
+
+
+def _agrees_converted(answer: str, gold: str) -> bool:
+    """As MathVerse's authors have it: 50 cm is 0.5 m; and a bearing's T may be missing (053^\\circ T)."""
+    return agrees(_TRUE_NORTH.sub(r"\1", answer), _TRUE_NORTH.sub(r"\1", gold), "converted")
 
 
 def _mathvision(row: Row, text: str, *, extracted: bool = False) -> Verdict:
-    answer, gold = text if extracted else paper_extraction(text), field("MathVision", row, "answer")
+    answer, gold = text if extracted else paper_extraction(text), field("MathVision", row, "answer").strip()
     options = dict(zip(mathvision.LETTERS, items(row.get("options")), strict=False))
     if options:
-        letter = infer_letter(text, options) or _letter(answer) or infer_letter(answer, options)
+        letter = _option(text, options, extracted)
         return Verdict(letter, letter == gold)
-    return Verdict(answer, answer.strip().lower() == gold.strip().lower() or agrees(answer, gold))
+    return Verdict(answer, answer.strip().lower() == gold.lower() or agrees(answer, gold))
 
 
 def _olympiadbench(row: Row, text: str, *, extracted: bool = False) -> Verdict:
-    answer, golds = text if extracted else paper_extraction(text), items(row.get("final_answer"))
-    if not golds:
-        field("OlympiadBench", row, "final_answer")
-    return Verdict(answer, agrees(answer, ", ".join(golds)))
+    """Against all answers together. A unit that the row names may stand with the answer, a tolerance that it gives is granted."""
+    answer, golds = text if extracted else paper_extraction(text), olympiadbench.golds(row)
+    gold = ", ".join(golds)
+    if agrees(answer, gold):
+        return Verdict(answer, True)
+    if unit := optional(row, "unit"):
+        bare = gold.strip().strip("$")
+        if agrees(answer, f"{bare} {unit.strip().strip('$')}", "converted"):
+            return Verdict(answer, True)
+    tolerance = olympiadbench.tolerances(row)
+    if len(golds) > 1 or len(tolerance) > 1 or tolerance[0] <= olympiadbench.EXACT:
+        return Verdict(answer, False)
+    value, _ = units.split(canonical(answer))
+    return Verdict(answer, olympiadbench.near(gold.replace("$", ""), value.replace("$", ""), tolerance[0]))
 
 
 def _wemath(row: Row, text: str, *, extracted: bool = False) -> Verdict:
-    official = wemath.judge(row, text, extracted=extracted)
-    if official.extraction is not None:
-        return official
-    answer = text if extracted else paper_extraction(text)
-    options = options_in(field("We-Math", row, "option")) or dict.fromkeys("ABCDE", "\0")
-    letter = _letter(answer) or infer_letter(answer, options)
-    return Verdict(letter, letter == field("We-Math", row, "answer"))
+    """The authors' letter where the response has their "Answer"; else the tags', the box's or the words'."""
+    gold, (_, marked, tail) = field("We-Math", row, "answer").strip(), text.rpartition("Answer")
+    if (letter := None if extracted else wemath.extract(text)) is None or not marked:
+        options = options_in(field("We-Math", row, "option")) or dict.fromkeys("ABCDE", "\0")
+        letter = bare_letter(tail) or _option(text, options, extracted)
+    return Verdict(letter, letter == gold)
 
 
 def _counting_official(row: Row, text: str, *, extracted: bool = False) -> Verdict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from eureka_megatron.evaluation.extraction import paper_extraction
-from eureka_megatron.evaluation.verdict import Row, Verdict, absent, field, items, number
+from eureka_megatron.evaluation.verdict import Row, Verdict, field, items, number, optional
 
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
 _LETTER = re.compile(r"\(([a-zA-Z])\)")
@@ -18,15 +18,19 @@ _LETTER = re.compile(r"\(([a-zA-Z])\)")
 def judge(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     extraction = text if extracted else extract(row, text)
     prediction = normalised(row, extraction)
-    return Verdict(extraction, prediction is not None and prediction == field("MathVista", row, "answer"))
+    return Verdict(extraction, prediction is not None and prediction == gold(row))
+
+
+def gold(row: Row) -> str:
+    """The answer as published, which is text; a table may have made a number of it (7.0 for "7")."""
+    text = field("MathVista", row, "answer")
+    as_published = isinstance(row["answer"], str) or question_type(row) == "multi_choice"
+    return text if as_published else normalised(row, text) or text
 
 
 def question_type(row: Row) -> str:
-    return (
-        str(row["question_type"])
-        if not absent(row.get("question_type"))
-        else ("multi_choice" if items(row.get("choices")) else "free_form")
-    )
+    given = optional(row, "question_type").replace("-", "_")
+    return given or ("multi_choice" if items(row.get("choices")) else "free_form")
 
 
 def extract(row: Row, response: str) -> str:
@@ -34,7 +38,7 @@ def extract(row: Row, response: str) -> str:
         return ""
     if question_type(row) == "multi_choice" and response in items(row.get("choices")):
         return response
-    kind = row.get("answer_type")
+    kind = optional(row, "answer_type")
     if kind == "integer" and _whole(response) is not None:
         return str(_whole(response))
     if kind == "float" and number(response) is not None:
@@ -82,10 +86,23 @@ def _choice(choices: list[str], extraction: str) -> str | None:
 
 
 def distance(left: str, right: str) -> int:
-    """Levenshtein's: the least number of insertions, deletions and replacements. Example: "abc", "axcd" → 2."""
-    row = list(range(len(right) + 1))
-    for number_of_left, a in enumerate(left, 1):
-        before, row[0] = row[0], number_of_left
-        for place, b in enumerate(right, 1):
-            before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (a != b))
-    return row[-1]
+    """Levenshtein's: the least number of insertions, deletions and replacements. Example: "abc", "axcd" → 2.
+
+    A column of the usual table in two whole numbers, one bit a cell (Myers 1999, Hyyrö 2003): a response of 100,000 characters takes no time.
+    """
+    if not right:
+        return len(left)
+    full, last = (1 << len(right)) - 1, 1 << (len(right) - 1)
+    places: dict[str, int] = {}
+    for place, character in enumerate(right):
+        places[character] = places.get(character, 0) | 1 << place
+    more, less, found = full, 0, len(right)  # where a cell is one more, one less than the cell above it
+    for character in left:
+        same = places.get(character, 0)
+        diagonal = (((same & more) + more) ^ more) | same | less
+        grows, falls = less | (full & ~(diagonal | more)), diagonal & more
+        found += bool(grows & last) - bool(falls & last)
+        grows = (grows << 1) | 1
+        more = full & ((falls << 1) | ~(diagonal | grows))
+        less = full & grows & diagonal
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from eureka_megatron.errors import UserError
 from eureka_megatron.evaluation import symbolic
 from eureka_megatron.evaluation.extraction import boxed
-from eureka_megatron.evaluation.verdict import Row, Verdict, absent, field, items, number
+from eureka_megatron.evaluation.verdict import Row, Verdict, field, items, number, optional
 
 EXACT = 1e-8
 _FINAL = re.compile(r"So the final answer is (.*)")
@@ -24,12 +24,17 @@ _OPEN, _CLOSE = "([", ")]"
 
 def judge(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     """Against the first of `final_answer`, as the authors do."""
-    golds = items(row.get("final_answer"))
-    if not golds:
+    answer = text if extracted else extract(text)
+    return Verdict(answer, equal(golds(row)[0], answer, tolerances(row)))
+
+
+def golds(row: Row) -> list[str]:
+    """All of `final_answer`. Raises UserError when there is none."""
+    found = items(row.get("final_answer"), texts=True)
+    if not found:
         field("OlympiadBench", row, "final_answer")
         raise UserError("OlympiadBench: the row's 'final_answer' is empty")
-    answer = text if extracted else extract(text)
-    return Verdict(answer, equal(golds[0], answer, tolerances(row)))
+    return found
 
 
 def extract(response: str) -> str:
@@ -39,11 +44,11 @@ def extract(response: str) -> str:
 
 def tolerances(row: Row) -> list[float]:
     """One for all answers, or one for each. Raises UserError when `error` is no number."""
-    given = row.get("error")
-    if absent(given) or not str(given).strip() or "Tuple" in str(row.get("answer_type") or ""):
+    given = optional(row, "error")
+    if given.lower() in ("", "nan", "none") or "Tuple" in optional(row, "answer_type"):
         return [EXACT]
     found = []
-    for part in str(given).split(","):
+    for part in given.split(","):
         value = number(part) if part.strip() else EXACT
         if value is None:
             raise UserError(
@@ -60,11 +65,11 @@ def equal(gold: str, answer: str, precision: Sequence[float] = (EXACT,)) -> bool
         return False
     if left == right:
         return True
-    golds, answers = (_items(_CHINESE.sub("", text)) for text in (left, right))
-    if len(golds) != len(answers):
+    wanted_items, answers = (_items(_CHINESE.sub("", text)) for text in (left, right))
+    if len(wanted_items) != len(answers):
         return False
-    for place, wanted in enumerate(golds):
-        tolerance = precision[place] if len(precision) == len(golds) else precision[0]
+    for place, wanted in enumerate(wanted_items):
+        tolerance = precision[place] if len(precision) == len(wanted_items) else precision[0]
         found = next((one for one in answers if _equal_item(wanted, one, tolerance)), None)
         if found is None:
             return False
@@ -134,12 +139,13 @@ def _equal_intervals(gold: str, answer: str, tolerance: float) -> bool:
         ends, others = one[1:-1].split(","), other[1:-1].split(",")
         if len(ends) != len(others):
             return False
-        if not all(_equal_end(a.strip(), b.strip(), tolerance) for a, b in zip(ends, others, strict=True)):
+        if not all(near(a.strip(), b.strip(), tolerance) for a, b in zip(ends, others, strict=True)):
             return False
     return True
 
 
-def _equal_end(gold: str, answer: str, tolerance: float) -> bool:
+def near(gold: str, answer: str, tolerance: float) -> bool:
+    """Whether two formulas are the same, or their values within the tolerance."""
     left, right = number(gold), number(answer)
     if left is not None and right is not None:
         return abs(left - right) <= tolerance * 1.01

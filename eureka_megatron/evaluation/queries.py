@@ -14,7 +14,7 @@ from typing import Any
 
 from eureka_megatron.data.chat import Address
 from eureka_megatron.errors import UserError
-from eureka_megatron.evaluation.judging import named
+from eureka_megatron.evaluation.judging import benchmark_named
 from eureka_megatron.evaluation.mathvista import question_type
 from eureka_megatron.evaluation.verdict import Row, absent, field, items
 
@@ -47,12 +47,12 @@ Regarding the format, please answer following the template below, and be sure to
 
 def query(benchmark: str, row: Row) -> str:
     """The text of the user's turn. Raises UserError that names a column which the row lacks."""
-    return _QUERIES[named(benchmark)](row)
+    return _QUERIES[benchmark_named(benchmark)](row)
 
 
 def pictures(benchmark: str, row: Row) -> list[Address]:
     """Addresses of the row's pictures, or their bytes, in the order in which they are shown; none: a question of text alone."""
-    found = [picture for column in _columns(named(benchmark), row) for picture in _several(row.get(column))]
+    found = [picture for column in _columns(benchmark_named(benchmark), row) for picture in _several(row.get(column))]
     return [picture for picture in found if picture]
 
 

@@ -27,7 +27,7 @@ from eureka_megatron.data.pictures import locate
 from eureka_megatron.data.rows import SHOWN
 from eureka_megatron.data.sources import open_source
 from eureka_megatron.errors import UserError
-from eureka_megatron.evaluation.judging import named
+from eureka_megatron.evaluation.judging import benchmark_named
 from eureka_megatron.evaluation.queries import message, pictures, query
 from eureka_megatron.evaluation.verdict import Row, absent, items
 
@@ -59,7 +59,7 @@ class Rows(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, benchmark: str, path: Path, media: Sequence[Path] = (), limit: int | None = None) -> None:
-        self.benchmark, self.path = named(benchmark), path
+        self.benchmark, self.path = benchmark_named(benchmark), path
         self._parts = [_open(file, self.benchmark) for file in _files(self.benchmark, path)]
         self.folders = (*dict.fromkeys(part.folder for part in self._parts), *media)
         self._places: list[tuple[int, Any, str]] = []  # part, place, "file:number"
@@ -153,7 +153,7 @@ def groups(benchmark: str, row: Row) -> dict[str, list[str]]:
         metadata = json.loads(metadata)
     whole = {**(metadata if isinstance(metadata, Mapping) else {}), **row}
     found = {}
-    for column in _GROUPS[named(benchmark)]:
+    for column in _GROUPS[benchmark_named(benchmark)]:
         name, _, other = column.partition(" × ")
         cells = [whole.get(one) for one in (name, other) if one]
         values = [[str(cell)] if isinstance(cell, int | float) and not absent(cell) else items(cell) for cell in cells]

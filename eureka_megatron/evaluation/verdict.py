@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,28 +26,53 @@ def field(benchmark: str, row: Row, name: str) -> str:
     value = row.get(name)
     if absent(value):
         raise UserError(f"{benchmark}: the row has no {name!r}; found {', '.join(sorted(map(str, row))) or 'nothing'}")
-    return str(value)
+    return str(_plain(value))
+
+
+def optional(row: Row, name: str) -> str:
+    """A column as text, "" where it is absent."""
+    value = row.get(name)
+    return "" if absent(value) else str(_plain(value))
 
 
 def absent(value: Any) -> bool:
-    """None, or the NaN that a table's empty cell becomes."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    """None, blank text, or the NaN, NA or NaT that a table's empty cell becomes."""
+    value = _plain(value)
+    if value is None or isinstance(value, str):
+        return value is None or not value.strip()
+    if hasattr(value, "__len__"):
+        return False
+    try:
+        return bool(value != value)
+    except TypeError:  # pandas' NA has no truth
+        return True
 
 
-def items(value: Any) -> list[str]:
-    """A list column as a list of texts: a list, an array, or the text of one as tables and JSON hold it; nothing is an empty list."""
+def _plain(value: Any) -> Any:
+    """Arrow's scalars as Python's."""
+    return value.as_py() if hasattr(value, "as_py") else value
+
+
+def items(value: Any, *, texts: bool = False) -> list[str]:
+    """A list column as a list of texts: a list, an array, or the text of one as tables and JSON hold it; nothing is an empty list.
+
+    texts: the text of a list of anything but texts is one item: "[1, 2]" is an interval.
+    """
     if absent(value):
         return []
+    value = _plain(value)
     if isinstance(value, str):
         for read in (json.loads, ast.literal_eval):  # literals only, never code
             try:
                 found = read(value)
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
-            if isinstance(found, list | tuple):
+            if isinstance(found, list | tuple) and not (texts and not all(isinstance(item, str) for item in found)):
                 return [str(item) for item in found]
-        return [value] if value.strip() else []
-    return [str(item) for item in value]
+        return [value]
+    if not hasattr(value, "__iter__"):
+        return [str(value)]
+    return [str(item) for item in map(_plain, value)]
 
 
 def number(text: str) -> float | None:

@@ -23,7 +23,7 @@ from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.evaluation import judge_official, judge_paper, wemath_scores
 from eureka_megatron.evaluation.answers import Answers
 from eureka_megatron.evaluation.judge_model import JudgeModel, Question, undecided
-from eureka_megatron.evaluation.judging import named
+from eureka_megatron.evaluation.judging import benchmark_named
 from eureka_megatron.evaluation.rows import GOLDS, Rows, groups
 from eureka_megatron.evaluation.scores import accuracy, by_group
 from eureka_megatron.evaluation.verdict import items
@@ -115,7 +115,7 @@ def pair_up(model: Path, benchmarks: Sequence[str], data: Sequence[Path]) -> tup
     Raises:
         ConfigError: their numbers differ, or a name is unknown.
     """
-    names = [named(name) for name in benchmarks]
+    names = [benchmark_named(name) for name in benchmarks]
     beside = model / ".." / "data" / "test.jsonl"
     if not data and names == ["counting"] and beside.is_file():
         data = [absolute(beside.resolve())]
