@@ -35,6 +35,8 @@ _PARTS = re.compile(
     r"|oe|tp|mm|to|maths|physics|comp|cee)*"
 )
 _TRUE_NORTH = re.compile(r"(°|\^\s*\{?\s*\\circ\s*\}?|\bdegrees)\s*(?:\\(?:mathrm|text)\s*\{\s*T\s*\}|T)(?![A-Za-z])")
+_CALLED = re.compile(r"^\s*\$?\s*[A-Z]?[a-z]{3,}[a-z ]*\$?\s*=\s*\$?(?=[^=]+$)|\$\s*$")
+_QUANTITY_CHARACTERS = 400
 
 
 def judge_official(benchmark: str, row: Row, text: str, *, extracted: bool = False) -> Verdict:
@@ -153,8 +155,9 @@ def _mathverse(row: Row, text: str, *, extracted: bool = False) -> Verdict:
 
 
 def _agrees_converted(answer: str, gold: str) -> bool:
-    """As MathVerse's authors have it: 50 cm is 0.5 m; and a bearing's T may be missing (053^\\circ T)."""
-    return agrees(_TRUE_NORTH.sub(r"\1", answer), _TRUE_NORTH.sub(r"\1", gold), "converted")
+    """As MathVerse's authors have it: 50 cm is 0.5 m. A bearing's T may be missing (053^\\circ T), and V may stand for "Volume $=3 $"."""
+    answer, gold = (_TRUE_NORTH.sub(r"\1", text) for text in (answer, gold))
+    return any(agrees(answer, one, "converted") for one in dict.fromkeys((gold, _CALLED.sub("", gold))))
 
 
 def _mathvision(row: Row, text: str, *, extracted: bool = False) -> Verdict:
@@ -169,18 +172,20 @@ def _mathvision(row: Row, text: str, *, extracted: bool = False) -> Verdict:
 def _olympiadbench(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     """Against all answers together. A unit that the row names may stand with the answer, a tolerance that it gives is granted."""
     answer, golds = text if extracted else paper_extraction(text), olympiadbench.golds(row)
-    gold = ", ".join(golds)
-    if agrees(answer, gold):
-        return Verdict(answer, True)
-    if unit := optional(row, "unit"):
-        bare = gold.strip().strip("$")
-        if agrees(answer, f"{bare} {unit.strip().strip('$')}", "converted"):
+    gold, unit, tolerance = ", ".join(golds), optional(row, "unit").strip().strip("$"), olympiadbench.tolerances(row)
+    measured = len(golds) == len(tolerance) == 1 and tolerance[0] > olympiadbench.EXACT
+    if len(answer) > _QUANTITY_CHARACTERS or not (unit or measured):
+        return Verdict(answer, agrees(answer, gold))
+    value, own = units.split(canonical(answer))
+    if unit:
+        unit = canonical(unit)
+        if agrees(answer, f"{gold.strip().strip('$')} {unit}", "converted"):
             return Verdict(answer, True)
-    tolerance = olympiadbench.tolerances(row)
-    if len(golds) > 1 or len(tolerance) > 1 or tolerance[0] <= olympiadbench.EXACT:
-        return Verdict(answer, False)
-    value, _ = units.split(canonical(answer))
-    return Verdict(answer, olympiadbench.near(gold.replace("$", ""), value.replace("$", ""), tolerance[0]))
+        wanted = units.unit(unit)
+        if own is not None and own.powers == wanted.powers and own.factor != wanted.factor:  # 5 cm for 5 m
+            return Verdict(answer, False)
+    near = measured and olympiadbench.near(gold.replace("$", ""), value.replace("$", ""), tolerance[0])
+    return Verdict(answer, near or agrees(answer, gold))
 
 
 def _wemath(row: Row, text: str, *, extracted: bool = False) -> Verdict:

@@ -96,6 +96,11 @@ def _ratio(text: str) -> str:
     return re.sub(r"^([^:]+):([^:]+)$", r"\\frac{\1}{\2}", text)
 
 
+def _braced(text: str) -> str:
+    """\\frac12 as \\frac{1}{2}: OlympiadBench's parser reads digits without braces, MathVision's does not."""
+    return re.sub(r"(\\[dt]?frac\{[^{}]*\})\s*(\d)", r"\1{\2}", re.sub(r"(\\[dt]?frac)\s*(\d)", r"\1{\2}", text))
+
+
 def parse(text: str) -> sympy.Basic:
     from latex2sympy2_extended import latex2sympy
 
@@ -108,7 +113,7 @@ def _expressions(gold: str, answer: str, tolerance: float) -> bool:
     """Right sides where there is an "=". Without symbols their difference is bounded, with symbols it must vanish."""
     import sympy
 
-    left, right = (parse(side.split("=")[-1] if "=" in side else side) for side in (gold, answer))
+    left, right = (parse(_braced(side.split("=")[-1])) for side in (gold, answer))
     if left == right:
         return True
     left, right = (_with_pi(side) for side in (left, right))
@@ -138,7 +143,9 @@ def _equations(gold: str, answer: str, tolerance: float) -> bool:
     """Both sides' differences are non-zero whole multiples of one another."""
     import sympy
 
-    first, second = (parse(left) - parse(right) for left, right in (gold.split("="), answer.split("=")))
+    first, second = (
+        parse(left) - parse(right) for left, right in (_braced(gold).split("="), _braced(answer).split("="))
+    )
     for above, below in ((first, second), (second, first)):
         ratio = sympy.simplify(above / below)
         if ratio.is_Integer and ratio != 0:

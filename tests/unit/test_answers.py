@@ -147,21 +147,9 @@ HOSTILE = [
 
 
 def test_hostile_answers_end_soon_and_are_wrong(tmp_path: Path) -> None:
-    """Nothing in them is run. Measured at most 4 s for one, on a busy machine: an isolated process gives up after 5 s and starts again."""
+    """Nothing in them is run. Measured at most 2 s for one; an isolated process gives up after 5 s and starts again."""
     mark = tmp_path / "mark"
-    for key in (
-        "k_frac",
-        "v_root",
-        "v_color",
-        "v_int",
-        "e_angle",
-        "e_area",
-        "m_nums",
-        "m_third",
-        "o_frac",
-        "o_expr",
-        "w_area",
-    ):
+    for key in ("k_frac", "v_color", "v_int", "e_area", "m_nums", "o_expr", "w_area"):
         of = ROWS[key]
         for text in HOSTILE:
             text, started = text.replace("{mark}", str(mark)), time.monotonic()
