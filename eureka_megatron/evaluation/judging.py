@@ -121,8 +121,9 @@ def _mathvista(row: Row, text: str, *, extracted: bool = False) -> Verdict:
     choices = items(row.get("choices"))
     if mathvista.question_type(row) == "multi_choice":
         options = {chr(ord("A") + place): choice for place, choice in enumerate(choices)}
-        letter = _option(text, options, extracted)
-        # By the text: of two equal choices either is right.
+        distinct = {chr(ord("A") + choices.index(choice)): choice for choice in choices}
+        letter = _option(text, distinct if bare_letter(answer) is None else options, extracted)
+        # By the text: of two equal choices (three rows have such) either is right, where the original wants the first one's letter.
         return Verdict(letter, letter is not None and options.get(letter) == gold)
     if optional(row, "answer_type") == "list":
         return Verdict(answer, False)  # the original compares with the text of None

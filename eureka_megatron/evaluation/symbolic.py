@@ -1,7 +1,7 @@
 """What is equal as mathematics but not as strings: LaTeX read and evaluated in a process of its own, with limits on time and memory.
 
-Model answers are never evaluated as code. `ask` may be called anywhere; `judge_rows` is what the isolated process runs, under the judges' own
-pool (rewards.judge), and a formula that breaks a limit is equal to nothing.
+Model answers are never evaluated as code. `ask` may be called anywhere; `judge_rows` is what the isolated process runs (by way of `formulas`),
+under the judges' own pool (rewards.judge), and a formula that breaks a limit is equal to nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLAIN = re.compile(r"\s*-?\d+(\.\d+)?\s*")
 
 @functools.lru_cache(maxsize=1)
 def _pool() -> JudgePool:
-    pool = JudgePool(workers=1, time_limit_seconds=SECONDS, user_function=f"{__name__}:judge_rows")
+    pool = JudgePool(workers=1, time_limit_seconds=SECONDS, user_function=f"{__package__}.formulas:judge_rows")
     atexit.register(pool.close)
     return pool
 
