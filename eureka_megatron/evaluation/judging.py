@@ -123,8 +123,8 @@ def _mathvista(row: Row, text: str, *, extracted: bool = False) -> Verdict:
         options = {chr(ord("A") + place): choice for place, choice in enumerate(choices)}
         distinct = {chr(ord("A") + choices.index(choice)): choice for choice in choices}
         letter = _option(text, distinct if bare_letter(answer) is None else options, extracted)
-        # By the text: of two equal choices (three rows have such) either is right, where the original wants the first one's letter.
-        return Verdict(letter, letter is not None and options.get(letter) == gold)
+        # Of two equal choices (three rows have such) the original takes the first one's letter for the right one.
+        return Verdict(letter, gold in choices and letter == chr(ord("A") + choices.index(gold)))
     if optional(row, "answer_type") == "list":
         return Verdict(answer, False)  # the original compares with the text of None
     left, right = number(gold), number(answer)
