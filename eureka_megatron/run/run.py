@@ -113,12 +113,12 @@ class Run:
 
         def over_steps(name: str) -> float:
             values = [result[name] for result in results]
-            if name == "actor_lr":
+            if name == "actor_lr" or "/" in name:  # with a slash: of the whole rollout step, each time the same
                 return values[-1]
             return max(values) if name.endswith("_max") else sum(values) / len(values)
 
         self.global_step += len(results)
-        metrics = {f"train/{name}": over_steps(name) for name in results[0]}
+        metrics = {name if "/" in name else f"train/{name}": over_steps(name) for name in results[0]}
         return metrics | self.trainer.utilisation | {"train/global_step": self.global_step}
 
     def sync_weights(self, check: bool = False) -> dict[str, float]:
