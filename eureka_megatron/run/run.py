@@ -13,6 +13,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
+from eureka_megatron.gpus import held_memory, memory_metrics
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.ahead import Ahead
 from eureka_megatron.rollout.collector import Collector
@@ -133,7 +134,9 @@ class Run:
                 self.pool.weights_sent(report)  # and here those lost on the way
                 for index, checksums in self.pool.fingerprints().items() if check else ():
                     compare(report.fingerprints, checksums, where=f"rollout engine {index}")
-        return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
+        seconds = {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
+        memory = memory_metrics("engine", self.pool.memory) | memory_metrics("driver", [held_memory()])
+        return seconds | memory | {"perf/sync_bytes": float(report.nbytes)}
 
     def _resend(self, engines: Sequence[Any], wait: bool) -> SyncReport | None:
         """The present weights for engines that were started anew, see RolloutPool; their lines of the topology are brought up to date."""
