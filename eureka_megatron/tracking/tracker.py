@@ -113,7 +113,7 @@ class Tracker:
         if self._tensorboard is not None:
             self._guard("tensorboard", self._tensorboard.close)
         if self._wandb is not None:
-            self._guard("wandb", lambda: self._wandb.finish(exit_code=0 if error is None else 1))
+            self._guard("wandb", lambda: self._finish_wandb(0 if error is None else 1))
 
     def log(
         self, step: int, metrics: Mapping[str, float], distributions: Mapping[str, np.ndarray] | None = None
@@ -160,7 +160,7 @@ class Tracker:
     def _to_wandb(self, step: int, values: Mapping[str, float], distributions: Mapping[str, np.ndarray]) -> None:
         from wandb import Histogram
 
-        drawn = {name: Histogram(found, num_bins=BINS) for name, found in distributions.items()}
+        drawn = {name: Histogram(np_histogram=np.histogram(found, BINS)) for name, found in distributions.items()}
         # Under wandb's own counter too: rows of a resumed run that was recorded offline then follow those before when both are synced.
         self._wandb.log({"step": step, **values, **drawn}, step=step, commit=True)
         self._sent = step
@@ -229,6 +229,16 @@ class Tracker:
         if mode == "online":  # the server knows what has reached it
             self._sent = run.step - 1
         return run
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        import wandb
+
+        offline = self._wandb.offline
+        self._wandb.finish(exit_code=exit_code)
+        if (
+            offline and wandb.run is None
+        ):  # its service may still be writing, and a batch system ends all with the job: this waits
+            wandb.teardown()
 
     def _guard(self, which: str, action: Callable[[], Any]) -> None:
         try:

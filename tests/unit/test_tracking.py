@@ -24,6 +24,7 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.gpus import held_memory, memory_metrics
 from eureka_megatron.tracking.console import Console, format_seconds, format_value, sparkline
 from eureka_megatron.tracking.curves import SECTIONS, draw_curves, read_series, smooth
+from eureka_megatron.tracking.line import describe_step
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
 from eureka_megatron.tracking.tracker import Tracker, format_line, read_metrics
 from eureka_megatron.tracking.watch import Watch
@@ -204,7 +205,7 @@ def test_no_step_comes_twice_in_wandb_however_often_a_run_is_resumed(tmp_path, n
     assert wandb_rows(tmp_path) == [(step, step) for step in range(6)]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(6))
     with Tracker(run_config(wandb="offline"), tmp_path) as tracker:  # begins anew: another run of wandb's
-        tracker.log(0, {"train/reward": 1.0})
+        tracker.log(0, {})
     assert (tmp_path / "wandb-train.id").read_text() not in ids
     assert wandb_rows(tmp_path)[6:] == [(0, 0)]
 
@@ -304,6 +305,51 @@ def test_a_log_file_gets_the_first_and_the_last_step_and_few_between():
     assert lines[0].startswith("demo 1/100 · reward 0 · ")
     assert lines[1] == "demo 100/100 · reward 0.99"
     assert "\x1b" not in stream.getvalue()
+
+
+STEP = {
+    "rollout/reward": 1.1649,
+    "rewards/accuracy": 0.68,
+    "rewards/format": 0.97,
+    "rewards/timeouts": 3.0,
+    "train/reward": 0.9,
+    "train/response_length": 1183.4,
+    "train/truncated": 0.02,
+    "rollout/groups": 16.0,
+    "filter/kept": 14.0,
+    "filter/skipped": 0.0,
+    "train/logprob_abs_diff_max": 1.2e-7,
+    "perf/tokens_per_second_per_rank": 5321.4,
+    "perf/mfu": 0.413,
+    "time/rollout": 1.91,
+    "time/train": 1.12,
+    "time/sync": 0.09,
+}
+
+
+def test_the_line_of_a_step_says_what_came_out_and_what_it_cost():
+    assert describe_step(STEP) == [
+        "reward 1.16 (accuracy 0.68, format 0.97)",
+        "1,183 tokens a response (2% cut)",
+        "kept 14 of 16 groups",
+        "engine gap 1e-07",
+        "5,321 tokens/s a rank (41% MFU)",
+        "3.1 s (rollout 1.9, train 1.1, sync 0.1)",
+    ]
+    supervised = {"sft/loss": 0.5219, "sft/actor_lr": 1e-5, "sft/epoch": 1.25, "time/train": 0.84}
+    expected = ["loss 0.522 a token", "learning rate 1e-05", "epoch 1.25", "0.8 s"]
+    assert describe_step(supervised) == expected
+    assert describe_step({"rollout/groups": 4.0, "filter/kept": 0.0, "filter/skipped": 1.0}) == [
+        "kept 0 of 4 groups, too few: step skipped"
+    ]
+
+
+@pytest.mark.parametrize("left_out", STEP)
+def test_what_was_not_measured_is_left_out_of_the_line(left_out):
+    metrics = {name: value for name, value in STEP.items() if name != left_out}
+    line = Console(40, title="demo train", stream=io.StringIO()).line(metrics)
+    assert line.startswith("demo train 0/40 · ")
+    assert line.endswith("estimating the time to go")
 
 
 def test_a_slow_run_gets_a_line_for_every_step():
