@@ -11,6 +11,7 @@ from pathlib import Path
 from eureka_megatron.config import RunConfig
 from eureka_megatron.data.batch import (
     age_metrics,
+    distributions,
     make_batch,
     mean_return,
     rewards_differ,
@@ -41,6 +42,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
             collected = run.rollouts.take(step)  # with training.async_steps those of later steps begin now
         groups = collected.groups
         metrics = rollout_metrics(groups) | collected.metrics | {"rewards/timeouts": float(run.rewarder.timeouts)}
+        spread = {}
         if groups:
             metrics |= age_metrics(groups, run.weight_version)
             with run.trainer_turn:
@@ -48,6 +50,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
                     batch = make_batch(groups, config, step, run.weight_version)
                     metrics |= run.learn(batch) | {"train/return": mean_return(batch)}
                     metrics["train/rewards_differ"] = rewards_differ(groups, config)
+                    spread = distributions(groups, batch)
                 with tracker.phase("sync"):
                     metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
         if _due(config.training.evaluate_every, step) and run.evaluates:
@@ -55,7 +58,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
                 metrics |= {f"eval/{name}": value for name, value in run.evaluate(step + 1).items()}
         if step == 0:
             metrics |= {f"eval_before/{name}": value for name, value in before.items()}
-        tracker.log(step, metrics | schedule.figures())
+        tracker.log(step, metrics | schedule.figures(), spread)
         history.append(metrics)
         try:
             best.after(step, metrics, run)

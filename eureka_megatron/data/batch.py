@@ -68,7 +68,21 @@ def shaping_of(algorithm: AlgorithmSection) -> Shaping:
 
 def mean_return(batch: Batch) -> float:
     """Mean over responses of what they are credited with: the shaped reward (the original's `return`)."""
-    return float(np.mean([sample.advantages_S[sample.mask_S > 0].mean() for sample in batch.samples]))
+    return float(np.mean(_credits(batch)))
+
+
+def _credits(batch: Batch) -> list[float]:
+    return [sample.advantages_S[sample.mask_S > 0].mean() for sample in batch.samples]
+
+
+def distributions(groups: Sequence[Group], batch: Batch) -> dict[str, np.ndarray]:
+    """One value a response that is trained on, for histograms; an advantage is the mean over the response's tokens."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        "rewards": np.array([rollout.rewards["total"] for rollout in rollouts]),
+        "response_lengths": np.array([len(rollout.tokens_R) for rollout in rollouts]),
+        "advantages": np.array(_credits(batch)),
+    }
 
 
 def rewards_differ(groups: Sequence[Group], config: RunConfig) -> float:

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Unpack
@@ -67,6 +67,7 @@ class _Tally:
     tokens: int = 0
     truncated: int = 0
     reward: float = 0.0  # sum of totals
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sums of what totals are made of
     seconds_sampling: float = 0.0
     seconds_judging: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)  # all_wrong, mixed, all_right
@@ -189,6 +190,8 @@ class Collector:
             tally.tokens += len(rollout.tokens_R)
             tally.reward += rollout.rewards.get("total", 0.0)
             tally.truncated += rollout.finish_reason == "length"
+            for name, value in rollout.rewards.items():
+                tally.parts[name] += value
         return judged
 
     def _parts(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
@@ -246,6 +249,10 @@ class Collector:
         if tally.rollouts:  # all before the filter
             figures["train/accuracy_rewards_original"] = float(np.mean(tally.accuracies))
             figures["rollout/reward"] = tally.reward / tally.rollouts
+            parts = {
+                f"rewards/{name}": value / tally.rollouts for name, value in tally.parts.items() if name != "total"
+            }
+            figures |= parts
             figures["rollout/truncated"] = tally.truncated / tally.rollouts
             figures["rollout/tokens_per_second"] = tally.tokens / max(tally.seconds_sampling, 1e-9)
         return figures

@@ -39,6 +39,7 @@ import torch
 
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
+from eureka_megatron.gpus import held_memory
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config, tower_divides
 from eureka_megatron.rollout.settings import EngineOptions, cpu_settings, gpu_settings, hf_overrides, set_environment
 from eureka_megatron.rollout.weights import load_format
@@ -85,7 +86,6 @@ class Engine:
         self._serving: dict[str, tuple[int, Prompt]] = {}  # what `serve` is at work on, by vLLM's names
         directory = Path(options.model)
         config = read_hf_config(directory)
-        positions = config.text_config.max_position_embeddings
         set_environment()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -98,7 +98,7 @@ class Engine:
         self._llm = LLM(
             model=str(directory),
             load_format=load_format(directory),
-            hf_overrides=hf_overrides(options, positions, on_gpu=on_gpu),
+            hf_overrides=hf_overrides(options, config.text_config.max_position_embeddings, on_gpu=on_gpu),
             dtype="float32" if options.dtype == "float32" else "bfloat16",
             max_model_len=options.max_model_tokens + 1,
             max_num_seqs=options.max_concurrent,
@@ -321,10 +321,11 @@ class Engine:
         return combine(self._on_workers("pieces"))
 
     def status(self) -> dict[str, Any]:
-        """`{"pid", "workers", "weight_version", "failure"}`; also the way to wait until a remote engine is up."""
+        """`{"pid", "workers", "weight_version", "failure", "memory"}`; also the way to wait until a remote engine is up."""
         return {
             "pid": os.getpid(),
             "workers": self._pids,  # with one worker: that of the engine itself
+            "memory": held_memory(self._pids),
             "weight_version": self.weight_version,
             "failure": self._failure,
         }

@@ -79,6 +79,7 @@ class RolloutPool:
     Attributes:
         version: of the weights every engine has.
         restarts: engines replaced so far.
+        memory: `gpus.held_memory` of each engine after the last weights.
         before_sampling: called before engines sample; colocated ones are woken there.
     """
 
@@ -95,6 +96,7 @@ class RolloutPool:
         self.before_sampling: Callable[[], None] = lambda: None
         self.version = 0
         self.restarts = 0
+        self.memory: list[dict[str, float]] = []
         self.timeout_seconds = config.rollout.timeout_seconds
         self._sent = False  # whether the engines have other weights than those of model.path
         self._options = engine_options(config)
@@ -260,9 +262,11 @@ class RolloutPool:
         with self._gate:
             self.version = report.version
             self._sent = True
-            for index, status in self._on_all("status").items():
+            found = self._on_all("status")
+            for index, status in found.items():
                 self._require_version(index, status, self.version)
                 self._stale.pop(index, None)
+            self.memory = [status.get("memory", {}) for status in found.values()]
 
     def fingerprints(self) -> dict[int, dict[str, Fingerprint]]:
         """Of every engine by its number: checksums of the weights it computes with, for `sync.check.compare`."""

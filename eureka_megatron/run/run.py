@@ -13,6 +13,7 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
+from eureka_megatron.gpus import held_memory, memory_metrics
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.ahead import Ahead
 from eureka_megatron.rollout.collector import Collector
@@ -115,12 +116,12 @@ class Run:
 
         def over_steps(name: str) -> float:
             values = [result[name] for result in results]
-            if name == "actor_lr":
+            if name == "actor_lr" or "/" in name:  # with a slash: of the whole rollout step, each time the same
                 return values[-1]
             return max(values) if name.endswith("_max") else sum(values) / len(values)
 
         self.global_step += len(results)
-        metrics = {f"train/{name}": over_steps(name) for name in results[0]}
+        metrics = {name if "/" in name else f"train/{name}": over_steps(name) for name in results[0]}
         return metrics | self.trainer.utilisation | {"train/global_step": self.global_step}
 
     def sync_weights(self, check: bool = False) -> dict[str, float]:
@@ -135,7 +136,9 @@ class Run:
                 self.pool.weights_sent(report)  # and here those lost on the way
                 for index, checksums in self.pool.fingerprints().items() if check else ():
                     compare(report.fingerprints, checksums, where=f"rollout engine {index}")
-        return {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
+        seconds = {"sync/seconds": report.seconds, "sync/seconds_with_check": time.perf_counter() - start}
+        memory = memory_metrics("engine", self.pool.memory) | memory_metrics("driver", [held_memory()])
+        return seconds | memory | {"perf/sync_bytes": float(report.nbytes)}
 
     def _resend(self, engines: Sequence[Any], wait: bool) -> SyncReport | None:
         """The present weights for engines that were started anew, see RolloutPool; their lines of the topology are brought up to date."""

@@ -66,7 +66,8 @@ def supervise(
         first = found["step"]
     schedule = CheckpointSchedule(trainer, config, steps, state, tracker)
     for step in range(first, steps):
-        metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
+        with tracker.phase("train"):
+            metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
         metrics["epoch"] = (step + 1) * sft.samples_per_step / rows
         named = {name if "/" in name else f"sft/{name}": value for name, value in metrics.items()}
         tracker.log(step, named | schedule.figures())

@@ -1,6 +1,6 @@
 """What a run shows while it works: a live table on a terminal, plain lines in a log file.
 
-The table holds progress, phase, time left, and for each metric its last value and a small picture of its history. Where
+The table holds progress, phase, time left, the last step in words, and for each metric its last value and a small picture of its history. Where
 stdout is no terminal (CI, sbatch) a line is printed for the first and the last step and in between at most every
 `line_seconds`.
 """
@@ -18,6 +18,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from eureka_megatron.tracking.line import describe_step
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 HISTORY = 400  # values kept for each metric's small picture
@@ -71,7 +73,8 @@ class Console:
         self.stream = stream or sys.stdout
         self.live = enabled and (self.stream.isatty() if live is None else live)
         self.done = self.first_step = first_step
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}  # the last value of each
+        self.last: Mapping[str, float] = {}  # those of the last step
         self.history: dict[str, deque[float]] = {}
         # (name, when it began), outer phases first
         self._phases: list[tuple[str, float]] = []
@@ -121,6 +124,7 @@ class Console:
         if step + 1 > self.done:
             self.done = step + 1
             self._step_ends.append(now)
+        self.last = metrics
         for name, value in metrics.items():
             # History first: the refresh thread draws every name it finds in `metrics`.
             self.history.setdefault(name, deque(maxlen=HISTORY)).append(value)
@@ -146,9 +150,7 @@ class Console:
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """One line for a log: `demo 12/40 · reward 0.71 · … · 3m10s left`."""
-        parts = [f"{self.title} {self.done}/{self.total_steps}"]
-        for name in ranked(metrics)[:8]:
-            parts.append(f"{name.removeprefix('train/').removeprefix('sft/')} {format_value(metrics[name])}")
+        parts = [f"{self.title} {self.done}/{self.total_steps}", *describe_step(metrics)]
         left = self.seconds_left()
         if self.done < self.total_steps:
             parts.append("estimating the time to go" if left is None else f"{format_seconds(left)} left")
@@ -167,11 +169,12 @@ class Console:
         )
         body = Table(box=None, padding=(0, 2), show_header=False)
         # What fits the terminal; the rest is in metrics.jsonl.
-        height = self._view.console.height - 5 if self._view is not None else 18
+        height = self._view.console.height - 6 if self._view is not None else 18
         for name in ranked(self.metrics)[: max(4, min(18, height))]:
             picture = sparkline(self.history[name], 24)
             body.add_row(Text(name, style="cyan"), Text(format_value(self.metrics[name]), justify="right"), picture)
-        return Group(head, Text(self._phase_text(), style="yellow"), body)
+        last = Text(" · ".join(describe_step(self.last)), no_wrap=True, overflow="ellipsis")
+        return Group(head, Text(self._phase_text(), style="yellow"), last, body)
 
     def _phase_text(self) -> str:
         phases = list(self._phases)  # a copy: the refresh thread reads while the run goes on
@@ -184,10 +187,10 @@ class Console:
 
 
 def ranked(names: Mapping[str, Any]) -> list[str]:
-    """Names with those of LEADING first; seconds last."""
+    """Names with those of LEADING first; seconds and what else depends on the machine last."""
 
     def key(name: str) -> int:
-        if name.startswith("time/"):
+        if name.startswith(("time/", "perf/")):
             return len(LEADING) + 1
         return next((place for place, word in enumerate(LEADING) if word in name), len(LEADING))
 

@@ -29,6 +29,9 @@ LABELS = {
     "train/reward": "groups trained on",
     "train/format_rewards": "of these: format",
     "train/logprob_abs_diff_max": "largest of a step",
+    "mismatch/tail": "99th percentile",
+    "mismatch/text": "mean, text",
+    "mismatch/pictures": "mean, with pictures",
     "train/response_length": "all",
     "train/correct_response_length": "correct",
     "train/wrong_response_length": "wrong",
@@ -63,7 +66,9 @@ SECTIONS = (
     ),
     Section("Reward", ("rollout/reward", "train/reward", "train/format_rewards"), "mean reward of a response"),
     Section("Cold start", ("sft/loss",), "loss of a token (nats)", xlabel="supervised step", stage="sft"),
-    Section("Trainer against rollout engine", ("*logprob*diff*",), "difference of log-probabilities", log=True),
+    Section(
+        "Trainer against rollout engine", ("*logprob*diff*", "mismatch/*"), "difference of log-probabilities", log=True
+    ),
     Section(
         "Length of the responses",
         ("train/response_length", "train/correct_response_length", "train/wrong_response_length"),
@@ -120,7 +125,7 @@ def read_series(records: Sequence[Mapping[str, Any]]) -> Series:
     """Steps and values of each metric, in order of steps; what is not a number is left out."""
     points: dict[str, dict[int, float]] = {}
     for record in records:
-        for name, value in record.items():
+        for name, value in {**record, **record.get("timed", {})}.items():
             if name not in ("step", "time", "stage", "non_finite") and isinstance(value, int | float):
                 points.setdefault(name, {})[record["step"]] = float(value)
     return {

@@ -1,11 +1,12 @@
 """Metrics of a run: `metrics.jsonl` (the record that counts), TensorBoard, wandb and the console.
 
 Files in the run folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `tensorboard/<stage>`, `wandb/`,
-`wandb-<stage>.id`.
+`wandb-<stage>.id`, `wandb-<stage>.step`.
 
-A JSON line: {"step": 3, "stage": "train", "time": 1760000000.1, "train/reward": 0.7}. The file is strict JSON: a value
-that is not finite is null, and the line's "non_finite" says what it was. Several stages (sft, then train) share one run
-folder; each counts its own steps.
+A JSON line: {"step": 3, "stage": "train", "time": 1760000000.1, "train/reward": 0.7, "timed": {"perf/train_seconds": 4.1}}. What says
+how fast a machine was and what it held stands together in "timed": whoever compares two runs leaves it out. The file is strict JSON: a value
+that is not finite is null, and the line's "non_finite" says what it was. Several stages (sft, then train) share one run folder; each counts
+its own steps.
 
 wandb and TensorBoard must never stop a run: whatever they raise is told once, and the run goes on without them. Lines that a full disk does
 not take wait until it does; a line is in metrics.jsonl whole or not at all.
@@ -26,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from eureka_megatron.config import RunConfig
 from eureka_megatron.session import shielded
 from eureka_megatron.tracking.console import Console
@@ -42,12 +45,14 @@ VERSIONED = [
     "transformers",
     "transformer-engine",
 ]
+BINS = 64  # of a histogram
+TIMED = "perf/"  # of metrics that depend on the machine and its clock
 # An unreachable server costs the first once; then the run is recorded offline.
 WANDB_SECONDS = {"init_timeout": 30, "finish_timeout": 60}
 
 
 class Tracker:
-    """Records one stage of a run. A context manager; `log` may be called several times a step.
+    """Records one stage of a run. A context manager; `log` may be called several times a step, wandb gets the first.
 
     With `start_step` > 0 an earlier run is continued: its lines from that step on, which will be computed again, move
     from metrics.jsonl to metrics.replaced.jsonl, and TensorBoard and wandb continue their series.
@@ -76,11 +81,15 @@ class Tracker:
         self._waiting: list[bytes] = []
         self._tensorboard: Any = None
         self._wandb: Any = None
+        # The last step that wandb has. What a resumed run computes again stays there as it was: rows cannot be replaced.
+        self._sent = -1
 
     def __enter__(self) -> "Tracker":
         self.run_dir.mkdir(parents=True, exist_ok=True)
         # What failed before its first step leaves nothing worth keeping.
         begins = self.start_step == 0 and not (self.path.exists() and self.path.stat().st_size)
+        if self.start_step:
+            self._sent = last_step(self.path, self.stage)
         cut_lines(self.path, self.stage, self.start_step)
         self._record_run(begins)
         self._lines = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -104,17 +113,27 @@ class Tracker:
         if self._tensorboard is not None:
             self._guard("tensorboard", self._tensorboard.close)
         if self._wandb is not None:
-            self._guard("wandb", lambda: self._wandb.finish(exit_code=0 if error is None else 1))
+            self._guard("wandb", lambda: self._finish_wandb(0 if error is None else 1))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of `step`, names as given, and `time/<phase>` of phases that ended since the last call."""
-        values = {name: _number(name, value) for name, value in {**self.console.take_times(), **metrics}.items()}
+    def log(
+        self, step: int, metrics: Mapping[str, float], distributions: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Record the metrics of `step`, names as given, and the seconds of phases that ended since the last call, as
+        `time/<phase>` and `perf/<phase>_seconds`.
+
+        distributions: values by name; TensorBoard and wandb show them as histograms/<name>, in BINS bins however many there are.
+        """
+        times = self.console.take_times()
+        seconds = {f"perf/{name.removeprefix('time/')}_seconds": value for name, value in times.items()}
+        values = {name: _number(name, value) for name, value in {**times, **seconds, **metrics}.items()}
         self._waiting.append((format_line(step, self.stage, values) + "\n").encode())
         self._write_lines()
+        finite = {name: found[np.isfinite(found)] for name, found in (distributions or {}).items()}
+        drawn = {f"histograms/{name}": found for name, found in finite.items() if len(found)}
         if self._tensorboard is not None:
-            self._guard("tensorboard", lambda: [self._tensorboard.add_scalar(*item, step) for item in values.items()])
-        if self._wandb is not None:
-            self._guard("wandb", lambda: self._wandb.log({"step": step, **values}))
+            self._guard("tensorboard", lambda: self._to_tensorboard(step, values, drawn))
+        if self._wandb is not None and step > self._sent:
+            self._guard("wandb", lambda: self._to_wandb(step, values, drawn))
         self.console.show(step, values)
         text = self._watch.after(values)
         if text and step + 1 < self.console.total_steps:  # after the last one it is told as a whole
@@ -131,6 +150,20 @@ class Tracker:
             os.ftruncate(self._lines, size)
             if len(self._waiting) == 1:
                 self._warn(f"{self.path}: {error.strerror}; its lines wait")
+
+    def _to_tensorboard(self, step: int, values: Mapping[str, float], distributions: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        for name, found in distributions.items():
+            self._tensorboard.add_histogram(name, found, step, bins=BINS, max_bins=BINS)
+
+    def _to_wandb(self, step: int, values: Mapping[str, float], distributions: Mapping[str, np.ndarray]) -> None:
+        from wandb import Histogram
+
+        drawn = {name: Histogram(np_histogram=np.histogram(found, BINS)) for name, found in distributions.items()}
+        # Under wandb's own counter too: rows of a resumed run that was recorded offline then follow those before when both are synced.
+        self._wandb.log({"step": step, **values, **drawn}, step=step, commit=True)
+        self._sent = step
 
     def _open_tensorboard(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -171,8 +204,14 @@ class Tracker:
         import wandb
 
         path = self.run_dir / f"wandb-{self.stage}.id"
+        sent = path.with_suffix(".step")  # of runs that were resumed from further and further back
         if not path.exists() or self.start_step == 0:
             path.write_text(secrets.token_hex(6))
+            sent.unlink(missing_ok=True)
+        elif sent.exists():
+            self._sent = max(self._sent, int(sent.read_text()))
+        if self.start_step:
+            sent.write_text(str(self._sent))
         with shielded():  # its service logs until the driver says that the run is over
             run = wandb.init(
                 mode=mode,
@@ -186,9 +225,20 @@ class Tracker:
                 config=self.config.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True, console="off", save_code=False, **WANDB_SECONDS),
             )
-        # Stages and late evaluations may log an earlier step again; wandb's own counter would drop such rows.
         run.define_metric("*", step_metric="step")
+        if mode == "online":  # the server knows what has reached it
+            self._sent = run.step - 1
         return run
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        import wandb
+
+        offline = self._wandb.offline
+        self._wandb.finish(exit_code=exit_code)
+        if (
+            offline and wandb.run is None
+        ):  # its service may still be writing, and a batch system ends all with the job: this waits
+            wandb.teardown()
 
     def _guard(self, which: str, action: Callable[[], Any]) -> None:
         try:
@@ -216,7 +266,10 @@ def _unless_tensorboard(failure: threading.ExceptHookArgs) -> None:
 def format_line(step: int, stage: str, values: Mapping[str, float]) -> str:
     """One line of metrics.jsonl, strict JSON."""
     record: dict[str, Any] = {"step": step, "stage": stage, "time": round(time.time(), 3)}
-    record.update({name: value if math.isfinite(value) else None for name, value in values.items()})
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    record |= {name: value for name, value in finite.items() if not name.startswith(TIMED)}
+    if timed := {name: value for name, value in finite.items() if name.startswith(TIMED)}:
+        record["timed"] = timed
     non_finite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
     if non_finite:
         record["non_finite"] = non_finite
@@ -249,6 +302,12 @@ def cut_lines(path: Path, stage: str, start_step: int) -> None:
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(kept), encoding="utf-8")
         fresh.replace(path)
+
+
+def last_step(path: Path, stage: str) -> int:
+    """The largest of a stage's lines; −1 where there is none."""
+    records = read_metrics(path) if path.exists() else []
+    return max((record["step"] for record in records if record.get("stage") == stage), default=-1)
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ from eureka_megatron.checkpoint.writer import SLOWEST_DISK, Report
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
-from eureka_megatron.gpus import peak_of
+from eureka_megatron.gpus import held_memory, memory_metrics, peak_of
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
 from eureka_megatron.models.qwen2_5_vl.operations import update_operations
 from eureka_megatron.parallel.runtime import init_parallel, patient
@@ -201,6 +201,10 @@ class TrainerRank:
         """See TrainerCheckpoints.save."""
         self.checkpoints.save(step, texts, **state)
 
+    def memory(self) -> dict[str, float]:
+        """See gpus.held_memory."""
+        return held_memory()
+
     def rest(self) -> None:
         """See PolicyTrainer.rest."""
         self.trainer.rest(move=self.config.training.offload)
@@ -221,7 +225,7 @@ class TrainerGroup:
     def __init__(self, config: RunConfig, options: Sequence[dict[str, Any]] | None = None) -> None:
         self.config = config
         # Of the last `train`: `timed/tflops`, 10¹² model operations a second and rank over all that they took, and `timed/mfu`, their share
-        # of the device's bf16 peak, if that is known.
+        # of the device's bf16 peak, if that is known; under perf/ that share, the tokens and what the ranks hold of memory.
         self.utilisation: dict[str, float] = {}
         self._submitting = threading.Lock()
         world = config.parallel.world_size
@@ -310,7 +314,11 @@ class TrainerGroup:
         operations = update_operations(self._sizes, rows, saved, frozen_tower=first.tower_ranks > 0)
         rate = operations / seconds / len(self.ranks) / 1e12
         peak = peak_of(first.device)
-        return {"timed/tflops": rate} | ({"timed/mfu": rate / peak} if peak is not None else {})
+        tokens = sum(len(sample) for row in rows for sample in row)
+        found = {"timed/tflops": rate, "perf/tokens_per_second_per_rank": tokens / seconds / len(self.ranks)}
+        if peak is not None:
+            found |= {"timed/mfu": rate / peak, "perf/mfu": rate / peak}
+        return found | memory_metrics("trainer", self._all("memory"))
 
     def _shared(self, method: str, parts: Sequence[Share]) -> Any:
         """The reporting rank's answer. Ranks of one data-parallel rank read the same object of Ray's store."""

@@ -5,7 +5,7 @@ Gradients are therefore summed over micro-batches and data-parallel ranks and ne
 packing, micro-batch size or data parallelism.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from eureka_megatron.rl.losses import LossInputs, Metrics, add_metrics, policy_l
 from eureka_megatron.rl.shaping import Shaping
 from eureka_megatron.train.parcel import Update
 from eureka_megatron.train.pipeline import communication
-from eureka_megatron.types import ContextShare, MicroBatch, Sample, VisionBatch
+from eureka_megatron.types import ContextShare, MicroBatch, VisionBatch
 
 Record = TypeVar("Record", bound=MicroBatch | VisionBatch | ContextShare)
 # (hidden states [T, H], output weight, micro-batch) → (loss, metrics); called on the last stage only.
@@ -217,22 +217,6 @@ def policy_step_loss(
         global_sequences=update.sequences,
     )
     return policy_loss(objective.loss, inputs, compat=objective.compat, **objective.options)
-
-
-def engine_gap(batches: Sequence[MicroBatch], samples: Sequence[Sample], device: torch.device) -> Tensor:
-    """Largest difference between the trainer's and the engine's log-probabilities on fresh rollouts, of this rank's share; float64.
-
-    The metric of the whole system's health. Rollouts kept from an earlier step were sampled from other weights: they differ, and should.
-    """
-    gap = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in batches:
-        if batch.rollout_logprobs_T is None or batch.old_logprobs_T is None:
-            continue
-        fresh = torch.tensor([*(samples[i].weight_lag == 0 for i in batch.sample_indices), False])  # the last: padding
-        counted = runtime.to_device(batch.mask_T.bool() & fresh[batch.sequence_ids_T], device)
-        old, sampled = (runtime.to_device(v, device) for v in (batch.old_logprobs_T, batch.rollout_logprobs_T))
-        gap = torch.maximum(gap, torch.where(counted, (old - sampled).abs(), 0.0).max().double())
-    return gap
 
 
 def reduce_over_data(parts: Iterable[Metrics], parallel: Parallel) -> Metrics:

@@ -31,6 +31,7 @@ from eureka_megatron.sync.source import MegatronWeightSource, TensorMeta
 from eureka_megatron.train import packing, step
 from eureka_megatron.train.freeze import freeze as freeze_parameters
 from eureka_megatron.train.freeze import frozen_tower
+from eureka_megatron.train.mismatch import mismatch
 from eureka_megatron.train.offload import Offload
 from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
 from eureka_megatron.train.parcel import Rules, Share, shares, unwrap, unwrap_pictures
@@ -195,7 +196,8 @@ class PolicyTrainer:
                     batches[own] = [
                         replace(batch, old_logprobs_T=values) for batch, values in zip(batches[own], old, strict=True)
                     ]
-        gap = self._engine_gap(batches, share)
+        tokens = sum(update.tokens for update in share.updates)
+        gap = mismatch(batches, share.parcel.samples, self.parallel, tokens)
         return [result | gap for result in results]
 
     def supervise(self, share: Share) -> dict[str, float]:
@@ -233,10 +235,6 @@ class PolicyTrainer:
             return batches
         known: list[dict[str, Any]] = [{f"{which}_logprobs_T": part["logprobs_T"]} for part in parts]
         return [replace(batch, **values) for batch, values in zip(batches, known, strict=True)]
-
-    def _engine_gap(self, batches: list[MicroBatch], share: Share) -> dict[str, float]:
-        gap = step.engine_gap(batches, share.parcel.samples, self.parallel.device)
-        return reduce_metrics([step.reduce_over_data([{"logprob_abs_diff_max": gap}], self.parallel)])
 
     def _sum_over_data(self, values: Tensor) -> Tensor:
         if self.parallel.data.size == 1:

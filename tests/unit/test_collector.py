@@ -95,6 +95,15 @@ def test_groups_outside_the_bounds_are_dropped_and_sampling_goes_on_until_there_
     assert collector.metrics["train/accuracy_rewards_original"] == pytest.approx((0 + 2 + 4 + 1) / 16)
 
 
+def test_the_mean_of_each_part_of_the_rewards_is_over_all_responses_of_the_step() -> None:
+    collector, *_ = make([0, 2, 4, 1])
+    collector.collect(0)
+    assert collector.metrics["rewards/accuracy"] == (0 + 2 + 4 + 1) / 16
+    assert collector.metrics["rewards/format"] == 1.0
+    assert collector.metrics["rollout/reward"] == collector.metrics["rewards/accuracy"] + 0.5
+    assert "rewards/total" not in collector.metrics
+
+
 def test_bounds_are_inclusive() -> None:
     collector, *_ = make([0, 1, 3, 4], lower=0.25, upper=0.75, prompts_per_step=2)
     assert ids(collector.collect(0)) == ["1", "2"]

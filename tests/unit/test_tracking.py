@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -17,12 +18,17 @@ import pytest
 from PIL import Image
 
 from eureka_megatron.config import RewardsSection, RunConfig, load_config, make_config
+from eureka_megatron.data.batch import distributions
+from eureka_megatron.data.samples import training_sample
 from eureka_megatron.errors import UserError
+from eureka_megatron.gpus import held_memory, memory_metrics
 from eureka_megatron.tracking.console import Console, format_seconds, format_value, sparkline
 from eureka_megatron.tracking.curves import SECTIONS, draw_curves, read_series, smooth
+from eureka_megatron.tracking.line import describe_step
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
 from eureka_megatron.tracking.tracker import Tracker, format_line, read_metrics
 from eureka_megatron.tracking.watch import Watch
+from eureka_megatron.types import Batch, Group, Prompt, Rollout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,6 +133,14 @@ def test_what_failed_before_its_first_step_is_not_what_the_folder_records(tmp_pa
     assert load_config(tmp_path / "config-train-0.yaml") == failed
 
 
+def test_what_depends_on_the_machine_stands_together_in_a_line():
+    record = json.loads(format_line(3, "train", {"perf/mfu": 0.4, "train/loss": 1.0, "perf/sync_bytes": math.nan}))
+    assert record["timed"] == {"perf/mfu": 0.4, "perf/sync_bytes": None}
+    assert record["non_finite"] == {"perf/sync_bytes": "nan"}
+    assert read_series([record])["perf/mfu"][1].tolist() == [0.4]
+    assert not [name for name in record if name.startswith("perf/")]
+
+
 # ------------------------------------------------------------------------------------------------- TensorBoard and wandb
 
 
@@ -148,6 +162,92 @@ def test_wandb_records_offline_and_a_resume_keeps_its_id(tmp_path, no_login):
     runs = list((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert runs
     assert all(b"train/reward" in run.read_bytes() for run in runs)
+
+
+def wandb_rows(folder: Path) -> list[tuple[int, int]]:
+    """(its own step, ours) of each row, in the order in which they were recorded, of all offline files of the folder."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for data in leveldb_records(path.read_bytes()):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+                found.append((int(items["_step"]), int(items["step"])))
+    return found
+
+
+def leveldb_records(data: bytes) -> list[bytes]:
+    """Of a log in LevelDB's format behind wandb's 7 bytes: blocks of 32 KiB; before each piece a checksum, its length and its kind."""
+    found, place, record = [], 7, b""
+    while place < len(data):
+        if (rest := 2**15 - place % 2**15) < 7:
+            place += rest
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            found.append(record)
+            record = b""
+    return found
+
+
+def test_no_step_comes_twice_in_wandb_however_often_a_run_is_resumed(tmp_path, no_login):
+    ids = set()
+    for start, end in ((0, 4), (2, 3), (1, 6)):  # the second has gone back by two steps, the third by more
+        with Tracker(run_config(wandb="offline"), tmp_path, start_step=start) as tracker:
+            for step in range(start, end):
+                tracker.log(step, {"train/reward": step}, {"rewards": np.array([0.0, 1.0, math.nan])})
+        ids.add((tmp_path / "wandb-train.id").read_text())
+    assert len(ids) == 1
+    assert wandb_rows(tmp_path) == [(step, step) for step in range(6)]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(6))
+    with Tracker(run_config(wandb="offline"), tmp_path) as tracker:  # begins anew: another run of wandb's
+        tracker.log(0, {})
+    assert (tmp_path / "wandb-train.id").read_text() not in ids
+    assert wandb_rows(tmp_path)[6:] == [(0, 0)]
+
+
+def test_distributions_hold_one_value_a_response():
+    def rollout(tokens, total):
+        return Rollout(np.arange(tokens), np.zeros(tokens, np.float32), "", "stop", 0, {"total": total})
+
+    prompt = Prompt("0", "", "3", np.arange(2), np.zeros((3, 2), int))
+    samples = [training_sample(prompt, np.arange(tokens), advantage=value) for tokens, value in ((3, 0.5), (5, -0.5))]
+    found = distributions([Group(prompt, (rollout(3, 1.5), rollout(5, 0.0)))], Batch.of(samples))
+    expected = {"rewards": [1.5, 0.0], "response_lengths": [3, 5], "advantages": [0.5, -0.5]}
+    assert {name: values.tolist() for name, values in found.items()} == expected
+
+
+def test_memory_of_each_process_while_there_are_few():
+    own = held_memory()
+    assert held_memory([os.getpid(), os.getppid()])["memory_gib"] > own["memory_gib"] > 0.01
+    few = memory_metrics("engine", [{"memory_gib": 1.0}, {"memory_gib": 2.0, "gpu_memory_gib": 5.0}])
+    assert few == {
+        "perf/memory_gib_engine_max": 2.0,
+        "perf/memory_gib_engine_0": 1.0,
+        "perf/memory_gib_engine_1": 2.0,
+        "perf/gpu_memory_gib_engine_max": 5.0,
+        "perf/gpu_memory_gib_engine_1": 5.0,
+    }
+    assert memory_metrics("trainer", [own] * 64).keys() == {f"perf/{name}_trainer_max" for name in own}
+    assert memory_metrics("engine", []) == {}
+
+
+def test_histograms_are_of_bounded_size_and_not_in_the_lines(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = np.append(np.random.default_rng(0).normal(size=10_000), math.inf)
+    with Tracker(run_config(tensorboard=True), tmp_path) as tracker:
+        tracker.log(0, {}, {"advantages": values, "rewards": np.zeros(4), "response_lengths": np.array([])})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "train")).Reload()
+    assert events.Tags()["histograms"] == ["histograms/advantages", "histograms/rewards"]
+    found = events.Histograms("histograms/advantages")[0].histogram_value
+    assert found.num == 10_000
+    assert len(found.bucket) <= 66
+    assert read_metrics(tmp_path / "metrics.jsonl")[0].keys() == {"step", "stage", "time"}
 
 
 def test_wandb_that_cannot_start_is_one_warning_and_the_run_goes_on(tmp_path, no_login, monkeypatch, capsys):
@@ -207,6 +307,51 @@ def test_a_log_file_gets_the_first_and_the_last_step_and_few_between():
     assert "\x1b" not in stream.getvalue()
 
 
+STEP = {
+    "rollout/reward": 1.1649,
+    "rewards/accuracy": 0.68,
+    "rewards/format": 0.97,
+    "rewards/timeouts": 3.0,
+    "train/reward": 0.9,
+    "train/response_length": 1183.4,
+    "train/truncated": 0.02,
+    "rollout/groups": 16.0,
+    "filter/kept": 14.0,
+    "filter/skipped": 0.0,
+    "train/logprob_abs_diff_max": 1.2e-7,
+    "perf/tokens_per_second_per_rank": 5321.4,
+    "perf/mfu": 0.413,
+    "time/rollout": 1.91,
+    "time/train": 1.12,
+    "time/sync": 0.09,
+}
+
+
+def test_the_line_of_a_step_says_what_came_out_and_what_it_cost():
+    assert describe_step(STEP) == [
+        "reward 1.16 (accuracy 0.68, format 0.97)",
+        "1,183 tokens a response (2% cut)",
+        "kept 14 of 16 groups",
+        "engine gap 1e-07",
+        "5,321 tokens/s a rank (41% MFU)",
+        "3.1 s (rollout 1.9, train 1.1, sync 0.1)",
+    ]
+    supervised = {"sft/loss": 0.5219, "sft/actor_lr": 1e-5, "sft/epoch": 1.25, "time/train": 0.84}
+    expected = ["loss 0.522 a token", "learning rate 1e-05", "epoch 1.25", "0.8 s"]
+    assert describe_step(supervised) == expected
+    assert describe_step({"rollout/groups": 4.0, "filter/kept": 0.0, "filter/skipped": 1.0}) == [
+        "kept 0 of 4 groups, too few: step skipped"
+    ]
+
+
+@pytest.mark.parametrize("left_out", STEP)
+def test_what_was_not_measured_is_left_out_of_the_line(left_out):
+    metrics = {name: value for name, value in STEP.items() if name != left_out}
+    line = Console(40, title="demo train", stream=io.StringIO()).line(metrics)
+    assert line.startswith("demo train 0/40 · ")
+    assert line.endswith("estimating the time to go")
+
+
 def test_a_slow_run_gets_a_line_for_every_step():
     stream = io.StringIO()
     with Console(4, stream=stream, line_seconds=0.0) as console:
@@ -249,7 +394,9 @@ def test_tracker_logs_the_seconds_of_its_phases(tmp_path):
             with tracker.phase("train"):
                 time.sleep(0.01)
             tracker.log(step, {})
-    assert all(0.01 <= record["time/train"] < 1 for record in read_metrics(tmp_path / "metrics.jsonl"))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(0.01 <= record["time/train"] < 1 for record in records)
+    assert all(record["timed"] == {"perf/train_seconds": record["time/train"]} for record in records)
 
 
 def test_time_left_follows_the_last_steps_and_not_the_first_with_its_warm_up(monkeypatch):
