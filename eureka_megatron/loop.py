@@ -22,6 +22,7 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.run.inputs import settle
 from eureka_megatron.run.resume import CheckpointSchedule, driver_state, restore, starting_point, told_when_stopped
 from eureka_megatron.run.run import Run
+from eureka_megatron.tracking.console import counted
 from eureka_megatron.tracking.tracker import Tracker
 
 
@@ -33,7 +34,10 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
     config, history = run.config, []
     run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
     first = restore(run, checkpoint, tracker) if checkpoint else 0
-    before = run.evaluate() if config.training.evaluate_before and run.test and first == 0 else {}
+    before = {}
+    if config.training.evaluate_before and run.test and first == 0:
+        tracker.say(f"{counted(len(run.test), 'test row')} before the first step …")
+        before = run.evaluate()
     schedule = CheckpointSchedule(run.trainer, config, config.training.steps, lambda: driver_state(run), tracker)
     for step in range(first, config.training.steps):
         with tracker.phase("rollout"):
@@ -59,6 +63,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
         tracker.log(step, metrics | schedule.figures(), spread)
         history.append(metrics)
         if _due(config.training.export_every, step):
+            tracker.say(f"writing the weights of step {step + 1} …")
             try:
                 run.export(config.run.output / f"hf_step_{step + 1:06d}")
             except UserError as error:  # a full disk
@@ -84,6 +89,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
             tracker.say("handing the weights to the engines, comparing every tensor on both sides …")
             run.sync_weights(check=True)
         reinforce(run, tracker, checkpoint)
+        tracker.say(f"writing the weights to {output} …")
         run.export(output)
     tracker.say(f"done: weights in {output}, metrics in {config.run.output / 'metrics.jsonl'}")
 
