@@ -34,7 +34,10 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
     config, history = run.config, []
     run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
     first = restore(run, checkpoint, tracker) if checkpoint else 0
-    before = run.evaluate() if config.training.evaluate_before and run.evaluates and first == 0 else {}
+    before = {}
+    if config.training.evaluate_before and run.evaluates and first == 0:
+        tracker.say("evaluating before the first step …")
+        before = run.evaluate()
     best = Best(config)
     schedule = CheckpointSchedule(run.trainer, config, config.training.steps, lambda: driver_state(run), tracker)
     for step in range(first, config.training.steps):
@@ -63,6 +66,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
         try:
             best.after(step, metrics, run)
             if _due(config.training.export_every, step):
+                tracker.say(f"writing the weights of step {step + 1} …")
                 run.export(config.run.output / f"hf_step_{step + 1:06d}")
         except UserError as error:  # a full disk
             tracker.say(f"warning: no export of step {step + 1}: {error}")
@@ -87,6 +91,7 @@ def train(config: RunConfig, resume: str | None = None) -> None:
             tracker.say("handing the weights to the engines, comparing every tensor on both sides …")
             run.sync_weights(check=True)
         reinforce(run, tracker, checkpoint)
+        tracker.say(f"writing the weights to {output} …")
         run.export(output)
     tracker.say(f"done: weights in {output}, metrics in {config.run.output / 'metrics.jsonl'}")
 

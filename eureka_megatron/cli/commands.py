@@ -78,6 +78,7 @@ def _first_word(stream: IO[str] | None = None) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    _first_word()
     with session(args.out):
         from eureka_megatron.demo.story import run_demo
 
@@ -155,6 +156,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     from eureka_megatron.places import model_directory
+    from eureka_megatron.tracking.console import tell
     from eureka_megatron.weights import listing
 
     if len(args.directories) > 2:
@@ -163,6 +165,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if not others:
         print(listing.to_json(first) if args.json else listing.to_text(first))
         return 0
+    tell("comparing every tensor …", sys.stderr)  # stdout is for what differs
     differences = listing.differences(first, others[0])
     print("\n".join(differences) if differences else "no differences in names, shapes, dtypes and values")
     return 1 if differences else 0
@@ -170,9 +173,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes and time left on a terminal; None when there shall be none."""
-    if quiet:
-        yield None
+    """A bar of bytes and time left on a terminal, lines in a log; None when there shall be none."""
+    if quiet or not sys.stdout.isatty():
+        from eureka_megatron.tracking.console import progress_lines
+
+        yield None if quiet else progress_lines(title)
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -223,8 +228,10 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _mmk12(args: argparse.Namespace) -> None:
     from eureka_megatron.data.prepare import convert_mmk12, kinds
+    from eureka_megatron.tracking.console import progress_lines
 
-    target, problems = convert_mmk12(args.input, args.output, name=args.name)
+    written = progress_lines(str(args.output), "rows")
+    target, problems = convert_mmk12(args.input, args.output, name=args.name, progress=lambda rows: written(rows, 0))
     print(f"{target} written" + (f"; {len(problems)} rows left out: {kinds(problems)}" if problems else ""))
 
 

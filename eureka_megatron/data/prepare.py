@@ -22,6 +22,7 @@ from eureka_megatron.data.processor import Processor
 from eureka_megatron.data.rows import RowOptions, read_answer
 from eureka_megatron.data.sources import Table, as_chat, open_parquet, open_source, rows_of
 from eureka_megatron.errors import UserError
+from eureka_megatron.tracking.console import progress_lines
 
 COLUMNS = ("id", "question", "image", "answer", "subject")
 SHOWN = 50  # problems in the table
@@ -198,15 +199,17 @@ def show_validation(
     from rich.text import Text
 
     console = Console()
+    told = progress_lines(f"reading {path}", "rows")
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reading rows", total=None)
-        found = validate(
-            path,
-            processor,
-            clean=clean,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            **rules,
-        )
+
+        def progress(done: int, total: int) -> None:
+            if console.is_terminal:
+                bar.update(task, completed=done, total=total)
+            else:
+                told(done, total)
+
+        found = validate(path, processor, clean=clean, progress=progress, **rules)
     problems = found.problems
     if problems:
         # Text: brackets in names and reasons are no markup.

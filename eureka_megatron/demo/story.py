@@ -34,6 +34,7 @@ from eureka_megatron.run.inputs import open_dataset, reward_rules
 from eureka_megatron.run.run import Run
 from eureka_megatron.run.sft import in_steps, supervise
 from eureka_megatron.session import LOCK_FILE
+from eureka_megatron.tracking.console import tell
 from eureka_megatron.tracking.curves import draw_curves
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.types import Prompt
@@ -59,6 +60,7 @@ def run_demo(out: Path, overrides: list[str]) -> dict[str, Any]:
     started = time.monotonic()
     _claim(out)
     config = demo_config(out.absolute(), overrides)  # workers start in folders of their own
+    tell(f"drawing {TRAIN_PICTURES:,} pictures to count in, and a small model to learn it …")
     with PeakMemory() as memory:
         write_counting(
             out / "data", train=TRAIN_PICTURES, test=TEST_PICTURES, seed=config.run.seed, noise=TEACHER_NOISE
@@ -111,6 +113,7 @@ def _train(config: RunConfig, out: Path) -> dict[str, Any]:
             supervise(run.trainer, dataset, cold_start, tracker)
         with Tracker(config, out) as tracker:
             run.sync_weights(check=True)
+            tracker.say("how well it counts after the cold start …")
             before = run.evaluate()
             tracker.say(f"after the cold start: accuracy {before['accuracy']:.3f} sampled on unseen test pictures")
             history = reinforce(run, tracker)

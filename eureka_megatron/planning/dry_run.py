@@ -154,6 +154,7 @@ class DryRun:
         return f"{demand} on {counted(nodes, 'node')} of {self.machine.gpus_per_node} GPUs"
 
     def memory(self) -> str:
+        tell("memory of a rank: one of each kind is rehearsed, on tensors without memory …")
         loads = self.rehearsed()
         peak = max(loads, key=lambda load: load.peak)
         room = usable(self.machine.gpu, colocated=self._colocated)

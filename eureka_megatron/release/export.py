@@ -26,6 +26,7 @@ from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.places import hub_origin
 from eureka_megatron.release.card import REPOSITORY, model_card, public, run_card
+from eureka_megatron.tracking.console import tell
 from eureka_megatron.types import Prompt
 from eureka_megatron.weights.hf_files import disk_errors, refuse_to_overwrite
 from eureka_megatron.weights.offline import Progress, megatron_to_hf
@@ -70,6 +71,8 @@ def export(
             megatron_to_hf(checkpoint, output, dtype=options.dtype, progress=progress, texts=texts)
         lines.append(f"{output} written")
     if options.push:
+        if progress:
+            tell(f"sending it to {options.push} …")
         lines.append(_push(output or checkpoint, options.push, private=not options.public))
     return lines
 
@@ -149,6 +152,8 @@ def _quantize(
         return model_card(card | {"quantization": described})
 
     with _as_hf(checkpoint, output, kind, progress) as directory:
+        if progress:
+            tell(f"quantising, calibrated on {len(inputs) - cut} prompts and checked on {cut} …")
         quality = quantize_fp8(directory, output, inputs[cut:], inputs[:cut], card=text)
     return [_describe(quality, len(inputs) - cut)]
 

@@ -206,6 +206,7 @@ class CheckpointSchedule:
         self.trainer, self.rule, self.steps = trainer, config.checkpoint, steps
         self.state, self.tracker = state, tracker
         self._figures: dict[str, float] = {}
+        self._saving: int | None = None  # the step of a save that is under way
 
     def after(self, step: int) -> None:
         """Call after each step: begins a save when one is due, tells how the last one ended.
@@ -220,12 +221,16 @@ class CheckpointSchedule:
             self.finish()  # a disk that is slower than `every` steps holds the run up here
             with self.tracker.phase("checkpoint"):
                 self.trainer.save(done, *self.state())
+            self._saving = done
         if signal:
             self.finish()
             raise Stopped(signal)
 
     def finish(self) -> None:
         """Waits for a save that is under way. One that failed is told; the run goes on, with the last good one in place."""
+        if self._saving is not None and not self.trainer.save_ended():
+            self.tracker.say(f"waiting until the checkpoint of step {self._saving} is on disk …")
+        self._saving = None
         report = self.trainer.wait_for_save()
         if report is None:
             return

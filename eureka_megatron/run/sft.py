@@ -60,14 +60,14 @@ def supervise(
 
     first = 0
     if checkpoint is not None:
+        tracker.say(f"loading {checkpoint} …")
         found = trainer.load(checkpoint)
         stream.load_state_dict(found["data"])
         tell_of_resumption(checkpoint, found, config, tracker)
         first = found["step"]
     schedule = CheckpointSchedule(trainer, config, steps, state, tracker)
     for step in range(first, steps):
-        with tracker.phase("train"):
-            metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
+        metrics = trainer.sft(stream.next_samples(sft.samples_per_step))
         metrics["epoch"] = (step + 1) * sft.samples_per_step / rows
         named = {name if "/" in name else f"sft/{name}": value for name, value in metrics.items()}
         tracker.log(step, named | schedule.figures())
@@ -121,6 +121,7 @@ def run_sft(config: RunConfig, resume: str | None = None) -> None:
             tell(trainer.unknown_device)
         tracker = stack.enter_context(Tracker(config, config.run.output, stage="sft", start_step=first))
         supervise(trainer, dataset, config, tracker, save=True, checkpoint=checkpoint)
+        tracker.say(f"writing the weights to {output} …")
         with replacing(output) as fresh:
             trainer.export(fresh, model_card(config, stage="sft"))
         tracker.say(f"done: weights in {output}")

@@ -2,13 +2,14 @@
 
 The table holds progress, phase, time left, the last step in words, and for each metric its last value and a small picture of its history. Where
 stdout is no terminal (CI, sbatch) a line is printed for the first and the last step and in between at most every
-`line_seconds`.
+`line_seconds`; a long phase says once a minute that it goes on.
 """
 
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Self
 
@@ -22,6 +23,8 @@ from rich.text import Text
 from eureka_megatron.tracking.line import describe_step
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+PROGRESS_SECONDS = 10.0  # between two lines about one piece of work
+BEAT_SECONDS = 60.0  # a phase that lasts longer says in a log that it goes on
 HISTORY = 400  # values kept for each metric's small picture
 # Names that matter most stand first; the rest follow in the order in which they came.
 LEADING = ("reward", "accuracy", "loss", "logprob", "response_length")
@@ -40,6 +43,28 @@ def tell_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row))
     RichConsole(width=120, highlight=False).print(table)
+
+
+def progress_lines(title: str, unit: str = "GB", stream: IO[str] | None = None) -> Callable[[int, int], None]:
+    """What a bar is on a terminal, for logs: call it with what is done and all there is to do (0: unknown), as often as you like.
+
+    A line at most every PROGRESS_SECONDS: "convert: 3.2 of 14.9 GB, 1m10s left". unit: "GB" (of bytes), or what is counted.
+    """
+    began = last = time.monotonic()
+
+    def amount(number: int) -> str:
+        return f"{number / 1e9:,.1f}" if unit == "GB" else f"{number:,}"
+
+    def told(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PROGRESS_SECONDS:
+            return
+        last = now
+        left = f", {format_seconds((now - began) / done * (total - done))} left" if done and total else ""
+        tell(f"{title}: {amount(done)}{f' of {amount(total)}' if total else ''} {unit}{left}", stream)
+
+    return told
 
 
 def counted(number: int, name: str) -> str:
@@ -83,6 +108,8 @@ class Console:
         # The last 20 steps give the time left. The first of this process counts for none: it holds the warm-up of engine and kernels.
         self._step_ends: deque[float] = deque(maxlen=21)
         self._view: Live | None = None
+        self._printed = False  # since the last beat
+        self._over = threading.Event()
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
@@ -94,9 +121,12 @@ class Console:
                 vertical_overflow="crop",
             )
             self._view.start()
+        elif self.enabled:
+            threading.Thread(target=self._beat, name="long phases", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         if self._view is not None:
             self._view.stop()
             self._view = None
@@ -182,7 +212,14 @@ class Console:
             return "…"
         return " › ".join(name for name, _ in phases) + f"  {format_seconds(time.monotonic() - phases[-1][1])}"
 
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            if self._phases and not self._printed:
+                self._print(f"{self.title} {self.done}/{self.total_steps} · {self._phase_text()}")
+            self._printed = False
+
     def _print(self, text: str) -> None:
+        self._printed = True
         print(text, file=self.stream, flush=True)
 
 

@@ -123,9 +123,9 @@ class Tracker:
 
         distributions: values by name; TensorBoard and wandb show them as histograms/<name>, in BINS bins however many there are.
         """
-        times = self.console.take_times()
-        seconds = {f"perf/{name.removeprefix('time/')}_seconds": value for name, value in times.items()}
-        values = {name: _number(name, value) for name, value in {**times, **seconds, **metrics}.items()}
+        values = {name: _number(name, value) for name, value in {**self.console.take_times(), **metrics}.items()}
+        phases = [name for name in values if name.startswith("time/")]
+        values |= {f"perf/{name.removeprefix('time/')}_seconds": values[name] for name in phases}
         self._waiting.append((format_line(step, self.stage, values) + "\n").encode())
         self._write_lines()
         finite = {name: found[np.isfinite(found)] for name, found in (distributions or {}).items()}

@@ -281,12 +281,13 @@ class TrainerGroup:
         return results
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Metrics of one supervised optimizer step, and what `utilisation` has."""
+        """Metrics of one supervised optimizer step, what `utilisation` has, and `time/train`."""
         self.before_training()
         start = time.perf_counter()
         parts = shares(Batch.of(samples), self.places[0].rules)
         metrics: dict[str, float] = self._shared("trainer.supervise", parts)
-        return metrics | self._utilised(parts, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return metrics | self._utilised(parts, seconds) | {"time/train": seconds}
 
     @property
     def unknown_device(self) -> str | None:

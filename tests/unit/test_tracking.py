@@ -22,7 +22,7 @@ from eureka_megatron.data.batch import distributions
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.errors import UserError
 from eureka_megatron.gpus import held_memory, memory_metrics
-from eureka_megatron.tracking.console import Console, format_seconds, format_value, sparkline
+from eureka_megatron.tracking.console import Console, format_seconds, format_value, progress_lines, sparkline
 from eureka_megatron.tracking.curves import SECTIONS, draw_curves, read_series, smooth
 from eureka_megatron.tracking.line import describe_step
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
@@ -358,6 +358,36 @@ def test_a_slow_run_gets_a_line_for_every_step():
         for step in range(4):
             console.show(step, {})
     assert len(stream.getvalue().splitlines()) == 4
+
+
+def test_a_long_phase_says_in_a_log_that_it_goes_on(monkeypatch):
+    monkeypatch.setattr("eureka_megatron.tracking.console.BEAT_SECONDS", 0.05)
+    stream = io.StringIO()
+    with Console(4, title="demo", stream=stream) as console:
+        time.sleep(0.2)  # no phase: nothing to tell
+        assert stream.getvalue() == ""
+        with console.phase("rollout"):
+            time.sleep(0.3)
+    said = stream.getvalue().splitlines()
+    assert said
+    assert set(said) == {"demo 0/4 · rollout  0s"}
+    time.sleep(0.2)
+    assert stream.getvalue().splitlines() == said
+
+
+def test_work_without_a_terminal_is_told_in_a_line_now_and_then(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 15.0, 40.0, 50.0, 70.0])
+    monkeypatch.setattr("eureka_megatron.tracking.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    stream = io.StringIO()
+    told = progress_lines("convert", stream=stream)
+    for done in (1, 2, 3, 4):
+        told(done * 10**9, 10**10)
+    progress_lines("reading", "rows", stream)(1234, 0)
+    assert stream.getvalue().splitlines() == [
+        "convert: 2.0 of 10.0 GB, 40s left",
+        "convert: 4.0 of 10.0 GB, 1m00s left",
+        "reading: 1,234 rows",
+    ]
 
 
 def test_a_console_that_is_off_still_says_what_matters():
