@@ -48,6 +48,8 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
                     metrics["train/rewards_differ"] = rewards_differ(groups, config)
                 with tracker.phase("sync"):
                     metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
+                with tracker.phase("store"):
+                    tracker.rollouts(step, groups, batch, run.processor.tokenizer.decode, run.trainer.began_with)
         if _due(config.training.evaluate_every, step) and run.test:
             with tracker.phase("evaluate"):
                 metrics |= {f"eval/{name}": value for name, value in run.evaluate().items()}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class PolicyTrainer:
         self.optimizer: Any = None
         self._offload = Offload(parallel.device)
         self._frozen_fingerprints: dict[str, Fingerprint] | None = None
+        self._began_with: dict[int, np.ndarray] = {}
 
     def _load(self, chunks: list[QwenVLModel], *, allow_narrowing: bool) -> None:
         load_hf(chunks, self.model_path, self.parallel, allow_narrowing=allow_narrowing)
@@ -195,8 +197,21 @@ class PolicyTrainer:
                     batches[own] = [
                         replace(batch, old_logprobs_T=values) for batch, values in zip(batches[own], old, strict=True)
                     ]
+        self._began_with = {
+            share.places[index]: values.float().cpu().numpy()
+            for batch in batches
+            if batch.old_logprobs_T is not None
+            for index, values in zip(batch.sample_indices, packing.unshift(batch.old_logprobs_T, batch), strict=True)
+        }
         gap = self._engine_gap(batches, share)
         return [result | gap for result in results]
+
+    def began_with(self, count: int) -> dict[int, np.ndarray]:
+        """Old log-probabilities of the last `learn`, of those among the batch's first `count` samples that this rank has.
+
+        float32 [S] by place in the batch, on ranks of the last stage; elsewhere none.
+        """
+        return {place: values_S for place, values_S in self._began_with.items() if place < count}
 
     def supervise(self, share: Share) -> dict[str, float]:
         """One supervised optimizer step: token mean over the samples of all data-parallel ranks."""
