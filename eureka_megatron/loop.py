@@ -39,6 +39,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
             collected = run.rollouts.take(step)  # with training.async_steps those of later steps begin now
         groups = collected.groups
         metrics = rollout_metrics(groups) | collected.metrics | {"rewards/timeouts": float(run.rewarder.timeouts)}
+        metrics["rollout/engine_restarts"] = float(run.pool.restarts)
         if groups:
             metrics |= age_metrics(groups, run.weight_version)
             with run.trainer_turn:
