@@ -27,7 +27,7 @@ Flat = dict[str, Any]  # dotted key → value
 def read_run(folder: Path) -> Record:
     """Everything as plain values for JSON. UserError: it is no run's folder.
 
-    Example: {"name": "counting", "stages": {"train": {"steps": [0, 1], "times": […], "series": {"train/reward": [0.5, None]}}}, …}.
+    Example: {"name": "counting", "stages": {"train": {"steps": [0, 1], "began": 1790000000, "times": [0.4, 9.1], "series": {"train/reward": [0.5, None]}}}, …}.
     """
     if not (folder / "metrics.jsonl").exists() and not (folder / "config.yaml").exists():
         raise UserError(
@@ -102,9 +102,12 @@ def _series(lines: Iterable[Record], stage: str) -> Record:
         if line["stage"] == stage:
             merged.setdefault(line["step"], {}).update(line)
     steps = sorted(merged)
-    names = sorted({name for line in merged.values() for name in line} - {*OWN})
+    names = [name for name in dict.fromkeys(name for line in merged.values() for name in line) if name not in OWN]
     series = {name: [_number(merged[step].get(name)) for step in steps] for name in names}
-    return {"steps": steps, "times": [merged[step]["time"] for step in steps], "series": series}
+    times = [_number(merged[step]["time"]) for step in steps]
+    began = int(min((time for time in times if time is not None), default=0))
+    since = [None if time is None else time - began for time in times]  # short enough to be rounded
+    return {"steps": steps, "began": began, "times": since, "series": series}
 
 
 def _number(value: Any) -> float | None:

@@ -70,10 +70,21 @@ def make_run(folder: Path, run: MadeRun = MadeRun(), **keys: Any) -> Path:
             ]
             tracker.rollouts(step, groups, batch_of(groups), decode, lambda count, known=groups: trained(known))
             tracker.log(step, _metrics(step, groups, skill, source))
+    _pass_time(folder / "metrics.jsonl")
     seats = [{"role": "trainer", "rank": rank, "node": "node-1", "gpus": [rank], "pid": 100 + rank} for rank in (0, 1)]
     seats.append({"role": "engine", "rank": 0, "node": "node-1", "gpus": [2], "pid": 102})
     (folder / "topology.json").write_text(json.dumps({"placement": "split", "seats": seats}))
     return folder
+
+
+def _pass_time(path: Path) -> None:
+    """Lines were logged within a moment; now each ends when its phases have passed."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    now = lines[0]["time"]
+    for line in lines:
+        now += sum(value for name, value in line.items() if name.startswith("time/"))
+        line["time"] = now
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def decode(tokens: list[int]) -> str:

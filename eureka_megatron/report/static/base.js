@@ -39,7 +39,7 @@ function show(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (typeof value !== "number") return typeof value === "object" ? JSON.stringify(value) : String(value);
   if (Number.isInteger(value)) return String(value);
-  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6 ? String(Number(value.toPrecision(digits))) : value.toExponential(1);
+  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e6 ? String(Number(value.toPrecision(digits))) : value.toExponential(1).replace(".0e", "e");
 }
 
 function seconds(value) {
@@ -60,10 +60,10 @@ function setAddress(section, values = {}) {
   history.replaceState(null, "", "#" + section + (text ? "/" + text : ""));
 }
 
-// Rows of a table: an array of cells, or {head: true, cells}. A cell is text or an element.
-function table(columns, rows, attributes = {}) {
+// A cell is a value or an element.
+function table(columns, rows) {
   const cell = (tag) => (value) => el(tag, typeof value === "number" ? { class: "number" } : {}, value instanceof Node ? value : show(value));
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": attributes.label ?? columns.join(", ") },
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": columns.join(", ") },
     el("table", {}, el("thead", {}, el("tr", {}, columns.map(cell("th")))), el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell("td")))))));
 }
 

@@ -71,7 +71,7 @@ function phases(holder) {
 
 function lanes(own, phaseNames) {
   const total = (at) => phaseNames.reduce((sum, name) => sum + (own.series[name][at] ?? 0), 0);
-  const start = own.times[0] - total(0);
+  const start = (own.times[0] ?? 0) - total(0);
   const ends = own.times.map((time, at) => time - total(at));
   return phaseNames.map((name, index) => {
     const bars = { x: [], base: [], y: [], customdata: [] };

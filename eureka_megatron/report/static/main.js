@@ -26,7 +26,11 @@ async function build(name) {
 async function open() {
   const { section, values } = address();
   current = section in sections ? section : "overview";
-  for (const link of document.querySelectorAll("#sections a")) link.getAttribute("href") === "#" + current ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+  for (const link of document.querySelectorAll("#sections a")) {
+    const own = link.getAttribute("href") === "#" + current;
+    own ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+    if (own) link.parentElement.scrollLeft = link.offsetLeft - 100;
+  }
   for (const [name, holder] of built) holder.classList.toggle("other", name !== current);
   (await build(current)).classList.remove("other");
   if (current === "rollouts") await showRollouts(values);

@@ -123,7 +123,7 @@ async function showGroup(step, number, response) {
   detail.replaceChildren(
     el("h3", {}, `step ${step} · group ${number} · ${group.prompt_id}`),
     el("p", {}, "answer ", el("b", {}, group.answer), ` · ${right} of ${responses.length} right`),
-    legendOf(group),
+    legendOf(group) ?? "",
     el("div", { class: "beside" }, el("div", { class: "prompt" }, pictures(group), prompt(group)),
       el("div", { class: "cards" }, responses.map(([own, one]) => card(own, one, Number(own) === response, group)))));
   const chosen = $(".card.chosen", detail);
@@ -142,11 +142,11 @@ function prompt(group) {
   let picture = 0;
   const parts = group.prompt.split(/(<\|[a-z_]+\|>)/).map((part, place) => {
     if (place % 2 === 0) return part;
-    if (part !== "<|image_pad|>" && part !== "<|video_pad|>") return el("span", { class: "control" }, part);
+    if (part !== "<|image_pad|>" && part !== "<|video_pad|>") return [el("wbr"), el("span", { class: "control" }, part), el("wbr")];
     return el("span", { class: "chip" }, `picture ${picture + 1}: ${group.picture_tokens[picture++] ?? "?"} tokens`);
   });
   const images = group.picture_tokens.reduce((sum, count) => sum + count, 0);
-  return [el("pre", { class: "text" }, parts), el("small", {}, `${group.prompt_tokens} tokens, ${images} of pictures`)];
+  return [el("pre", { class: "text" }, parts.flat()), el("small", {}, `${group.prompt_tokens} tokens, ${images} of pictures`)];
 }
 
 function card(number, one, chosen, group) {

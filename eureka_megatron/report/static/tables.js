@@ -9,9 +9,8 @@ function overview(holder) {
     for (const [stage, own] of stages) {
       const done = own.steps.at(-1) + 1;
       const known = own.times.filter((time) => time !== null);
-      const spent = known.at(-1) - known[0];
       const facts = [`${done} of ${run.planned[stage] ?? "?"} steps`];
-      if (known.length > 1) facts.push(`${seconds(spent)} from the first to the last`, `last at ${new Date(known.at(-1) * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`);
+      if (known.length > 1) facts.push(`${seconds(known.at(-1))} from the first to the last`, `last at ${new Date((own.began + known.at(-1)) * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`);
       holder.append(el("p", {}, el("b", {}, `${stage}: `), facts.join(" · ")));
     }
     const wanted = ["train/reward", "train/accuracy_rewards", "rollout/reward", "eval/accuracy", "train/response_length", "train/logprob_abs_diff_max", "train/entropy", "sft/loss"];
@@ -21,6 +20,9 @@ function overview(holder) {
     }));
     if (rows.length) holder.append(table(["metric", "first", "last", "least", "most"], rows));
   });
+  const drawn = ["train/reward", "train/accuracy_rewards", "train/response_length", "train/entropy", "sft/loss", "eval/accuracy"].flatMap((name) =>
+    stagesOf().filter((stage) => runs.some((run) => seriesOf(run, stage, name))).map((stage) => chart(name, () => lineTraces(stage, name, 1))));
+  holder.append(legend() ?? "", el("div", { class: "grid" }, drawn));
 }
 
 // 95 % interval of a share (Wilson).
