@@ -21,6 +21,7 @@ COLUMNS = [
     "group", "response", "prompt_id", "prompt", "answer", "pictures", "picture_tokens", "prompt_tokens", "text", "pieces", "logprobs",
     "trainer_logprobs", "advantage", "rewards", "finish_reason", "weight_version",
 ]  # fmt: skip
+LOGPROB_UNIT, DIFFERENCE_UNIT = 0.01, 1e-4  # nats; as in static/rollouts.js
 PICTURE_BYTES = 40_000  # a larger one is shown smaller, as WebP
 PICTURE_SIDE = 640  # pixels at most, then
 
@@ -64,8 +65,8 @@ class StoredRollouts:
             group = groups.setdefault(row["group"], {name: row[name] for name in kept} | {"responses": {}})
             group["responses"][row["response"]] = {
                 "pieces": row["pieces"] or [row["text"]],
-                "logprobs": _rounded(engine_R, 2),
-                "difference": None if trainer_R is None else _rounded(trainer_R - engine_R, 4),
+                "logprobs": _counted(engine_R, LOGPROB_UNIT),
+                "difference": None if trainer_R is None else _counted(trainer_R - engine_R, DIFFERENCE_UNIT),
                 "advantage": clean(row["advantage"]),
                 "rewards": rewards,
                 "finish_reason": row["finish_reason"],
@@ -109,9 +110,10 @@ def _lists(column: pa.ChunkedArray) -> list[np.ndarray | None]:
     ]
 
 
-def _rounded(values_R: np.ndarray | None, digits: int) -> list[float | None] | None:
-    """Short enough to compress; nothing finer is seen as a colour. None for what is not finite."""
+def _counted(values_R: np.ndarray | None, unit: float) -> list[int | None] | None:
+    """In whole units, which compress well; nothing finer is seen as a colour. None for what is not finite."""
     if values_R is None:
         return None
-    rounded = np.round(values_R.astype(np.float64), digits) + 0.0  # no -0.0
-    return [value if np.isfinite(value) else None for value in rounded.tolist()]
+    finite = np.isfinite(values_R)
+    units = np.rint(np.where(finite, values_R, 0) / unit).astype(int).tolist()
+    return units if finite.all() else [value if known else None for value, known in zip(units, finite, strict=True)]

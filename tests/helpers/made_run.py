@@ -5,6 +5,7 @@ As `eureka train` leaves it, written by the same code, but for the numbers. For 
 
 import json
 import random
+import shutil
 import zlib
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,6 +17,7 @@ import torch
 
 from eureka_megatron.config import RunConfig, make_config
 from eureka_megatron.demo.counting import Example, draw, examples, response
+from eureka_megatron.tracking.rollouts import step_file, step_files
 from eureka_megatron.tracking.tracker import Tracker
 from eureka_megatron.types import Batch, Group, Picture, Prompt, Rollout, Sample
 
@@ -36,7 +38,7 @@ class MadeRun:
     text: str = ""  # said by the first response of every group, in place of the counting
 
 
-def made_config(run: MadeRun, **keys: Any) -> RunConfig:
+def made_config(run: MadeRun, /, **keys: Any) -> RunConfig:
     return make_config(
         {
             "model": {"path": "tiny"},
@@ -57,7 +59,7 @@ def made_config(run: MadeRun, **keys: Any) -> RunConfig:
     )
 
 
-def make_run(folder: Path, run: MadeRun = MadeRun(), **keys: Any) -> Path:
+def make_run(folder: Path, run: MadeRun = MadeRun(), /, **keys: Any) -> Path:
     """Write it. keys: sections of its configuration."""
     source = random.Random(run.seed)
     questions = list(islice(examples(run.seed), run.pictures))
@@ -177,3 +179,15 @@ def _metrics(step: int, groups: list[Group], skill: float, source: random.Random
     if (step + 1) % 10 == 0:
         found |= {"eval/accuracy": round(200 * skill) / 200, "eval/samples": 200.0, "time/evaluate": 1.5}
     return found
+
+
+def make_long_run(folder: Path, steps: int = 1000) -> Path:
+    """So many steps with 64 stored rollouts each: those of one step, over and over."""
+    make_run(folder, MadeRun(steps=1, groups=8, responses=8))
+    (first,) = step_files(folder).values()
+    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    for step in range(1, steps):
+        shutil.copy(first, step_file(folder, step))
+    again = [json.dumps({**json.loads(line), "step": step}) + "\n" for step in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(again))
+    return folder

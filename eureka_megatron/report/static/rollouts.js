@@ -1,6 +1,7 @@
 // The browser of stored rollouts: a list of responses by index, beside it the chosen one's whole group.
 
 const PER_PAGE = 100;
+const LOGPROB_UNIT = 0.01, DIFFERENCE_UNIT = 1e-4; // as in samples.py
 const plainState = { run: 0, step: "", accuracy: "", least: "", most: "", shortest: "", longest: "", sort: "step", colour: "none", group: "", response: "" };
 const browser = { ...plainState, index: null, found: [], at: 0 };
 
@@ -155,8 +156,9 @@ function card(number, one, chosen, group) {
   const scale = scaleOf(group);
   const tokens = one.pieces.map((piece, place) => {
     const value = valueOf(one, place);
-    const told = [`token ${place}`, ...Object.entries({ "log-probability": one.logprobs[place], "trainer − engine": one.difference?.[place] }).filter(([, known]) => known !== undefined && known !== null).map(([name, known]) => `${name} ${known}`)];
-    return el("span", { title: told.join(", "), style: value === null || value === undefined ? null : `background:${tint(value, scale)}` }, piece);
+    const told = [`token ${place}`];
+    for (const name of ["logprob", "difference"]) if (known(valueOf(one, place, name))) told.push(`${colours[name]} ${show(valueOf(one, place, name))}`);
+    return el("span", { title: told.join(", "), style: known(value) ? `background:${tint(value, scale)}` : null }, piece);
   });
   return el("article", { class: "card" + (chosen ? " chosen" : ""), "aria-label": `response ${number}` },
     el("header", {}, el("b", { class: right ? "right" : "wrong" }, `${right ? "✓" : "✗"} response ${number}`), ` advantage ${show(one.advantage, 3)} · ${one.pieces.length} tokens`,
@@ -164,10 +166,12 @@ function card(number, one, chosen, group) {
     el("p", { class: "chips" }, parts), el("pre", { class: "text" }, tokens));
 }
 
-function valueOf(one, place) {
-  if (browser.colour === "advantage") return one.advantage;
-  if (browser.colour === "logprob") return one.logprobs[place];
-  return browser.colour === "difference" ? one.difference?.[place] : null;
+const known = (value) => value !== null && value !== undefined;
+
+function valueOf(one, place, name = browser.colour) {
+  if (name === "advantage") return one.advantage;
+  const [values, unit] = name === "logprob" ? [one.logprobs, LOGPROB_UNIT] : name === "difference" ? [one.difference, DIFFERENCE_UNIT] : [null, 1];
+  return known(values?.[place]) ? values[place] * unit : null;
 }
 
 // Largest amount in the group: colours of its responses can be compared.
