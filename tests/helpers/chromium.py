@@ -92,9 +92,9 @@ class Chromium:
         assert "exceptionDetails" not in found, f"{expression}: {found['exceptionDetails']}"
         return found["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30) -> Any:
+    def wait(self, expression: str, seconds: float = 30) -> None:
         """Until the expression is true."""
-        return self._wait(lambda: self.ask(expression), seconds, expression)
+        self._wait(lambda: self.ask(f"Boolean({expression})"), seconds, expression)
 
     def press(self, key: str) -> None:
         text = {"text": key} if len(key) == 1 else {}

@@ -134,7 +134,7 @@ def test_keys_walk_responses_and_groups(browser: Chromium, pages: dict[str, Path
     ):
         browser.press(key)
         browser.wait(f"{CHOSEN} === '{expected}'")
-    assert browser.wait("document.querySelector('.card.chosen').getAttribute('aria-label') === 'response 7'")
+    browser.wait("document.querySelector('.card.chosen').getAttribute('aria-label') === 'response 7'")
     browser.press("c")
     browser.wait("document.querySelector('.legend').textContent.startsWith('advantage')")
     browser.press("/")
@@ -167,11 +167,12 @@ def test_all_charts_share_a_zoom(browser: Chromium, pages: dict[str, Path]) -> N
     left, top, width, height = browser.ask(
         "(({left, top, width, height}) => [left, top, width, height])(document.querySelector('#section-curves .nsewdrag').getBoundingClientRect())"
     )
-    middle = top + height / 2
+    middle, (begin, end) = top + height / 2, browser.ask(RANGES)[0]
     browser.drag((left + 0.25 * width, middle), (left + 0.75 * width, middle))
     browser.wait(f"new Set({RANGES}.map(String)).size === 1 && {RANGES}[0][1] < 35")
     first, last = browser.ask(RANGES)[0]
-    assert (abs(first - 10) <= 1, abs(last - 29) <= 1) == (True, True)
+    assert abs(first - (begin + 0.25 * (end - begin))) <= 1
+    assert abs(last - (begin + 0.75 * (end - begin))) <= 1
     browser.press("0")
     browser.wait(f"{RANGES}.every(([first, last]) => last >= 39)")
     browser.press("+")
@@ -223,6 +224,6 @@ def test_a_thousand_steps_of_64_rollouts_open_within_two_seconds(
         taken.append(browser.ask("Number(document.documentElement.dataset.ready)") / 1000)
     with capsys.disabled():
         print(f"\n{page.stat().st_size / 2**20:.1f} MiB open in {min(taken):.2f} s")
-    assert min(taken) < 2  # measured 0.5 to 0.8
+    assert min(taken) < 2  # measured 0.5 to 0.8 on two busy cores
     browser.wait("document.querySelector('.card')")
     assert browser.ask(COUNT).strip("‹›") == "1–100 of 64000"
