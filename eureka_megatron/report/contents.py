@@ -134,8 +134,8 @@ def _defaults() -> Flat:
 
 def _changes(folder: Path, config: Flat, problems: list[str]) -> Iterator[Record]:
     """What stages and resumed runs had other than config.yaml: config-STAGE-STEP.yaml, in the order in which they were written."""
-    found = [(path, *path.stem.split("-", 2)[1:]) for path in folder.glob("config-*-*.yaml")]
-    for path, stage, step in sorted(found, key=lambda one: one[0].stat().st_mtime):
+    for path in sorted(folder.glob("config-*-*.yaml"), key=lambda path: path.stat().st_mtime):
+        stage, step = path.stem.split("-", 2)[1:]
         later = _flat(_read(path, yaml.safe_load, problems) or {})
         if later:
             keys = [key for key in dict.fromkeys((*config, *later)) if config.get(key) != later.get(key)]

@@ -29,14 +29,16 @@ const watcher = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "200px" });
 
-// traces: () => plotly traces, so that colours follow the theme. stepped: the x axis is steps.
-function chart(title, traces, { stepped = true, height = 190, layout = {}, note = "" } = {}) {
+// traces: () => plotly traces, so that colours follow the theme. place: step → x, where the x axis is not of steps.
+function chart(title, traces, { place = null, height = 190, layout = {}, note = "" } = {}) {
   const plot = el("div", { class: "plot", role: "img", "aria-label": `chart: ${title}`, style: `height:${height}px` });
   const holder = el("figure", { class: "chart" }, el("figcaption", {}, title, note ? el("small", {}, " " + note) : null), plot);
-  drawn.set(plot, { plot, traces, stepped, layout, height, state: "" });
+  drawn.set(plot, { plot, traces, place, layout, height, state: "" });
   watcher.observe(plot);
   return holder;
 }
+
+const shown = (chart) => range && range.map((step) => (chart.place ? chart.place(step) : step));
 
 function layoutOf(chart) {
   const axis = { gridcolor: colour("line"), zeroline: false, linecolor: colour("line"), automargin: true };
@@ -45,12 +47,12 @@ function layoutOf(chart) {
     height: chart.height, margin: { l: 44, r: 8, t: 4, b: 26 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("ink"), size: 11 }, hovermode: "x", dragmode: coarse ? false : "zoom", showlegend: false, barmode: "stack",
     hoverlabel: { bgcolor: colour("paper"), font: { color: colour("ink") } }, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-    xaxis: { ...axis, ...(chart.stepped && range ? { range } : { autorange: true }), ...xaxis }, yaxis: { ...axis, fixedrange: true, ...yaxis }, ...rest,
+    xaxis: { ...axis, ...(range ? { range: shown(chart) } : { autorange: true }), ...xaxis }, yaxis: { ...axis, fixedrange: true, ...yaxis }, ...rest,
   };
 }
 
 async function draw(chart, force = false) {
-  const wanted = JSON.stringify(chart.stepped ? range : null);
+  const wanted = JSON.stringify(range);
   if (!force && chart.state === wanted) return;
   const first = chart.state === "";
   chart.state = wanted;
@@ -59,12 +61,12 @@ async function draw(chart, force = false) {
     await Plotly.react(chart.plot, chart.traces(), layoutOf(chart), { displayModeBar: false, responsive: true });
     if (first) chart.plot.on("plotly_relayout", (change) => relayout(chart, change));
   } else {
-    await Plotly.relayout(chart.plot, range ? { "xaxis.range": [...range] } : { "xaxis.autorange": true });
+    await Plotly.relayout(chart.plot, range ? { "xaxis.range": shown(chart) } : { "xaxis.autorange": true });
   }
 }
 
 function relayout(chart, change) {
-  if (!chart.stepped) return;
+  if (chart.place) return;
   const given = change["xaxis.range"] ?? ("xaxis.range[0]" in change ? [change["xaxis.range[0]"], change["xaxis.range[1]"]] : null);
   if (given && JSON.stringify(given) !== JSON.stringify(range)) setRange(given);
   else if (change["xaxis.autorange"] && range) setRange(null);
@@ -72,7 +74,7 @@ function relayout(chart, change) {
 
 function setRange(wanted) {
   range = wanted && wanted[0] < wanted[1] ? wanted.map((value) => Number(value.toPrecision(6))) : null;
-  for (const chart of drawn.values()) if (chart.visible && chart.stepped) draw(chart);
+  for (const chart of drawn.values()) if (chart.visible) draw(chart);
   rangeListeners.forEach((tell) => tell());
 }
 

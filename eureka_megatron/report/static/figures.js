@@ -64,15 +64,26 @@ function phases(holder) {
         type: "bar", x: own.steps, y: own.series[name], name: short(name), marker: { color: palette(index) } })),
       { height: 260, layout: { showlegend: true, bargap: 0.1 } }),
       chart("lanes: each phase at its hour", () => lanes(own, phaseNames),
-        { stepped: false, height: 60 + 34 * phaseNames.length, layout: { barmode: "overlay", hovermode: "closest", xaxis: { title: { text: "hours since the first step began" } }, yaxis: { automargin: true, fixedrange: true }, margin: { l: 70, r: 8, t: 4, b: 40 } },
+        { place: hourOf(own, phaseNames), height: 60 + 34 * phaseNames.length, layout: { barmode: "overlay", hovermode: "closest", xaxis: { title: { text: "hours since the first step began" } }, yaxis: { automargin: true, fixedrange: true }, margin: { l: 70, r: 8, t: 4, b: 40 } },
           note: "laid one after another before the end of their step; overlaps are not known" }));
   });
 }
 
+const took = (own, phaseNames, at) => phaseNames.reduce((sum, name) => sum + (own.series[name][at] ?? 0), 0);
+const startOf = (own, phaseNames) => (own.times[0] ?? 0) - took(own, phaseNames, 0);
+
+// Step → hours until it began, for the range that all charts share.
+function hourOf(own, phaseNames) {
+  return (step) => {
+    const next = own.steps.findIndex((other) => other >= step);
+    const at = next < 0 ? own.steps.length - 1 : next;
+    return (own.times[at] - (next < 0 ? 0 : took(own, phaseNames, at)) - startOf(own, phaseNames)) / 3600;
+  };
+}
+
 function lanes(own, phaseNames) {
-  const total = (at) => phaseNames.reduce((sum, name) => sum + (own.series[name][at] ?? 0), 0);
-  const start = (own.times[0] ?? 0) - total(0);
-  const ends = own.times.map((time, at) => time - total(at));
+  const start = startOf(own, phaseNames);
+  const ends = own.times.map((time, at) => time - took(own, phaseNames, at));
   return phaseNames.map((name, index) => {
     const bars = { x: [], base: [], y: [], customdata: [] };
     own.times.forEach((time, at) => {
