@@ -84,7 +84,7 @@ class Chromium:
         """Load the file and wait until its script says that it is ready."""
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=page.as_uri() + fragment)
-        self.wait("document.documentElement?.dataset.ready !== undefined", seconds)
+        self.wait("document.documentElement.dataset.ready !== undefined", seconds)
 
     def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression, awaited."""
@@ -93,8 +93,9 @@ class Chromium:
         return found["result"].get("value")
 
     def wait(self, expression: str, seconds: float = 30) -> None:
-        """Until the expression is true."""
-        self._wait(lambda: self.ask(f"Boolean({expression})"), seconds, expression)
+        """Until the expression is true; what it asks of may not be there yet."""
+        soon = f"(() => {{ try {{ return Boolean({expression}) }} catch {{ return false }} }})()"
+        self._wait(lambda: self.ask(soon), seconds, expression)
 
     def press(self, key: str) -> None:
         text = {"text": key} if len(key) == 1 else {}
