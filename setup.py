@@ -21,6 +21,7 @@ CORE = [
     "pyarrow>=17",
     "matplotlib>=3.8",
     "tensorboard>=2.17",
+    "plotly>=6",
     "jinja2>=3.1",
     "wandb>=0.18",
     "httpx>=0.27",
@@ -44,7 +45,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["eureka_megatron", "eureka_megatron.*"]),
-    package_data={"eureka_megatron": ["**/*.yaml", "**/*.j2", "planning/configs/*/config.json"]},
+    package_data={"eureka_megatron": ["**/*.yaml", "**/*.j2", "planning/configs/*/config.json", "report/static/*"]},
     install_requires=CORE,
     extras_require={
         "cpu": pins("cpu"),  # Python 3.11

@@ -45,6 +45,7 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
             collected = run.rollouts.take(step)  # with training.async_steps those of later steps begin now
         groups = collected.groups
         metrics = rollout_metrics(groups) | collected.metrics | {"rewards/timeouts": float(run.rewarder.timeouts)}
+        metrics["timed/engine_restarts"] = float(run.pool.restarts)
         spread = {}
         if groups:
             metrics |= age_metrics(groups, run.weight_version)
@@ -56,6 +57,8 @@ def reinforce(run: Run, tracker: Tracker, checkpoint: Path | None = None) -> lis
                     spread = distributions(groups, batch)
                 with tracker.phase("sync"):
                     metrics |= run.sync_weights(check=_due(config.sync.check_every, step))
+                with tracker.phase("store"):
+                    tracker.rollouts(step, groups, batch, run.processor.tokenizer.decode, run.trainer.began_with)
         if _due(config.training.evaluate_every, step) and run.evaluates:
             with tracker.phase("evaluate"):
                 metrics |= {f"eval/{name}": value for name, value in run.evaluate(step + 1).items()}

@@ -342,6 +342,13 @@ _COMMANDS: dict[str, tuple[str, tuple[Argument, ...] | None]] = {
             _flag("--dry-run", "print configuration and command, submit nothing"),
         ),
     ),
+    "report": (
+        "a run as one HTML page that needs no network: curves, phases, rollouts with their pictures; two are compared",
+        (
+            _path("runs", "RUN_DIR", "a run's folder (run.output), also of one in progress; two to compare", nargs="+"),
+            _path("--output", "FILE", "(report.html in the first one)"),
+        ),
+    ),
     "doctor": (
         "what this machine has and lacks, what is lost, and the fix",
         (_flag("--json", "print the findings as one JSON object"),),

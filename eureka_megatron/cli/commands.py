@@ -275,6 +275,14 @@ def _slurm(args: argparse.Namespace) -> None:
     submit(config, request, dry_run=args.dry_run)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from eureka_megatron.report.page import write_report
+    from eureka_megatron.tracking.console import tell
+
+    page = write_report(args.runs, args.output)
+    tell(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from eureka_megatron.doctor import run_doctor
 
@@ -296,5 +304,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "eureka data validate": _validate,
     "eureka plan": _plan,
     "eureka slurm": _slurm,
+    "eureka report": _report,
     "eureka doctor": _doctor,
 }

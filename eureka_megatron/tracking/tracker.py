@@ -1,7 +1,7 @@
 """Metrics of a run: `metrics.jsonl` (the record that counts), TensorBoard, wandb and the console.
 
 Files in the run folder: `metrics.jsonl`, `config.yaml`, `versions.json`, `tensorboard/<stage>`, `wandb/`,
-`wandb-<stage>.id`, `wandb-<stage>.step`.
+`wandb-<stage>.id`, `wandb-<stage>.step`, and `rollouts/` (`tracking.rollouts`).
 
 A JSON line: {"step": 3, "stage": "train", "time": 1760000000.1, "train/reward": 0.7, "timed": {"perf/train_seconds": 4.1}}. What says
 how fast a machine was and what it held stands together in "timed": whoever compares two runs leaves it out. The file is strict JSON: a value
@@ -22,7 +22,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +33,9 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.session import shielded
 from eureka_megatron.tracking.console import Console
 from eureka_megatron.tracking.login import Mode, has_wandb_login, wandb_mode
+from eureka_megatron.tracking.rollouts import FOLDER, Decode, set_aside, still, store
 from eureka_megatron.tracking.watch import Watch
+from eureka_megatron.types import Batch, Group
 
 VERSIONED = [
     "eureka-megatron",
@@ -49,6 +51,7 @@ BINS = 64  # of a histogram
 TIMED = "perf/"  # of metrics that depend on the machine and its clock
 # An unreachable server costs the first once; then the run is recorded offline.
 WANDB_SECONDS = {"init_timeout": 30, "finish_timeout": 60}
+BeganWith = Callable[[int], Mapping[int, np.ndarray]]
 
 
 class Tracker:
@@ -83,6 +86,7 @@ class Tracker:
         self._wandb: Any = None
         # The last step that wandb has. What a resumed run computes again stays there as it was: rows cannot be replaced.
         self._sent = -1
+        self._rollouts_failed = False
 
     def __enter__(self) -> "Tracker":
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,8 @@ class Tracker:
         if self.start_step:
             self._sent = last_step(self.path, self.stage)
         cut_lines(self.path, self.stage, self.start_step)
+        if self.stage == "train":  # the only one that samples
+            set_aside(self.run_dir, self.start_step)
         self._record_run(begins)
         self._lines = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if self.config.tracking.tensorboard:
@@ -138,6 +144,48 @@ class Tracker:
         text = self._watch.after(values)
         if text and step + 1 < self.console.total_steps:  # after the last one it is told as a whole
             self._warn(text)
+
+    def rollouts(self, step: int, groups: Sequence[Group], batch: Batch, decode: Decode, began_with: BeganWith) -> None:
+        """Store what `step` sampled and learned from, when that is due; see `tracking.rollouts.store`. A disk that does not take it is told once.
+
+        began_with: how many of the batch's first samples → the trainer's log-probabilities of these, float32 [S] by place.
+        """
+        every = self.config.tracking.rollouts_every
+        if not every or (step > 0 and (step + 1) % every):
+            return
+        groups = groups[: self.config.tracking.rollouts_per_step]
+        trained = began_with(sum(len(group.rollouts) for group in groups))
+        try:
+            store(self.run_dir, step, groups, batch, decode, trained)
+        except OSError as error:
+            if not self._rollouts_failed:
+                self._warn(f"no rollouts of step {step} in {self.run_dir / FOLDER}: {error.strerror or error}")
+            self._rollouts_failed = True
+        if self._wandb is not None:
+            self._guard("wandb", lambda: self._log_table(step, groups, batch))
+
+    def _log_table(self, step: int, groups: Sequence[Group], batch: Batch) -> None:
+        import wandb
+
+        advantages = iter(float(sample.advantages_S[-1]) for sample in batch.samples)
+        columns: list[str | int] = [
+            "prompt",
+            "picture",
+            "answer",
+            "response",
+            "total",
+            "accuracy",
+            "advantage",
+            "tokens",
+        ]
+        table = wandb.Table(columns)
+        for group in groups:
+            pictures = [wandb.Image(still(picture)) for picture in group.prompt.pictures[:1]]
+            for one in group.rollouts:
+                rewards = [one.rewards.get(name) for name in ("total", "accuracy")]
+                shown = [group.prompt.text, pictures[0] if pictures else None, group.prompt.answer, one.text]
+                table.add_data(*shown, *rewards, next(advantages), len(one.tokens_R))
+        self._wandb.log({"step": step, "rollouts": table})
 
     def _write_lines(self) -> None:
         """All that wait, or none: what a full disk took of them is taken back."""

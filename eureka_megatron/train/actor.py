@@ -17,6 +17,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -279,6 +280,10 @@ class TrainerGroup:
         results: list[dict[str, float]] = self._shared("train", parts)
         self.utilisation = self._utilised(parts, (time.perf_counter() - start) / self.config.training.passes)
         return results
+
+    def began_with(self, count: int) -> dict[int, np.ndarray]:
+        """Log-probabilities of the batch's first `count` samples by the weights that the last `train` began with; float32 [S] by place."""
+        return {place: found for part in self._all("trainer.began_with", count) for place, found in part.items()}
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of one supervised optimizer step, what `utilisation` has, and `time/train`."""

@@ -127,6 +127,7 @@ class Share:
         rows: micro-batches of all updates, one after another: places in the samples.
         scheduled: see Batch.
         brought: optional values that all samples of the whole batch have.
+        places: where each of its samples stands in the batch.
         tower: of a frozen tower: which pictures of the whole batch each rank encodes; a data-parallel rank's ranks stand together.
     """
 
@@ -135,6 +136,7 @@ class Share:
     updates: tuple[Update, ...]
     scheduled: int | None
     brought: frozenset[str]
+    places: tuple[int, ...] = ()
     tower: tuple[tuple[PictureSize, ...], ...] = ()
 
 
@@ -173,6 +175,7 @@ def shares(batch: Batch, rules: Rules, tower_ranks: int = 0) -> list[Share]:
                 updates=updates,
                 scheduled=batch.scheduled,
                 brought=brought,
+                places=tuple(own),
                 tower=tower,
             )
         )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -82,6 +83,8 @@ class PolicyTrainer:
         self.optimizer: Any = None
         self._offload = Offload(parallel.device)
         self._frozen_fingerprints: dict[str, Fingerprint] | None = None
+        # Of the last `learn`: where its samples stand in the batch, and its micro-batches without pictures.
+        self._began: tuple[tuple[int, ...], list[MicroBatch]] = ((), [])
 
     def _load(self, chunks: list[QwenVLModel], *, allow_narrowing: bool) -> None:
         load_hf(chunks, self.model_path, self.parallel, allow_narrowing=allow_narrowing)
@@ -196,9 +199,24 @@ class PolicyTrainer:
                     batches[own] = [
                         replace(batch, old_logprobs_T=values) for batch, values in zip(batches[own], old, strict=True)
                     ]
+        self._began = share.places, [replace(batch, vision=None) for batch in batches]
         tokens = sum(update.tokens for update in share.updates)
         gap = mismatch(batches, share.parcel.samples, self.parallel, tokens)
         return [result | gap for result in results]
+
+    def began_with(self, count: int) -> dict[int, np.ndarray]:
+        """Old log-probabilities of the last `learn`, of those among the batch's first `count` samples that this rank has.
+
+        float32 [S] by place in the batch, on ranks of the last stage; elsewhere none.
+        """
+        places, batches = self._began
+        return {
+            places[index]: values.float().cpu().numpy()
+            for batch in batches
+            if batch.old_logprobs_T is not None and any(places[index] < count for index in batch.sample_indices)
+            for index, values in zip(batch.sample_indices, packing.unshift(batch.old_logprobs_T, batch), strict=True)
+            if places[index] < count
+        }
 
     def supervise(self, share: Share) -> dict[str, float]:
         """One supervised optimizer step: token mean over the samples of all data-parallel ranks."""

@@ -44,6 +44,13 @@ def learn(rank: int, directory: str, samples: list[Sample], layout: Layout, upda
             passed.clear()
             batch = Batch(tuple(_with(samples, old) if bring else samples), updates)
             metrics = trainer.train(batch, "ppo_clip", {}, **how)
+        if old is not True:  # as the run's rollouts are stored with
+            began = trainer.began_with(len(samples))
+            assert sorted(began) == list(range(len(samples)))
+            assert trainer.began_with(2).keys() == {0, 1}
+            for place, sample in enumerate(samples):
+                error = np.abs((began[place] - old[place].numpy()) * sample.mask_S).max()
+                assert error <= 1e-6  # measured 0
         weights = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
         found.append((metrics, weights, sum(passed)))
         if old is True:  # a pipeline's log-probabilities are on its last stage alone: compared with one rank's instead

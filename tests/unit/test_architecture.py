@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 80, 7
 # Arrows point down; within a layer they may go sideways, but never in a circle.
 LAYERS = (
     ("cli", "__main__"),
-    ("demo", "verify", "doctor", "planning"),
+    ("demo", "verify", "doctor", "planning", "report"),
     ("loop",),
     ("run",),
     ("train", "rollout", "data", "rl", "tracking", "release", "evaluation"),
