@@ -99,6 +99,10 @@ def _rate(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _not_negative(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _rate(text)
 
@@ -255,6 +259,16 @@ _COMMANDS: dict[str, tuple[str, tuple[Argument, ...] | None]] = {
             ),
             _value("--judge-model", "NAME", "at that address"),
             _flag("--json", "print the summary as one JSON object"),
+        ),
+    ),
+    "replay": (
+        "do one step of a run again from the checkpoint before it, and say whether the numbers come out the same",
+        (
+            _path("run", "RUN_DIR", "its folder, into which nothing is written"),
+            _value("--step", "N", "as metrics.jsonl numbers it", type=_count, required=True),
+            _value(
+                "--only", None, "sample again, or train again on what is stored (both)", choices=("rollout", "train")
+            ),
         ),
     ),
     "data": ("data sets: made-up counting task, MMK12 conversion, validation", None),

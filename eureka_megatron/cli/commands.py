@@ -226,6 +226,14 @@ def _eval(args: argparse.Namespace) -> None:
         print(f"answers and verdicts in {args.output}, the figures in {args.output / 'summary.json'}")
 
 
+def _replay(args: argparse.Namespace) -> int:
+    _first_word()
+    from eureka_megatron.run.replay import replay
+
+    with session():
+        return 0 if replay(args.run.absolute(), args.step, args.only) else 1
+
+
 def _mmk12(args: argparse.Namespace) -> None:
     from eureka_megatron.data.prepare import convert_mmk12, kinds
     from eureka_megatron.tracking.console import progress_lines
@@ -299,6 +307,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "eureka convert inspect": _inspect,
     "eureka export": _export,
     "eureka eval": _eval,
+    "eureka replay": _replay,
     "eureka data counting": _counting,
     "eureka data mmk12": _mmk12,
     "eureka data validate": _validate,

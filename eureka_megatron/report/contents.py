@@ -18,7 +18,7 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.tracking.tracker import read_metrics
 
 PAUSE_SECONDS = 60  # between steps, beyond what their phases took: the run stood still
-OWN = ("step", "stage", "time", "non_finite")  # of a line of metrics.jsonl, besides the metrics
+OWN = ("step", "stage", "time", "timed", "non_finite")  # of a line of metrics.jsonl, besides the metrics
 
 Record = dict[str, Any]
 Flat = dict[str, Any]  # dotted key → value
@@ -92,7 +92,7 @@ def _lines(path: Path, problems: list[str]) -> list[Record]:
     good = [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
     if len(good) < len(found):
         problems.append(f"{path.name}: {len(found) - len(good)} lines are no records")
-    return [{"stage": "train", "time": None, **line} for line in good]
+    return [{"stage": "train", "time": None, **line, **(line.get("timed") or {})} for line in good]
 
 
 def _series(lines: Iterable[Record], stage: str) -> Record:
