@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -163,6 +163,15 @@ class Sample:
         return len(self.tokens_S)
 
 
+class BeganWith(NamedTuple):
+    """What the weights that a step began with think of a sample; index 0 means nothing."""
+
+    logprobs_S: np.ndarray  # float32
+    entropy_S: np.ndarray | None = (
+        None  # float32, in nats: of the distribution that each token was drawn from; None: not computed
+    )
+
+
 @dataclass(frozen=True)
 class Batch:
     """The samples of one rollout step. `updates[k]` lists the indices of those of optimizer step k."""
@@ -255,6 +264,8 @@ class MicroBatch:
     context: ContextShare | None = None
     # (first row, rows) of the prompt that each segment sees besides its own rows, (0, 0): none; empty: no prompt is shared
     prefixes: tuple[tuple[int, int], ...] = ()
+    # float32: of each prediction by the weights that gave old_logprobs_T, in nats, where these were computed here; to be looked at
+    entropy_T: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,7 @@ from eureka_megatron.tracking.rollouts import FOLDER, step_files
 
 COLUMNS = [
     "group", "response", "prompt_id", "prompt", "answer", "pictures", "picture_tokens", "prompt_tokens", "text", "pieces", "logprobs",
-    "trainer_logprobs", "advantage", "rewards", "finish_reason", "weight_version",
+    "trainer_logprobs", "entropy", "advantage", "rewards", "finish_reason", "weight_version",
 ]  # fmt: skip
 LOGPROB_UNIT, DIFFERENCE_UNIT = 0.01, 1e-4  # nats; as in static/rollouts.js
 PICTURE_BYTES = 40_000  # a larger one is shown smaller, as WebP
@@ -52,10 +52,10 @@ class StoredRollouts:
             yield step, self._step(step, table)
 
     def _step(self, step: int, table: pa.Table) -> dict[str, Any]:
-        logprobs, trained = (_lists(table[name]) for name in ("logprobs", "trainer_logprobs"))
-        plain = table.drop_columns(["logprobs", "trainer_logprobs"]).to_pylist()
+        arrays = ["logprobs", "trainer_logprobs", "entropy"]
+        plain = table.drop_columns(arrays).to_pylist()
         groups: dict[int, dict[str, Any]] = {}
-        for row, engine_R, trainer_R in zip(plain, logprobs, trained, strict=True):
+        for row, engine_R, trainer_R, entropy_R in zip(plain, *(_lists(table[name]) for name in arrays), strict=True):
             rewards = clean(dict(row["rewards"]))
             numbers = (row["group"], row["response"], rewards.get("total"), rewards.get("accuracy"), len(row["pieces"]))
             for name, value in zip(self.index, (step, *numbers, clean(row["advantage"])), strict=True):
@@ -67,6 +67,7 @@ class StoredRollouts:
                 "pieces": row["pieces"] or [row["text"]],
                 "logprobs": _counted(engine_R, LOGPROB_UNIT),
                 "difference": None if trainer_R is None else _counted(trainer_R - engine_R, DIFFERENCE_UNIT),
+                "entropy": _counted(entropy_R, LOGPROB_UNIT),
                 "advantage": clean(row["advantage"]),
                 "rewards": rewards,
                 "finish_reason": row["finish_reason"],

@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from eureka_megatron.types import Batch, Group, Picture
+from eureka_megatron.types import Batch, BeganWith, Group, Picture
 
 FOLDER = "rollouts"
 PREFIX = "step_"
@@ -40,14 +39,11 @@ SCHEMA = pa.schema(
         ("tokens", pa.list_(pa.int32())),
         ("pieces", pa.list_(pa.string())),  # the text of each token; a character of several tokens stands at its last
         ("logprobs", pa.list_(pa.float32())),  # of each token: log μ, the engine's
-        (
-            "trainer_logprobs",
-            pa.list_(pa.float32()),
-        ),  # log π of the weights that the step began with; null: not computed
-        (
-            "advantage",
-            pa.float32(),
-        ),  # of every token, before what the trainer adds by token (KL in the reward, discount)
+        # of each token, by the weights that the step began with: log π and, in nats, the entropy it was drawn with; null: not computed
+        ("trainer_logprobs", pa.list_(pa.float32())),
+        ("entropy", pa.list_(pa.float32())),
+        # of every token, before what the trainer adds by token (KL in the reward, discount)
+        ("advantage", pa.float32()),
         ("rewards", pa.map_(pa.string(), pa.float64())),  # every part, and "total"
         ("finish_reason", pa.string()),
         ("weight_version", pa.int32()),
@@ -58,13 +54,13 @@ Decode = Callable[[list[int]], str]
 
 
 def store(
-    folder: Path, step: int, groups: Sequence[Group], batch: Batch, decode: Decode, trained: Mapping[int, np.ndarray]
+    folder: Path, step: int, groups: Sequence[Group], batch: Batch, decode: Decode, trained: Mapping[int, BeganWith]
 ) -> None:
     """Write the groups, whose responses are the first samples of the batch, in order.
 
     Args:
         decode: tokens → text, special tokens included.
-        trained: float32 [S], the trainer's log-probabilities of a sample's tokens, by place in the batch; of those that are known.
+        trained: what the trainer thinks of a sample, by place in the batch; of those that are known.
 
     Raises:
         OSError: the disk does not take them; the step's file then is not there.
@@ -83,7 +79,7 @@ def store(
 
 
 def rollout_rows(
-    step: int, groups: Sequence[Group], batch: Batch, decode: Decode, trained: Mapping[int, np.ndarray]
+    step: int, groups: Sequence[Group], batch: Batch, decode: Decode, trained: Mapping[int, BeganWith]
 ) -> Iterator[dict[str, Any]]:
     """The rows of a step's file."""
     texts: dict[int, str] = {}
@@ -99,7 +95,7 @@ def rollout_rows(
             "prompt_tokens": len(prompt.tokens_S),
         }
         for index, rollout in enumerate(group.rollouts):
-            tokens = rollout.tokens_R.tolist()
+            tokens, known = rollout.tokens_R.tolist(), trained.get(place)
             yield {
                 "step": step,
                 "group": number,
@@ -109,7 +105,8 @@ def rollout_rows(
                 "tokens": tokens,
                 "pieces": pieces(tokens, decode, texts),
                 "logprobs": rollout.logprobs_R,
-                "trainer_logprobs": trained[place][-len(tokens) :] if place in trained else None,
+                "trainer_logprobs": None if known is None else known.logprobs_S[-len(tokens) :],
+                "entropy": None if known is None or known.entropy_S is None else known.entropy_S[-len(tokens) :],
                 "advantage": float(batch.samples[place].advantages_S[-1]),
                 "rewards": list(rollout.rewards.items()),
                 "finish_reason": rollout.finish_reason,

@@ -27,15 +27,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from eureka_megatron.config import RunConfig
 from eureka_megatron.session import shielded
 from eureka_megatron.tracking.console import Console
 from eureka_megatron.tracking.login import Mode, has_wandb_login, wandb_mode
 from eureka_megatron.tracking.rollouts import FOLDER, Decode, set_aside, still, store
 from eureka_megatron.tracking.watch import Watch
-from eureka_megatron.types import Batch, Group
+from eureka_megatron.types import Batch, BeganWith, Group
 
 VERSIONED = [
     "eureka-megatron",
@@ -51,7 +49,7 @@ BINS = 64  # of a histogram
 TIMED = "perf/"  # of metrics that depend on the machine and its clock
 # An unreachable server costs the first once; then the run is recorded offline.
 WANDB_SECONDS = {"init_timeout": 30, "finish_timeout": 60}
-BeganWith = Callable[[int], Mapping[int, np.ndarray]]
+Ask = Callable[[int], Mapping[int, BeganWith]]
 
 
 class Tracker:
@@ -145,10 +143,10 @@ class Tracker:
         if text and step + 1 < self.console.total_steps:  # after the last one it is told as a whole
             self._warn(text)
 
-    def rollouts(self, step: int, groups: Sequence[Group], batch: Batch, decode: Decode, began_with: BeganWith) -> None:
+    def rollouts(self, step: int, groups: Sequence[Group], batch: Batch, decode: Decode, began_with: Ask) -> None:
         """Store what `step` sampled and learned from, when that is due; see `tracking.rollouts.store`. A disk that does not take it is told once.
 
-        began_with: how many of the batch's first samples → the trainer's log-probabilities of these, float32 [S] by place.
+        began_with: how many of the batch's first samples → what the trainer thinks of these, by place.
         """
         every = self.config.tracking.rollouts_every
         if not every or (step > 0 and (step + 1) % every):

@@ -17,7 +17,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -38,7 +37,7 @@ from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.train import sharing
 from eureka_megatron.train.parcel import Rules, Share, shares, unwrap
 from eureka_megatron.train.pulse import BEAT_SECONDS, Pulse, Watch, keep_log, last_words, log_file
-from eureka_megatron.types import Batch, Sample
+from eureka_megatron.types import Batch, BeganWith, Sample
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name, which torch looks at first
 
@@ -281,8 +280,8 @@ class TrainerGroup:
         self.utilisation = self._utilised(parts, (time.perf_counter() - start) / self.config.training.passes)
         return results
 
-    def began_with(self, count: int) -> dict[int, np.ndarray]:
-        """Log-probabilities of the batch's first `count` samples by the weights that the last `train` began with; float32 [S] by place."""
+    def began_with(self, count: int) -> dict[int, BeganWith]:
+        """Of the batch's first `count` samples, by place: what the weights thought of them that the last `train` began with."""
         return {place: found for part in self._all("trainer.began_with", count) for place, found in part.items()}
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:

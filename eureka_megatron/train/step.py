@@ -191,19 +191,20 @@ def policy_step_loss(
     parallel: Parallel,
     objective: Objective,
     update: Update,
-    old: list[Tensor],
+    old: list[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Metrics]:
     """The policy's loss of one micro-batch.
 
     Args:
-        old: where the current log-probabilities are left if the micro-batch has no old ones: they are these (first update on fresh rollouts).
+        old: where the current log-probabilities, with the entropies, are left if the micro-batch has no old ones: they are these (first update
+            on fresh rollouts).
     """
     logprobs, entropy = row_logprobs(hidden_TH, weight_VH, batch, parallel, objective.temperature)
     if batch.old_logprobs_T is None:
-        old.append(logprobs.detach())
+        old.append((logprobs.detach(), entropy.detach()))
     inputs = LossInputs(
         logprobs_T=logprobs,
-        old_logprobs_T=old[-1] if batch.old_logprobs_T is None else batch.old_logprobs_T,
+        old_logprobs_T=old[-1][0] if batch.old_logprobs_T is None else batch.old_logprobs_T,
         advantages_T=batch.advantages_T,
         mask_T=batch.mask_T,
         sequence_ids_T=batch.sequence_ids_T,

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ from eureka_megatron.train.offload import Offload
 from eureka_megatron.train.optimizer import learning_rate, make_optimizer, wrap
 from eureka_megatron.train.parcel import Rules, Share, shares, unwrap, unwrap_pictures
 from eureka_megatron.train.reference import ReferenceWeights
-from eureka_megatron.types import Batch, MicroBatch, Sample
+from eureka_megatron.types import Batch, BeganWith, MicroBatch, Sample
 from eureka_megatron.weights import iter_hf_weights, load_hf
 from eureka_megatron.weights.online import table_of
 from eureka_megatron.weights.table import tensors_of, unsent
@@ -83,8 +82,8 @@ class PolicyTrainer:
         self.optimizer: Any = None
         self._offload = Offload(parallel.device)
         self._frozen_fingerprints: dict[str, Fingerprint] | None = None
-        # Of the last `learn`: where its samples stand in the batch, and its micro-batches without pictures.
-        self._began: tuple[tuple[int, ...], list[MicroBatch]] = ((), [])
+        # Of the last `learn`: its micro-batches, and where its samples stand in the batch.
+        self._learned: tuple[list[MicroBatch], tuple[int, ...]] = [], ()
 
     def _load(self, chunks: list[QwenVLModel], *, allow_narrowing: bool) -> None:
         load_hf(chunks, self.model_path, self.parallel, allow_narrowing=allow_narrowing)
@@ -190,33 +189,39 @@ class PolicyTrainer:
         for _ in range(objective.passes):
             for update in share.updates:
                 own = slice(update.start, update.stop)
-                old: list[Tensor] = []
+                old: list[tuple[Tensor, Tensor]] = []
                 loss = partial(
                     step.policy_step_loss, parallel=self.parallel, objective=objective, update=update, old=old
                 )
                 results.append(self._update(batches[own], loss))
                 if old:  # on ranks of the last stage, of a first step whose batches had none
                     batches[own] = [
-                        replace(batch, old_logprobs_T=values) for batch, values in zip(batches[own], old, strict=True)
+                        replace(batch, old_logprobs_T=logprobs, entropy_T=entropy)
+                        for batch, (logprobs, entropy) in zip(batches[own], old, strict=True)
                     ]
-        self._began = share.places, [replace(batch, vision=None) for batch in batches]
+        # Pictures are not needed for it; values are fetched from the device when someone asks.
+        self._learned = [replace(batch, vision=None) for batch in batches], share.places
         tokens = sum(update.tokens for update in share.updates)
         gap = mismatch(batches, share.parcel.samples, self.parallel, tokens)
         return [result | gap for result in results]
 
-    def began_with(self, count: int) -> dict[int, np.ndarray]:
-        """Old log-probabilities of the last `learn`, of those among the batch's first `count` samples that this rank has.
+    def began_with(self, count: int) -> dict[int, BeganWith]:
+        """What the weights before the last `learn` thought of those among its batch's first `count` samples that this rank has.
 
-        float32 [S] by place in the batch, on ranks of the last stage; elsewhere none.
+        By place in the batch; on ranks of the last stage, elsewhere none.
         """
-        places, batches = self._began
-        return {
-            places[index]: values.float().cpu().numpy()
-            for batch in batches
-            if batch.old_logprobs_T is not None and any(places[index] < count for index in batch.sample_indices)
-            for index, values in zip(batch.sample_indices, packing.unshift(batch.old_logprobs_T, batch), strict=True)
-            if places[index] < count
-        }
+        batches, places = self._learned
+        found = {}
+        for batch in batches:
+            if batch.old_logprobs_T is None:
+                continue
+            known = [batch.old_logprobs_T] if batch.entropy_T is None else [batch.old_logprobs_T, batch.entropy_T]
+            for index, *values in zip(
+                batch.sample_indices, *(packing.unshift(one, batch) for one in known), strict=True
+            ):
+                if places[index] < count:
+                    found[places[index]] = BeganWith(*(value.float().cpu().numpy() for value in values))
+        return found
 
     def supervise(self, share: Share) -> dict[str, float]:
         """One supervised optimizer step: token mean over the samples of all data-parallel ranks."""
@@ -252,6 +257,8 @@ class PolicyTrainer:
         if not parts:
             return batches
         known: list[dict[str, Any]] = [{f"{which}_logprobs_T": part["logprobs_T"]} for part in parts]
+        if which == "old":
+            known = [values | {"entropy_T": part["entropy_T"]} for values, part in zip(known, parts, strict=True)]
         return [replace(batch, **values) for batch, values in zip(batches, known, strict=True)]
 
     def _sum_over_data(self, values: Tensor) -> Tensor:

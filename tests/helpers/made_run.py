@@ -19,7 +19,7 @@ from eureka_megatron.config import RunConfig, make_config
 from eureka_megatron.demo.counting import Example, draw, examples, response
 from eureka_megatron.tracking.rollouts import step_file, step_files
 from eureka_megatron.tracking.tracker import Tracker
-from eureka_megatron.types import Batch, Group, Picture, Prompt, Rollout, Sample
+from eureka_megatron.types import Batch, BeganWith, Group, Picture, Prompt, Rollout, Sample
 
 TOKENS = list("\n !\"'()*+,-./:;<=>?\\_{}|") + [chr(code) for code in (*range(48, 58), *range(65, 91), *range(97, 123))]
 END = len(TOKENS)
@@ -106,12 +106,13 @@ def batch_of(groups: list[Group]) -> Batch:
     return Batch.of(samples)
 
 
-def trained(groups: list[Group]) -> dict[int, np.ndarray]:
-    rollouts = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-    return {
-        place: np.concatenate([0 * prompt.tokens_S, rollout.logprobs_R * np.float32(1.01)]).astype(np.float32)
-        for place, (prompt, rollout) in enumerate(rollouts)
-    }
+def trained(groups: list[Group]) -> dict[int, BeganWith]:
+    found = {}
+    for group in groups:
+        for rollout in group.rollouts:
+            logprobs = np.concatenate([0 * group.prompt.tokens_S, rollout.logprobs_R * np.float32(1.01)])
+            found[len(found)] = BeganWith(logprobs.astype(np.float32), -2 * logprobs.astype(np.float32))
+    return found
 
 
 def picture_of(example: Example) -> Picture:

@@ -49,7 +49,7 @@ def learn(rank: int, directory: str, samples: list[Sample], layout: Layout, upda
             assert sorted(began) == list(range(len(samples)))
             assert trainer.began_with(2).keys() == {0, 1}
             for place, sample in enumerate(samples):
-                error = np.abs((began[place] - old[place].numpy()) * sample.mask_S).max()
+                error = np.abs((began[place].logprobs_S - old[place].numpy()) * sample.mask_S).max()
                 assert error <= 1e-6  # measured 0
         weights = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
         found.append((metrics, weights, sum(passed)))

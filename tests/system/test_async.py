@@ -111,7 +111,7 @@ def _stored(folder: Path, groups: list[Group]) -> None:
     for row in rows:
         gap = np.abs(np.array(row["logprobs"]) - np.array(row["trainer_logprobs"])).max()
         assert gap <= 1e-5  # measured 1.9e-6 in test_story.py
-        assert len(row["pieces"]) == len(row["tokens"])
+        assert len(row["pieces"]) == len(row["tokens"]) == len(row["entropy"])
         assert "".join(row["pieces"]).startswith(row["text"][:5])
     assert all((folder / "rollouts" / "pictures" / f"{key}.png").exists() for row in rows for key in row["pictures"])
 

@@ -112,7 +112,7 @@ def test_pictures_stand_beside_prompt_and_responses(browser: Chromium, pages: di
         "['.prompt img', '.card'].map((name) => document.querySelector(name).getBoundingClientRect().top)"
     )
     assert abs(tops[0] - tops[1]) < 20
-    for colour in ("advantage", "logprob", "difference"):
+    for colour in ("advantage", "logprob", "difference", "entropy"):
         browser.open(pages["one"], f"#rollouts/colour={colour}")
         browser.wait("document.querySelector('.card .text span[style]')")
         shades = browser.ask(

@@ -56,7 +56,9 @@ def test_the_page_holds_metrics_rollouts_and_pictures(folder: Path) -> None:
     assert index["length"] == [len(one["pieces"]) for one in responses]
     assert index["total"] == [one["rewards"]["total"] for one in responses]
     assert all(one["pieces"][-1] == "<|im_end|>" for one in responses)
-    assert all(len(one["logprobs"]) == len(one["difference"]) == len(one["pieces"]) for one in responses)
+    assert all(
+        len(one["pieces"]) == len(one["logprobs"]) == len(one["difference"]) == len(one["entropy"]) for one in responses
+    )
     keys = {
         key
         for step in (0, 4, 9)

@@ -39,7 +39,7 @@ def test_a_step_comes_back_as_it_was(tmp_path: Path) -> None:
         assert row["tokens"] == rollout.tokens_R.tolist()
         assert "".join(row["pieces"]) == rollout.text + "<|im_end|>"
         assert np.array_equal(np.array(row["logprobs"], np.float32), rollout.logprobs_R)
-        assert (row["trainer_logprobs"] is not None) == (place == 1)
+        assert (row["trainer_logprobs"] is not None, row["entropy"] is not None) == (place == 1, place == 1)
         assert row["advantage"] == batch.samples[place].advantages_S[-1]
         assert dict(row["rewards"]) == rollout.rewards
     kept = Image.open(tmp_path / "rollouts" / "pictures" / f"{groups[0].prompt.pictures[0].key}.png")

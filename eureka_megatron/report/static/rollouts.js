@@ -13,7 +13,7 @@ const sorts = {
   shortest: ["shortest", (index, one, other) => index.length[one] - index.length[other] || one - other],
   advantage: ["largest advantage", (index, one, other) => Math.abs(index.advantage[other] ?? 0) - Math.abs(index.advantage[one] ?? 0) || one - other],
 };
-const colours = { none: "nothing", advantage: "advantage", logprob: "log-probability (engine)", difference: "trainer − engine" };
+const colours = { none: "nothing", advantage: "advantage", logprob: "log-probability (engine)", difference: "trainer − engine", entropy: "entropy" };
 
 async function rollouts(holder) {
   const list = el("div", { class: "list", id: "list", role: "listbox", tabindex: 0, "aria-label": "responses" });
@@ -157,7 +157,7 @@ function card(number, one, chosen, group) {
   const tokens = one.pieces.map((piece, place) => {
     const value = valueOf(one, place);
     const told = [`token ${place}`];
-    for (const name of ["logprob", "difference"]) if (known(valueOf(one, place, name))) told.push(`${colours[name]} ${show(valueOf(one, place, name))}`);
+    for (const name of ["logprob", "difference", "entropy"]) if (known(valueOf(one, place, name))) told.push(`${colours[name]} ${show(valueOf(one, place, name))}`);
     return el("span", { title: told.join(", "), style: known(value) ? `background:${tint(value, scale)}` : null }, piece);
   });
   return el("article", { class: "card" + (chosen ? " chosen" : ""), "aria-label": `response ${number}` },
@@ -170,7 +170,7 @@ const known = (value) => value !== null && value !== undefined;
 
 function valueOf(one, place, name = browser.colour) {
   if (name === "advantage") return one.advantage;
-  const [values, unit] = name === "logprob" ? [one.logprobs, LOGPROB_UNIT] : name === "difference" ? [one.difference, DIFFERENCE_UNIT] : [null, 1];
+  const [values, unit] = { logprob: [one.logprobs, LOGPROB_UNIT], difference: [one.difference, DIFFERENCE_UNIT], entropy: [one.entropy, LOGPROB_UNIT] }[name] ?? [null, 1];
   return known(values?.[place]) ? values[place] * unit : null;
 }
 
@@ -190,8 +190,8 @@ function tint(value, scale) {
 function legendOf(group) {
   if (browser.colour === "none") return null;
   const scale = scaleOf(group);
-  if (browser.colour === "difference" && Object.values(group.responses).every((one) => !one.difference)) return el("p", { class: "legend" }, "The trainer's log-probabilities are not stored for this step.");
-  const low = el("span", { style: `background:${tint(-1, 1)}` }, ` −${show(scale, 3)} `);
+  if (["difference", "entropy"].includes(browser.colour) && Object.values(group.responses).every((one) => !one[browser.colour])) return el("p", { class: "legend" }, `${colours[browser.colour]}: not stored for this step`);
+  const low = browser.colour === "entropy" ? null : el("span", { style: `background:${tint(-1, 1)}` }, ` −${show(scale, 3)} `);
   return el("p", { class: "legend" }, `${colours[browser.colour]}: `, low, " 0 ", browser.colour === "logprob" ? null : el("span", { style: `background:${tint(1, 1)}` }, ` ${show(scale, 3)} `));
 }
 
