@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eureka_megatron.parallel import runtime
 from eureka_megatron.parallel.runtime import Parallel
+from eureka_megatron.rl.losses import reduce_metrics
 from eureka_megatron.types import MicroBatch, Sample
 
 TAIL_TOKENS = 100  # the tail is what one token in so many reaches: the 99th percentile
@@ -54,14 +55,25 @@ def mismatch(
         dist.all_gather(parts, top, group=parallel.data.group)
         top = _largest(torch.cat(parts), most)
     place_1 = ((sums_4[1] + sums_4[3]) / TAIL_TOKENS).ceil().clamp(min=1).long().view(1) - 1
-    tail_1 = top.index_select(0, place_1).double()
-    text, texts, pictures, shown, largest_gap, tail = torch.cat((sums_4, largest.view(1), tail_1)).tolist()
-    found = {"logprob_abs_diff_max": largest_gap}
-    if texts:
-        found["mismatch/text"] = text / texts
-    if shown:
-        found["mismatch/pictures"] = pictures / shown
-    return found | ({"mismatch/tail": tail} if texts or shown else {})
+    ones = torch.ones_like(largest)
+    numbers = reduce_metrics(  # pairs of a sum and what it is divided by; all in one copy to the host
+        [
+            {
+                "text": sums_4[:2],
+                "pictures": sums_4[2:],
+                "texts": torch.stack((sums_4[1], ones)),
+                "shown": torch.stack((sums_4[3], ones)),
+                "tail_max": top.index_select(0, place_1),
+                "gap_max": largest,
+            }
+        ]
+    )
+    found = {"logprob_abs_diff_max": numbers["gap_max"]}
+    if numbers["texts"]:
+        found["mismatch/text"] = numbers["text"]
+    if numbers["shown"]:
+        found["mismatch/pictures"] = numbers["pictures"]
+    return found | ({"mismatch/tail": numbers["tail_max"]} if numbers["texts"] or numbers["shown"] else {})
 
 
 def _differences(
