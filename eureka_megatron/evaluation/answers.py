@@ -70,19 +70,22 @@ class Answers:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _read(self) -> None:
-        """The lines that are whole; what a kill cut short goes, so that the next line begins a line."""
+        """The lines that are there; a last one that a kill cut short goes, so that the next line begins a line. Raises UserError for others."""
         if not self.path.exists():
             return
         good = 0
         with self.path.open("rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    key = record["id"], record["sample"]
-                except (ValueError, KeyError, TypeError):
-                    break
+            for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
+                try:
+                    record = json.loads(line)
+                    self.known[str(record["id"]), record["sample"]] = record | {"response": record["response"]}
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f"{self.path}:{number}: a line must be a JSON object with id, sample (from 0) and response; mend it, or name another "
+                        "--output"
+                    ) from None
                 good += len(line)
-                self.known[key] = record
-        os.truncate(self.path, good)
+        if good < self.path.stat().st_size:
+            os.truncate(self.path, good)

@@ -19,6 +19,7 @@ from typing import Any
 from eureka_megatron.config import RunConfig, make_config
 from eureka_megatron.data.hf_processor import load_hf_processor, picture_bounds
 from eureka_megatron.data.processor import Processor
+from eureka_megatron.data.prompts import system_prompt
 from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.evaluation import judge_official, judge_paper, wemath_scores
 from eureka_megatron.evaluation.answers import Answers
@@ -98,6 +99,7 @@ class Task:
     answers: Answers
     samples: int = 1  # of each row
     seed: int = 0
+    told: bool = True  # whether progress is shown; a run that trains has a view of its own
 
     @property
     def name(self) -> str:
@@ -162,13 +164,17 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
 def _keep(folder: Path, summary: dict[str, Any]) -> None:
     """In summary.json, beside other benchmarks' figures."""
     path = folder / "summary.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or cut short by a kill
+        earlier = {}
     path.write_text(json.dumps(earlier | summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check(options: EvalOptions) -> None:
     for name, _ in options.benchmarks:
         protocol = options.protocol(name)
+        system_prompt(protocol.system_prompt)  # is there one of this name?
         if options.samples > 1 and protocol.temperature == 0:
             raise ConfigError(
                 f"eureka eval: --samples {options.samples} needs --temperature above 0: at 0 all samples of {name} are equal"
@@ -274,7 +280,8 @@ def ask(task: Task, pool: RolloutPool, processor: Processor) -> None:
         except UserError as error:
             return error
 
-    with task.answers, progress(f"{task.name}: answers", len(rows), len(rows) - len(missing)) as advance:
+    shown = progress(f"{task.name}: answers", len(rows), len(rows) - len(missing), silent=not task.told)
+    with task.answers, shown as advance:
         for part in _parts(missing, read, PICTURE_BYTES * pool.config.rollout.engines):
             prompts = []
             for index, found in part:
@@ -357,7 +364,7 @@ def evaluate_in_training(
     folder = config.run.output / "evaluation" / f"step_{step:06d}"
     shutil.rmtree(folder / rows.benchmark, ignore_errors=True)  # of a run that was stopped in it
     settings = {"data": str(rows.path), "step": step, "weight_version": pool.version, **asdict(protocol)}
-    task = Task(rows, protocol, Answers(folder / rows.benchmark, settings), seed=config.run.seed)
+    task = Task(rows, protocol, Answers(folder / rows.benchmark, settings), seed=config.run.seed, told=False)
     ask(task, pool, processor)
     found = judge(task)
     _keep(folder, {rows.benchmark: found})
@@ -374,7 +381,7 @@ def judge(task: Task, model: JudgeModel | None = None) -> dict[str, Any]:
     columns: list[dict[str, list[str]]] = []
     problems: list[dict[str, Any]] = []  # what We-Math's metric asks of a row
     doubts: dict[tuple[str, int], Question] = {}
-    with progress(f"{task.name}: verdicts", len(rows)) as advance:
+    with progress(f"{task.name}: verdicts", len(rows), silent=not task.told) as advance:
         for index, name in enumerate(rows.ids):
             row = rows[index]
             columns.append(groups(task.name, row))

@@ -13,10 +13,11 @@ LINE_SECONDS = 15.0
 
 
 @contextmanager
-def progress(
-    title: str, total: int, done: int = 0, *, line_seconds: float = LINE_SECONDS
-) -> Iterator[Callable[[], None]]:
+def progress(title: str, total: int, done: int = 0, *, silent: bool = False) -> Iterator[Callable[[], None]]:
     """Yields a function to be called when one more of `total` is done. done: how many were before."""
+    if silent:
+        yield lambda: None
+        return
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,7 +32,7 @@ def progress(
         nonlocal count, last
         count += 1
         now = time.monotonic()
-        if now - last >= line_seconds and count < total:
+        if now - last >= LINE_SECONDS and count < total:
             last = now
             left = (now - started) / (count - first) * (total - count)
             tell(f"{title} {count}/{total} · {format_seconds(left)} left")

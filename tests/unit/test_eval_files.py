@@ -291,5 +291,12 @@ def test_answers_that_are_there_are_judged_without_an_engine(tmp_path, tiny_dir)
     assert again["mathvista"]["rows"] == 1
     assert len((tmp_path / "out" / "mathvista" / "answers.jsonl").read_text().splitlines()) == 2  # none is lost
     assert set(json.loads((tmp_path / "out" / "summary.json").read_text())) == set(CASES)
+    lines = tmp_path / "out" / "mathvista" / "answers.jsonl"
+    lines.write_text(lines.read_text() + '{"id": "9", "response": "4"}\n')
+    with pytest.raises(UserError, match=r"answers\.jsonl:3: a line must be a JSON object with id, sample"):
+        run_eval(EvalOptions(model=tiny_dir, benchmarks=(chosen[0],), output=tmp_path / "out"))
+    assert len(lines.read_text().splitlines()) == 3  # nor is anything cut
+    with pytest.raises(ConfigError, match="there is no prompt 'mm_eureka_31b'"):
+        run_eval(EvalOptions(model=tiny_dir, benchmarks=(chosen[0],), output=tmp_path, system_prompt="mm_eureka_31b"))
     with pytest.raises(UserError, match=r"sampled otherwise: max_tokens 4096 there, 17 now"):
         run_eval(EvalOptions(model=tiny_dir, benchmarks=(chosen[0],), output=tmp_path / "out", max_tokens=17))
