@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from eureka_megatron.tracking.console import format_seconds, tell
 
 LINE_SECONDS = 15.0
+FIRST_GUESS = 10  # done before the time left is guessed at: the first ones pay for what is warmed up
 
 
 @contextmanager
@@ -35,7 +36,8 @@ def progress(title: str, total: int, done: int = 0, *, silent: bool = False) -> 
         if now - last >= LINE_SECONDS and count < total:
             last = now
             left = (now - started) / (count - first) * (total - count)
-            tell(f"{title} {count}/{total} · {format_seconds(left)} left")
+            known = count - first >= FIRST_GUESS
+            tell(f"{title} {count}/{total}" + (f" · {format_seconds(left)} left" if known else ""))
 
     yield advance
     if count > first:
