@@ -54,7 +54,10 @@ function address() {
   return { section: end < 0 ? text : text.slice(0, end), values: Object.fromEntries(new URLSearchParams(end < 0 ? "" : text.slice(end + 1))) };
 }
 
+// Of the section that is open: what is still loading must not call a section back that the reader has left meanwhile.
 function setAddress(section, values = {}) {
+  const open = address().section;
+  if (open && open !== section) return;
   const given = Object.entries(values).filter(([, value]) => value !== "" && value !== null && value !== undefined);
   const text = new URLSearchParams(given).toString();
   history.replaceState(null, "", "#" + section + (text ? "/" + text : ""));
