@@ -67,7 +67,7 @@ def message(benchmark: str, row: Row) -> list[dict[str, Any]]:
 def _columns(benchmark: str, row: Row) -> list[str]:
     """Where a row holds its pictures. `decoded_image` goes before `image`, which is then the path it once had."""
     if benchmark == "olympiadbench" and (
-        numbered := [f"image_{n}" for n in range(1, 10) if row.get(f"image_{n}") is not None]
+        numbered := [f"image_{n}" for n in range(1, 10) if not absent(row.get(f"image_{n}"))]
     ):
         return numbered
     order = ("decoded_image", "image", "images", "image_path")
@@ -76,7 +76,7 @@ def _columns(benchmark: str, row: Row) -> list[str]:
 
 def _several(value: Any) -> list[Address]:
     """A picture or several, as files hold them: bytes, a path, base64, a struct of bytes and path, or a list of these (or its text)."""
-    if value is None or (isinstance(value, float) and value != value):
+    if absent(value):
         return []
     if isinstance(value, dict):
         return _several(value.get("bytes") or value.get("path"))

@@ -82,6 +82,8 @@ class Rows(Sequence[dict[str, Any]]):
                     problems.append(str(error))
         if problems:
             more = f"\n… {len(problems)} bad rows in all" if len(problems) > SHOWN else ""
+            if any(": picture " in problem for problem in problems):
+                more += "\n(further folders of pictures: data.media; of eureka eval --media)"
             raise UserError("\n".join(problems[:SHOWN]) + more)
         if not self._places:
             raise UserError(f"{path} holds no rows of {self.benchmark}")
@@ -96,9 +98,6 @@ class Rows(Sequence[dict[str, Any]]):
         source = self._parts[part]
         with located(origin):
             return self._published(source.parse(source.raw(place)), source)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +128,9 @@ class Rows(Sequence[dict[str, Any]]):
             return False
         if self.benchmark == "olympiadbench" and str(row.get("config", "")).startswith("TP"):
             self.left_out["proofs, which no rule can judge"] += 1
+            return False
+        if self.benchmark == "olympiadbench" and ("_zh_" in str(row.get("config")) or row.get("language") == "Chinese"):
+            self.left_out["Chinese questions, which the English prompt does not ask"] += 1
             return False
         return True
 

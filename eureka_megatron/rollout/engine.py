@@ -39,13 +39,13 @@ import torch
 
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
-from eureka_megatron.gpus import held_memory
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config, tower_divides
 from eureka_megatron.rollout.settings import EngineOptions, cpu_settings, gpu_settings, hf_overrides, set_environment
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.rollout.worker import EXTENSION, Failure, shared_bytes
 from eureka_megatron.sync.check import Fingerprint, check_announced, combine
 from eureka_megatron.sync.source import SyncError, TensorMeta
+from eureka_megatron.tracking.memory import held_memory
 from eureka_megatron.types import Picture, Prompt, Rollout, Sampling
 
 

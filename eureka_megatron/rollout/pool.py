@@ -79,7 +79,7 @@ class RolloutPool:
     Attributes:
         version: of the weights every engine has.
         restarts: engines replaced so far.
-        memory: `gpus.held_memory` of each engine after the last weights.
+        memory: `memory.held_memory` of each engine after the last weights.
         before_sampling: called before engines sample; colocated ones are woken there.
     """
 

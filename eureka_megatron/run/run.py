@@ -13,7 +13,6 @@ from eureka_megatron.config import RunConfig
 from eureka_megatron.data.dataset import PromptStream
 from eureka_megatron.data.processor import make_processor
 from eureka_megatron.errors import UserError
-from eureka_megatron.gpus import held_memory, memory_metrics
 from eureka_megatron.rewards import Rewarder
 from eureka_megatron.rollout.ahead import Ahead
 from eureka_megatron.rollout.collector import Collector
@@ -28,6 +27,7 @@ from eureka_megatron.run.turns import Turns
 from eureka_megatron.sync.check import compare
 from eureka_megatron.sync.ray_transfer import SyncReport
 from eureka_megatron.tracking.console import counted, tell
+from eureka_megatron.tracking.memory import held_memory, memory_metrics
 from eureka_megatron.train.actor import TrainerGroup, model_card
 from eureka_megatron.types import Batch
 

@@ -161,7 +161,7 @@ class Tracker:
             if not self._rollouts_failed:
                 self._warn(f"no rollouts of step {step} in {self.run_dir / FOLDER}: {error.strerror or error}")
             self._rollouts_failed = True
-        if self._wandb is not None:
+        if self._wandb is not None and step > self._sent:
             self._guard("wandb", lambda: self._log_table(step, groups, batch))
 
     def _log_table(self, step: int, groups: Sequence[Group], batch: Batch) -> None:
@@ -185,7 +185,8 @@ class Tracker:
                 rewards = [one.rewards.get(name) for name in ("total", "accuracy")]
                 shown = [group.prompt.text, pictures[0] if pictures else None, group.prompt.answer, one.text]
                 table.add_data(*shown, *rewards, next(advantages), len(one.tokens_R))
-        self._wandb.log({"step": step, "rollouts": table})
+        # In the row of this step, which `log` ends: a row of its own would move wandb's counter past it.
+        self._wandb.log({"rollouts": table}, step=step, commit=False)
 
     def _write_lines(self) -> None:
         """All that wait, or none: what a full disk took of them is taken back."""

@@ -27,13 +27,14 @@ from eureka_megatron.checkpoint.writer import SLOWEST_DISK, Report
 from eureka_megatron.config import OptimizerSection, RunConfig
 from eureka_megatron.data.batch import shaping_of
 from eureka_megatron.errors import UserError, from_remote
-from eureka_megatron.gpus import held_memory, memory_metrics, peak_of
+from eureka_megatron.gpus import peak_of
 from eureka_megatron.models.qwen2_5_vl.config import QwenVLConfig, read_hf_config
 from eureka_megatron.models.qwen2_5_vl.operations import update_operations
 from eureka_megatron.parallel.runtime import init_parallel, patient
 from eureka_megatron.release.card import run_card
 from eureka_megatron.sync import ipc_transfer, ray_transfer
 from eureka_megatron.sync.ray_transfer import SyncReport
+from eureka_megatron.tracking.memory import held_memory, memory_metrics
 from eureka_megatron.train import sharing
 from eureka_megatron.train.parcel import Rules, Share, shares, unwrap
 from eureka_megatron.train.pulse import BEAT_SECONDS, Pulse, Watch, keep_log, last_words, log_file
@@ -202,7 +203,7 @@ class TrainerRank:
         self.checkpoints.save(step, texts, **state)
 
     def memory(self) -> dict[str, float]:
-        """See gpus.held_memory."""
+        """See memory.held_memory."""
         return held_memory()
 
     def rest(self) -> None:

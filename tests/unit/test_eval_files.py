@@ -178,8 +178,9 @@ def test_rows_that_cannot_be_asked_or_judged_are_told_at_once(tmp_path):
     with pytest.raises(UserError) as told:
         Rows("mathvista", write(tmp_path / "a.parquet", bad))
     lines = str(told.value).splitlines()
-    assert [line.partition(": ")[0][-1] for line in lines] == ["1", "3", "4"]
+    assert [line.partition(": ")[0][-1] for line in lines[:3]] == ["1", "3", "4"]
     assert "has no 'answer'" in lines[0]
+    assert lines[3] == "(further folders of pictures: data.media; of eureka eval --media)"
     with pytest.raises(UserError, match="does not exist"):
         Rows("mathvista", tmp_path / "none.parquet")
     with pytest.raises(UserError, match=r"row a line is named \.jsonl"):
@@ -193,6 +194,8 @@ def test_what_the_overall_score_does_not_count_is_left_out(tmp_path):
     write(folder / "OE_MM_physics_en_COMP" / "train.parquet", [OLYMPIAD, OLYMPIAD])
     write(folder / "TP_MM_maths_en_COMP" / "train.parquet", [OLYMPIAD])
     write(folder / "OE_TO_maths_zh_CEE" / "train.parquet", [OLYMPIAD])
+    with pytest.raises(UserError, match="holds no rows of olympiadbench"):  # its prompt is English
+        Rows("olympiadbench", folder / "OE_TO_maths_zh_CEE")
     rows = Rows("olympiadbench", folder)
     assert rows.ids == ["7/OE_MM_physics_en_COMP", "7/OE_MM_physics_en_COMP#2"]
     assert "International Physics competition" in rows.chat(0)[0]["content"][-1]["text"]

@@ -21,14 +21,15 @@ from eureka_megatron.config import RewardsSection, RunConfig, load_config, make_
 from eureka_megatron.data.batch import distributions
 from eureka_megatron.data.samples import training_sample
 from eureka_megatron.errors import UserError
-from eureka_megatron.gpus import held_memory, memory_metrics
 from eureka_megatron.tracking.console import Console, format_seconds, format_value, progress_lines, sparkline
 from eureka_megatron.tracking.curves import SECTIONS, draw_curves, read_series, smooth
 from eureka_megatron.tracking.line import describe_step
 from eureka_megatron.tracking.login import has_wandb_login, wandb_mode
+from eureka_megatron.tracking.memory import held_memory, memory_metrics
 from eureka_megatron.tracking.tracker import Tracker, format_line, read_metrics
 from eureka_megatron.tracking.watch import Watch
 from eureka_megatron.types import Batch, Group, Prompt, Rollout
+from tests.helpers.made_run import MadeRun, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,6 +167,11 @@ def test_wandb_records_offline_and_a_resume_keeps_its_id(tmp_path, no_login):
 
 def wandb_rows(folder: Path) -> list[tuple[int, int]]:
     """(its own step, ours) of each row, in the order in which they were recorded, of all offline files of the folder."""
+    return [(int(row["_step"]), int(row["step"])) for row in wandb_history(folder)]
+
+
+def wandb_history(folder: Path) -> list[dict[str, str]]:
+    """Key → JSON of its value, of each row."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = []
@@ -173,8 +179,7 @@ def wandb_rows(folder: Path) -> list[tuple[int, int]]:
         for data in leveldb_records(path.read_bytes()):
             record = Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
-                items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
-                found.append((int(items["_step"]), int(items["step"])))
+                found.append({item.key or item.nested_key[0]: item.value_json for item in record.history.item})
     return found
 
 
@@ -208,6 +213,14 @@ def test_no_step_comes_twice_in_wandb_however_often_a_run_is_resumed(tmp_path, n
         tracker.log(0, {})
     assert (tmp_path / "wandb-train.id").read_text() not in ids
     assert wandb_rows(tmp_path)[6:] == [(0, 0)]
+
+
+def test_a_step_with_a_table_of_rollouts_is_one_row_in_wandb_with_its_metrics(tmp_path, no_login):
+    make_run(
+        tmp_path, MadeRun(steps=3, responses=2), tracking={"wandb": "offline", "console": False, "rollouts_every": 1}
+    )
+    assert wandb_rows(tmp_path) == [(step, step) for step in range(3)]
+    assert all(row.keys() >= {"rollouts", "train/reward"} for row in wandb_history(tmp_path))
 
 
 def test_distributions_hold_one_value_a_response():
