@@ -41,6 +41,11 @@ from eureka_megatron.train.pulse import BEAT_SECONDS, Pulse, Watch, keep_log, la
 from eureka_megatron.types import Batch, BeganWith, Sample
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name, which torch looks at first
+ECHO_SECONDS = 5.0  # that a failure of one rank waits for the news that another has died
+
+
+class DeadRank(UserError):
+    """The process of a trainer rank has ended."""
 
 
 class Place(NamedTuple):
@@ -391,15 +396,32 @@ class TrainerGroup:
             if not done:
                 watch.look(map(calls.index, waiting), method)
                 continue
-            rank = calls.index(done[0])
-            try:
-                ray.get(done[0])
-            except RayTaskError as error:
-                raise from_remote(f"trainer rank {rank}", error) from None
-            except RayActorError as error:
-                word = last_words(log_file(self.config.run.output, rank))
-                raise UserError(f"trainer rank {rank} died during {method!r}: {word}") from error
+            if failure := self._failure(calls, done[0], method):
+                raise self._cause(failure, calls, waiting, method)
         return ray.get(calls)
+
+    def _failure(self, calls: Sequence[ray.ObjectRef], call: ray.ObjectRef, method: str) -> Exception | None:
+        """What a call that has ended died of, if it did."""
+        rank = calls.index(call)
+        try:
+            ray.get(call)
+        except RayTaskError as error:
+            return from_remote(f"trainer rank {rank}", error)
+        except RayActorError:
+            word = last_words(log_file(self.config.run.output, rank))
+            return DeadRank(f"trainer rank {rank} died during {method!r}: {word}")
+        return None
+
+    def _cause(
+        self, failure: Exception, calls: Sequence[ray.ObjectRef], waiting: Sequence[ray.ObjectRef], method: str
+    ) -> Exception:
+        """The death of a rank breaks the collectives of the others, and often they tell of it sooner than Ray: the death is the cause."""
+        until = time.monotonic() + ECHO_SECONDS
+        while waiting and not isinstance(failure, UserError) and (left := until - time.monotonic()) > 0:
+            done, waiting = ray.wait(list(waiting), num_returns=1, timeout=left)
+            later = self._failure(calls, done[0], method) if done else None
+            failure = later if isinstance(later, DeadRank) else failure
+        return failure
 
 
 def _by_node_and_gpu(seat: Seat, nodes: Sequence[str]) -> Any:
