@@ -164,7 +164,7 @@ def plain_updates(rank: int, directory: str, config: Any, batch: Batch) -> list[
 
 @pytest.fixture(scope="module")
 def two_ranks(ray_with_gpus: Any, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two data-parallel ranks, which a call can spoil: the second runs a function while the first waits for it in a collective."""
+    """Two data-parallel ranks, which a call can spoil: each runs its function before they meet in a collective."""
     from eureka_megatron.train import actor
 
     class Spoilt(actor.TrainerRank):  # local, so that Ray pickles it by value
@@ -173,8 +173,8 @@ def two_ranks(ray_with_gpus: Any, tiny_dir: Path, tmp_path_factory: pytest.TempP
 
         def call(self, name: str, *arguments: Any) -> Any:
             if name == "spoil":
-                if self.rank == 1:
-                    arguments[0]()
+                if self.rank < len(arguments):
+                    arguments[self.rank]()
                 torch.distributed.all_reduce(torch.ones(1))
             return super().call(name, *arguments) if name != "spoil" else None
 
@@ -212,23 +212,25 @@ def test_a_rank_that_stands_still_is_named_and_what_the_others_wait_in(two_ranks
     try:
         expected = r"rank 1 stands still: no sign of life for 4 s \(training\.stall_seconds\) during 'spoil'; rank 0 waits in all_reduce"
         with pytest.raises(UserError, match=expected):
-            two_ranks._all("spoil", lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            two_ranks._all("spoil", bool, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     finally:
         os.kill(pids[1], signal.SIGCONT)
 
 
 def test_a_rank_that_dies_ends_the_call_with_its_last_word(two_ranks: Any) -> None:
-    """It is the end of these ranks. The other rank, whose collective breaks, says so long before Ray tells of the death."""
+    """It is the end of these ranks. The other rank, whose collective breaks, says so before Ray tells of the death."""
+
+    def broken() -> None:
+        raise RuntimeError("Connection reset by peer")
 
     def crash() -> None:
-        torch.distributed.destroy_process_group()  # closes the connections
-        time.sleep(2)
+        time.sleep(1)
         print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
         print("(a line about something else)", flush=True)
         os._exit(3)
 
     with pytest.raises(UserError, match=r"rank 1 died during 'spoil': CUDA error: an illegal.*logs/rank_0001\.log"):
-        two_ranks._all("spoil", crash)
+        two_ranks._all("spoil", broken, crash)
     assert (two_ranks.config.run.output / "logs" / "rank_0000.log").read_text().startswith("--- ")
 
 
