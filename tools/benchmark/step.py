@@ -3,12 +3,12 @@
     python tools/benchmark/step.py [--sizes tiny medium] [--rounds 3] [--steps 10] [--threads N] [--peer-venv .venv-trl] [--json FILE]
 
 tiny: 1.8 M parameters, 8 prompts × 8 responses × 32 tokens, pictures of 84 × 84; medium: 39 M, 8 × 8 × 64 tokens, 224 × 224. Ours is the real run: driver,
-one trainer rank, one vLLM engine, judges, syncs; TRL is a process of its own with transformers' generation in a virtual environment of its own,
-made from requirements/benchmark-trl.txt when it is not there (the same torch and transformers). Both make one AdamW update a step, in fp32.
+trainer ranks, vLLM engines, judges, syncs; TRL is a process of its own with transformers' generation in a virtual environment of its own,
+made from requirements/benchmark-trl.txt when it is not there (the same torch and transformers). Both make one AdamW update a step, in fp32, with as many
+cores (--threads): TRL's process has so many threads; ours has so many data-parallel trainer ranks and so many engines, each with one thread.
 
 Every response has its full length on both sides: ours are sampled with end tokens that end nothing (`ignore_eos`), TRL's with `min_new_tokens`.
-Ours and TRL's processes take turns; of each the median over steps counts, the first two left out, and of the ratios the median over rounds. --threads is
-OMP_NUM_THREADS of both: TRL's one process has so many, of ours the engine; the trainer rank has all cores, as in every run.
+Ours and TRL's processes take turns; of each the median over steps counts, the first two left out, and of the ratios the median over rounds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Work:
     steps: int  # at most
 
 
-WORK = {"tiny": Work(32, 84, 1.5, 20), "medium": Work(64, 224, 2.0, 8)}
+WORK = {"tiny": Work(32, 84, 1.5, 20), "medium": Work(64, 224, 2.0, 5)}
 
 
 def make_peer(directory: Path) -> Path:
@@ -60,7 +60,7 @@ def make_peer(directory: Path) -> Path:
 # --- ours: in a process of its own, too ---
 
 
-def own_steps(folder: Path, work: Work, steps: int) -> list[dict[str, float]]:
+def own_steps(folder: Path, work: Work, steps: int, cores: int) -> list[dict[str, float]]:
     """Seconds of each step and of its phases."""
     from eureka_megatron.loop import reinforce
     from eureka_megatron.tracking.tracker import Tracker
@@ -71,6 +71,8 @@ def own_steps(folder: Path, work: Work, steps: int) -> list[dict[str, float]]:
         f"training.responses_per_update={PROMPTS * SAMPLES}",
         f"rollout.samples_per_prompt={SAMPLES}",
         f"rollout.max_response_tokens={work.tokens}",
+        f"rollout.engines={cores}",
+        f"parallel.data={cores}",
     ]
     config = run_config(folder, "run", overrides)
     shutil.rmtree(config.run.output, ignore_errors=True)
@@ -104,6 +106,7 @@ def compare(folder: Path, size: str, python: Path, options: argparse.Namespace) 
     build_model(folder / "model", size)
     data = write_questions(folder / "data", PROMPTS * 8, work.side)
     own = [sys.executable, __file__, "--side", size, "--folder", str(folder), "--steps", str(steps)]
+    own += ["--threads", str(options.threads)]
     peer = [
         str(python),
         str(Path(__file__).with_name("trl_peer.py")),
@@ -116,8 +119,10 @@ def compare(folder: Path, size: str, python: Path, options: argparse.Namespace) 
         peer += [f"--{name}", str(value)]
     found: dict[str, list[dict[str, float]]] = {"ours": [], "TRL": []}
     for number in range(options.rounds):
-        for name, command in (("ours", own), ("TRL", peer))[:: 1 if number % 2 == 0 else -1]:
-            found[name].append(steps_of(command, options.threads))
+        for name, command, threads in (("ours", own, 1), ("TRL", peer, options.threads))[
+            :: 1 if number % 2 == 0 else -1
+        ]:
+            found[name].append(steps_of(command, threads))
             print(f"  {size}, {name:5}" + "".join(f"  {k} {v:.3f}" for k, v in found[name][-1].items()), flush=True)
     split = {name: {k: median(one[k] for one in rounds) for k in rounds[0]} for name, rounds in found.items()}
     texts = {name: " + ".join(f"{k} {v:.2f}" for k, v in parts.items() if k != "step") for name, parts in split.items()}
@@ -139,13 +144,13 @@ def compare(folder: Path, size: str, python: Path, options: argparse.Namespace) 
 def main() -> None:
     parser = arguments(__doc__, rounds=3, threads=True)
     parser.add_argument("--sizes", nargs="+", choices=sorted(WORK), default=list(WORK))
-    parser.add_argument("--steps", type=int, default=20, help="of a process, at most; medium has 8 at most")
+    parser.add_argument("--steps", type=int, default=20, help="of a process, at most; medium has 5 at most")
     parser.add_argument("--peer-venv", type=Path, default=ROOT / ".venv-trl", metavar="DIR")
     parser.add_argument("--side", choices=sorted(WORK), help=argparse.SUPPRESS)  # in the measuring process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(own_steps(options.folder, WORK[options.side], options.steps)))
+        print(json.dumps(own_steps(options.folder, WORK[options.side], options.steps, options.threads)))
         return
     if options.steps <= LEFT_OUT:
         parser.error(f"--steps {options.steps}: the first {LEFT_OUT} are left out")
