@@ -18,6 +18,7 @@ A row of two samples, ABCDE and XYZ, at `align` 4 under two context-parallel ran
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -283,14 +284,14 @@ def pack(
     pieces = _pieces(chosen, layout)
     rooms = [layout.padded(piece.rows) for piece in pieces]
     rooms.append(-sum(rooms) % layout.align if rooms else layout.align)
-    laid = [*pieces, _END]
+    laid, places = [*pieces, _END], [0, *accumulate(rooms)]
 
     def lay(values: Iterable[np.ndarray], dtype: torch.dtype = torch.float32, padding: int = 0) -> torch.Tensor:
-        padded = [
-            np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, room - value.shape[-1])], constant_values=padding)
-            for value, room in zip(values, rooms, strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(padded, axis=-1)).to(dtype)
+        values = list(values)
+        row = torch.full((*values[0].shape[:-1], places[-1]), padding, dtype=dtype)
+        for value, place in zip(values, places, strict=False):
+            row.numpy()[..., place : place + value.shape[-1]] = value
+        return row
 
     def shifted(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """From 'belongs to token i' to 'belongs to the prediction made at row i − 1'; the last row of each sample gets 0."""
