@@ -247,7 +247,8 @@ def has_tied_head(model: Any) -> bool:
 
 def parameters_of(model: Any, names: Sequence[str]) -> set[str]:
     """The engine's own names of the parameters that hold these tensors (hub names)."""
-    return {tensor.parameter for tensor in engine_tensors(model) if tensor.meta.name in set(names)}
+    wanted = {*names}
+    return {tensor.parameter for tensor in engine_tensors(model) if tensor.meta.name in wanted} if wanted else set()
 
 
 def engine_pieces(model: Any) -> list[Piece]:
