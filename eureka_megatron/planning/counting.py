@@ -32,6 +32,18 @@ _PRODUCTS = {
     "detach",
     "_unsafe_view",
 }
+# Of all operators: what makes room or asks, and starts no kernel. Views are left out beside these.
+_NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",
+    "_local_scalar_dense",
+    *_WAITS,
+}
 
 
 class Counts(TorchDispatchMode):
@@ -46,6 +58,7 @@ class Counts(TorchDispatchMode):
         calls: (operation, group) → how often.
         synchronisations: times the host has asked for a value on the device.
         live, peak: bytes of the storages made under this mode that are alive, now and at most.
+        kernels: operations that a GPU would be given, each of them a kernel at least.
         moved: bytes that operations other than matrix products and attention read and wrote.
     """
 
@@ -54,7 +67,7 @@ class Counts(TorchDispatchMode):
         self.groups, self.answer = groups, answer
         self.collectives: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.synchronisations = 0
+        self.synchronisations = self.kernels = 0
         self.live = self.peak = self.moved = 0
         self._known: dict[int, int] = {}  # storages alive, by the address of torch's own record → bytes
 
@@ -63,6 +76,7 @@ class Counts(TorchDispatchMode):
             self.synchronisations += 1
             if self.answer:
                 return _one(args[0].dtype)
+        self.kernels += func.namespace != "prim" and not func.is_view and func._opname not in _NO_KERNEL
         if func.namespace == "c10d" and func._opname not in _WAITS:
             self._collective(func._opname, args)
         if func.namespace == "c10d" and self.answer:
@@ -80,7 +94,7 @@ class Counts(TorchDispatchMode):
         """Everything but `live` counts from here on."""
         self.collectives.clear()
         self.calls.clear()
-        self.peak, self.moved, self.synchronisations = self.live, 0, 0
+        self.peak, self.moved, self.synchronisations, self.kernels = self.live, 0, 0, 0
 
     def _collective(self, operation: str, args: tuple[Any, ...]) -> None:
         group = next(leaf for leaf in args if isinstance(leaf, torch.ScriptObject) and _is_group(leaf))

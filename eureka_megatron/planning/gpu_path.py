@@ -6,6 +6,7 @@ device would choose the CPU's way. Here stands everything that asks, and nothing
     attention                  torch's variable-length flash attention, whose operator knows shapes without a kernel
     head                       bf16 products with fp32 results (`torch.mm(…, out_dtype=…)`)
     norms                      CUDA's fused kernel, which keeps its input and a number a row
+    rotation                   compiled: one kernel, which keeps nothing
     activation                 Megatron's fused function, which keeps its input alone; compiled, so nothing stands between input and output
     Adam                       by lists of tensors, with its temporary ones, as torch chooses on CUDA
 """
@@ -23,7 +24,7 @@ from megatron.core.fusions import fused_bias_swiglu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from eureka_megatron.models.qwen2_5_vl import attention, context, transformer_config
+from eureka_megatron.models.qwen2_5_vl import attention, context, rope, transformer_config
 from eureka_megatron.rl import logprobs
 
 WINDOW = (112 // 14) ** 2  # patches of a window of the published towers
@@ -95,6 +96,10 @@ def _fused_swiglu_back(gradient: Tensor, y: Tensor) -> Tensor:
     return y.clone()
 
 
+def _fused_rotation(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.clone()
+
+
 @contextmanager
 def as_on_gpu(attentions: Attentions) -> Iterator[None]:
     """While active, bf16 models compute as on a GPU."""
@@ -124,6 +129,7 @@ def as_on_gpu(attentions: Attentions) -> Iterator[None]:
         stack.enter_context(
             mock.patch.object(attention.RMSNorm, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight))
         )
+        stack.enter_context(mock.patch.object(rope, "_rotated", _fused_rotation))
         stack.enter_context(mock.patch.object(fused_bias_swiglu, "swiglu", _fused_swiglu))
         stack.enter_context(mock.patch.object(fused_bias_swiglu, "swiglu_back", _fused_swiglu_back))
         stack.enter_context(

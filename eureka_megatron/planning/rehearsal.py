@@ -94,6 +94,7 @@ class Rehearsal:
     calls: dict[tuple[str, str], int]
     micro_batches: int
     synchronisations: int = field(compare=False)
+    kernels: int = field(compare=False)  # of the passes, at least
 
     @property
     def peak(self) -> int:
@@ -174,13 +175,13 @@ def measure(
         held = counts.live
         assert flops.get_total_flops() == 0, "building computes nothing"
         counts.restart()
-        ahead = peak = moved = 0
+        ahead = peak = moved = kernels = 0
 
         def gradients(*args: Any) -> dict[str, float]:
-            nonlocal ahead, peak, moved
+            nonlocal ahead, peak, moved, kernels
             ahead, counts.peak = counts.peak - held, counts.live
             metrics = passes(*args)
-            peak, moved = counts.peak - held, counts.moved
+            peak, moved, kernels = counts.peak - held, counts.moved, counts.kernels
             counts.peak = counts.live  # from here on the optimizer's
             return metrics
 
@@ -202,6 +203,7 @@ def measure(
         calls=dict(counts.calls),
         micro_batches=micro_batches,
         synchronisations=counts.synchronisations,
+        kernels=kernels,
     )
 
 

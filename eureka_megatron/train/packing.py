@@ -286,14 +286,14 @@ def pack(
     rooms.append(-sum(rooms) % layout.align if rooms else layout.align)
     laid, places = [*pieces, _END], [0, *accumulate(rooms)]
 
-    def lay(values: Iterable[np.ndarray], dtype: torch.dtype = torch.float32, padding: int = 0) -> torch.Tensor:
+    def lay(values: Iterable[np.ndarray], dtype: type = np.float32, padding: int = 0) -> torch.Tensor:
         values = list(values)
-        row = torch.full((*values[0].shape[:-1], places[-1]), padding, dtype=dtype)
+        row = np.full((*values[0].shape[:-1], places[-1]), padding, dtype)
         for value, place in zip(values, places, strict=False):
-            row.numpy()[..., place : place + value.shape[-1]] = value
-        return row
+            row[..., place : place + value.shape[-1]] = value
+        return torch.from_numpy(row)
 
-    def shifted(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def shifted(name: str, dtype: type = np.float32) -> torch.Tensor:
         """From 'belongs to token i' to 'belongs to the prediction made at row i − 1'; the last row of each sample gets 0."""
         return lay([getattr(piece.sample, name)[piece.start + 1 : piece.stop + 1] for piece in laid], dtype)
 
@@ -305,15 +305,15 @@ def pack(
     starts = np.cumsum([0, *segments])
     share = _context_share(segments, layout) if layout.context_size > 1 else None
     return MicroBatch(
-        tokens_T=lay([piece.sample.tokens_S[piece.start : piece.stop] for piece in laid], torch.int64),
-        labels_T=shifted("tokens_S", torch.int64),
-        positions_3T=lay([piece.sample.positions_3S[:, piece.start : piece.stop] for piece in laid], torch.int64),
+        tokens_T=lay([piece.sample.tokens_S[piece.start : piece.stop] for piece in laid], np.int64),
+        labels_T=shifted("tokens_S", np.int64),
+        positions_3T=lay([piece.sample.positions_3S[:, piece.start : piece.stop] for piece in laid], np.int64),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         segments=segments,
         pieces=_rows_of_samples(pieces, starts),
         mask_T=shifted("mask_S"),
-        sequence_ids_T=lay([np.full(piece.rows, piece.number) for piece in laid], torch.int64, padding=-1),
-        has_image_T=lay([np.full(piece.rows, bool(piece.sample.pictures)) for piece in laid], torch.bool),
+        sequence_ids_T=lay([np.full(piece.rows, piece.number) for piece in laid], np.int64, padding=-1),
+        has_image_T=lay([np.full(piece.rows, bool(piece.sample.pictures)) for piece in laid], np.bool_),
         advantages_T=shifted("advantages_S"),
         old_logprobs_T=optional("old_logprobs_S"),
         rollout_logprobs_T=optional("rollout_logprobs_S"),

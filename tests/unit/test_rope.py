@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as theirs
 
-from eureka_megatron.models.qwen2_5_vl.rope import Rotation, text_angles, vision_angles
+from eureka_megatron.models.qwen2_5_vl.rope import Rotation, rotation_formula, text_angles, vision_angles
 
 HEADS, DTYPES = 3, [torch.float32, torch.bfloat16]
 
@@ -39,3 +40,20 @@ def test_text_turns_as_in_transformers(dtype: torch.dtype) -> None:
     rotation = Rotation.of(text_angles(positions, size, 1e6, (16, 24, 24)), dtype)
     for states, wanted in zip((query, key), expected, strict=True):
         assert torch.equal(rotation(states[:, None])[:, 0], wanted[0].transpose(0, 1))
+
+
+def test_the_formula_that_gpus_compile_is_the_same_and_compiled_once_for_rows_of_any_length() -> None:
+    """Bit for bit, with a compiler that leaves the operations as they are. Queries are views of a wider tensor, their gradients are not."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(rotation_formula, dynamic=True, backend=graphs)
+    for dtype, angles in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        for rows in (50, 77, 128, 1000):
+            wide = torch.randn(rows, 1, 16, 256).to(dtype)
+            rotation = Rotation.of(torch.randn(rows, 64), angles)
+            for states in (wide[:, :, :12, :128], wide[:, :, 12:, :128], wide[..., :128].contiguous()):
+                assert torch.equal(compiled(states, rotation.cos, rotation.sin), rotation(states))
+                assert torch.equal(
+                    compiled(states, rotation.cos, rotation.back), Rotation(rotation.cos, -rotation.sin)(states)
+                )
+    assert graphs.frame_count <= 4  # torch gives up at 8

@@ -16,6 +16,7 @@ Sources: Qwen2-VL (arXiv:2409.12191, section 2.1, M-RoPE); Qwen2.5-VL (arXiv:250
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,26 +41,32 @@ class Rotation:
         angles = angles[:, None, None]
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
+    @cached_property
+    def back(self) -> Tensor:
+        """The sines of the rotation back."""
+        return -self.sin
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, 1, heads, head_dim] → the same, rotated."""
-        return _Rotate.apply(x, self.cos, self.sin)
+        return _Rotate.apply(x, self.cos, self.sin, self.back)
 
 
 class _Rotate(torch.autograd.Function):
     """The gradient of a rotation is the rotation back: nothing of x is kept, and nothing is laid side by side once more."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, back)
         return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
-        return _rotated(gradients[0], cos, -sin), None, None
+        return _rotated(gradients[0], *ctx.saved_tensors), None, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if x.is_cuda:
+        return fused_rotation(x, cos, sin)
     wide = x.to(cos.dtype)
     first, second = wide.chunk(2, dim=-1)
     out = torch.empty_like(wide)
@@ -67,6 +74,17 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(first, cos, out=left).sub_(second * sin)
     torch.mul(second, cos, out=right).add_(first * sin)
     return out.to(x.dtype)
+
+
+def rotation_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same as one expression, for a compiler."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+# One kernel, as Megatron's activation is: eager it would be six or more, for queries and for keys of every layer. Compiled on first use; rows have
+# many lengths, so sizes are symbols from the beginning. Products are rounded as they would be alone: bf16 stays transformers' and vLLM's.
+fused_rotation = torch.compile(rotation_formula, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def text_angles(positions_3T: Tensor, head_dim: int, theta: float, mrope_section: tuple[int, ...]) -> Tensor:
