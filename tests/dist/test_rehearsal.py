@@ -100,7 +100,7 @@ def test_the_host_waits_for_no_micro_batch(tiny_dir: Path, layout: dict[str, Any
 
 
 def test_kernels_of_a_text_layer(tiny_dir: Path) -> None:
-    """Forward and backward, on the GPU's way: with an eager rotation it would be 68 (six for each of four, and two signs)."""
+    """Forward and backward, on the GPU's way: 68 with an eager rotation (six for each of four, and two signs) and with indices in place of squeezes."""
     samples = tuple(made_up_samples(tiny_dir))
     deep, deeper = (
         Plan(
@@ -118,4 +118,4 @@ def test_kernels_of_a_text_layer(tiny_dir: Path) -> None:
     one, other = rehearse([(deep, 0), (deeper, 0)])
     assert one.micro_batches == other.micro_batches == 1
     print(f"{other.kernels - one.kernels} kernels")
-    assert other.kernels - one.kernels <= 46
+    assert other.kernels - one.kernels <= 43

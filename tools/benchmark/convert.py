@@ -44,6 +44,8 @@ SHAPES = {
         152064,
     ),
 }
+# Of the configuration; a small vocabulary has them at its beginning.
+SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def make_checkpoint(directory: Path, size: str) -> int:
@@ -58,6 +60,7 @@ def make_checkpoint(directory: Path, size: str) -> int:
         text_config=text | {"intermediate_size": ffn, "vocab_size": vocab, "rope_parameters": rope},
         vision_config=vision,
         tie_word_embeddings=size == "3b",
+        **({name: place for place, name in enumerate(SPECIAL, start=1)} if vocab < 150000 else {}),
         dtype=torch.bfloat16,
     )
     directory.mkdir()

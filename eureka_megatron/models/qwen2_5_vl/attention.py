@@ -134,7 +134,8 @@ class SegmentAttention(MegatronModule):
     ) -> Tensor:
         """query [T, 1, N, D] and key [T, 1, K, D] not yet rotated, value [T, 1, K, D] → [T, 1, N·D]."""
         query, key = packed_seq_params.rotation(query), packed_seq_params.rotation(key)
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        # Squeezed, not indexed: the gradient of an index is a tensor of zeros and a copy into it.
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if not packed_seq_params.alone:
             context = attend(query, key, value, packed_seq_params.queries, self._sharing(packed_seq_params))
         elif query.is_cuda and query.dtype != torch.float32:

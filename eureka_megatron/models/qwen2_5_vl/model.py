@@ -162,7 +162,7 @@ class QwenVLModel(LanguageModule):
             )
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return hidden[:, 0]
+        return hidden.squeeze(1)
 
     def _embed(self, batch: MicroBatch) -> Tensor:
         """Token embeddings of this rank's rows with the vision embeddings placed by explicit index: [t, 1, H]."""
@@ -173,7 +173,7 @@ class QwenVLModel(LanguageModule):
             units = self._pictures(batch.vision).to(hidden.dtype)
             shown = batch.vision.shown_2L
             source, placement = (batch.vision.source_E, batch.vision.placement_E) if shown is None else shown.unbind()
-            hidden = hidden[:, 0].index_copy(0, placement, units.index_select(0, source))[:, None]
+            hidden = hidden.squeeze(1).index_copy(0, placement, units.index_select(0, source))[:, None]
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         return hidden

@@ -61,8 +61,8 @@ class SegmentDotProductAttention(TEDotProductAttention):
     ) -> Tensor:
         """query [T, 1, N, D] and key [T, 1, K, D] not yet rotated, value [T, 1, K, D] → [T, 1, N·D]."""
         segments = packed_seq_params
-        query, key = segments.rotation(query)[:, 0], segments.rotation(key)[:, 0]
-        value = value[:, 0]
+        query, key = segments.rotation(query).squeeze(1), segments.rotation(key).squeeze(1)
+        value = value.squeeze(1)
         if not segments.alone:
             group = self.context_group if segments.share is not None else None
             context = attend(query, key, value, segments.queries, group).flatten(1)

@@ -68,7 +68,7 @@ class Merger(MegatronModule):
     def forward(self, hidden: Tensor) -> Tensor:
         units = self.norm(hidden).view(-1, 1, self.merged)
         output, _ = self.linear_fc2(torch.nn.functional.gelu(self.linear_fc1(units)[0]))
-        return output[:, 0]
+        return output.squeeze(1)
 
 
 class VisionTower(MegatronModule):
