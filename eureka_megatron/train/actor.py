@@ -327,6 +327,7 @@ class TrainerGroup:
         peak = peak_of(first.device)
         tokens = sum(len(sample) for row in rows for sample in row)
         found = {"timed/tflops": rate, "perf/tokens_per_second_per_rank": tokens / seconds / len(self.ranks)}
+        found["perf/tokens_saved"] = sum(saved) / tokens
         if peak is not None:
             found |= {"timed/mfu": rate / peak, "perf/mfu": rate / peak}
         return found | memory_metrics("trainer", self._all("memory"))
@@ -385,7 +386,7 @@ class TrainerGroup:
         return self._each(method, [arguments] * len(self.ranks))
 
     def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call the method on every rank with its arguments. → the answers, by rank; the first failure is raised at once."""
+        """Call the method on every rank with its arguments. → the answers, by rank; the first failure is raised, see `_cause`."""
         with self._submitting:  # all ranks get the calls of several threads in the same order: they are collectives
             calls: list[ray.ObjectRef] = [
                 rank.call.remote(method, *own) for rank, own in zip(self.ranks, arguments, strict=True)

@@ -204,6 +204,7 @@ def test_ranks_that_get_their_share_make_the_updates_of_ranks_that_have_everythi
     config = two_ranks.config
     two_ranks.start_phase(config.optimizer, 4)
     found = two_ranks.train(batch)
+    assert 0 < two_ranks.utilisation["perf/tokens_saved"] < 1  # three responses to each prompt
     assert found == run_ranks(plain_updates, 2, str(tiny_dir), config, batch)[0]
 
 
