@@ -58,6 +58,7 @@ class Result:
     goal: float | None = None
     at_least: bool = True  # of the goal: it bounds from below
     peer: str = ""  # the other's own figure, as text
+    where: str = ""  # the time goes, for when the goal is missed
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,7 +95,8 @@ def table(results: Sequence[Result]) -> str:
 def report(results: Sequence[Result], file: Path | None) -> None:
     """The table, one JSON line a result, and the lines into the file."""
     lines = [result.line() for result in results]
-    print("", table(results), "", *lines, sep="\n", flush=True)
+    missed = [f"missed: {result.what}: {result.where}" for result in results if result.met is False and result.where]
+    print("", table(results), "", *missed, *lines, sep="\n", flush=True)
     if file is not None:
         file.write_text("".join(line + "\n" for line in lines))
 

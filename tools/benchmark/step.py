@@ -41,6 +41,10 @@ class Work:
     steps: int  # at most
 
 
+WHERE = (
+    "a rollout of a small model is vLLM's scheduler and small operators, some 11 ms a token of all responses; "
+    "a sync its layer-wise reload, a millisecond a tensor (docs/performance.md)"
+)
 WORK = {"tiny": Work(32, 84, 1.5, 20), "medium": Work(64, 224, 2.0, 5)}
 
 
@@ -137,6 +141,7 @@ def compare(folder: Path, size: str, python: Path, options: argparse.Namespace) 
         "×",
         work.goal,
         peer=peer_text,
+        where=WHERE,
         details={"split": split, "rounds": found, "threads": options.threads},
     )
 
