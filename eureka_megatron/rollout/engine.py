@@ -40,7 +40,14 @@ import torch
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config, tower_divides
-from eureka_megatron.rollout.settings import EngineOptions, cpu_settings, gpu_settings, hf_overrides, set_environment
+from eureka_megatron.rollout.settings import (
+    EngineOptions,
+    cpu_settings,
+    gpu_settings,
+    hf_overrides,
+    keep_pictures,
+    set_environment,
+)
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.rollout.worker import EXTENSION, Failure, shared_bytes
 from eureka_megatron.sync.check import Fingerprint, check_announced, combine
@@ -93,6 +100,7 @@ class Engine:
         from eureka_megatron.sync import ipc_transfer
         from eureka_megatron.sync.ray_transfer import register_backend
 
+        keep_pictures()
         on_gpu = torch.cuda.is_available()
         backend = ipc_transfer.BACKEND if options.sleeps and on_gpu else register_backend()
         self._llm = LLM(

@@ -19,6 +19,7 @@ from tests.helpers.engines import (
     Prompts,
     load_reference,
     module_source,
+    noise_picture,
     reference_logprobs,
     run_config,
     score,
@@ -126,6 +127,38 @@ def test_what_is_not_finished_goes_on_with_the_new_weights(
             expected = reference_logprobs(model, tiny_dir, prompt, rollout.tokens_R)[part]
             errors += np.abs(expected - rollout.logprobs_R[part]).tolist()
     print(f"largest difference over {len(errors)} tokens of carried responses: {max(errors):.2e}")
+    assert max(errors) <= 1e-5
+
+
+def test_a_picture_that_began_behind_a_cached_prompt_is_encoded_anew(
+    pool: Any, trainer: Any, prompts: Prompts, tiny_dir: Path
+) -> None:
+    """Of responses that began while others to the same prompt ran: they used those ones' blocks, which the update drops."""
+    import ray
+
+    _send(pool, module_source(trainer), 20)
+    question = "How many circles are there? " * 4  # so that whole blocks hold the picture
+    prompt = prompts.make("long", question, [noise_picture(1)])
+    (engine,) = pool.actors
+
+    def serve(work: list[Any], most: int, seconds: float) -> dict[int, Any]:
+        sampling = {**OPTIONS, "n": 1, "max_tokens": most, "seed": 0}
+        answer: dict[int, Any] = ray.get(engine.serve.remote(work, sampling, seconds))[1]
+        return answer
+
+    found = serve([(number, prompt, number) for number in range(4)], 30, 0.05)
+    found |= serve([(number, prompt, number) for number in range(4, 8)], 250, 0.05)
+    while not found.keys() >= {0, 1, 2, 3}:
+        found |= serve([], 0, 100)
+    assert len(found) < 8, "all ended before the update"
+    pool._on_all("drop_caches")
+    while len(found) < 8:
+        found |= serve([], 0, 100)
+    errors = [
+        np.abs(reference_logprobs(trainer, tiny_dir, prompt, rollout.tokens_R) - rollout.logprobs_R).max()
+        for (rollout,) in found.values()
+    ]
+    print(f"largest difference {max(errors):.2e}")
     assert max(errors) <= 1e-5
 
 
