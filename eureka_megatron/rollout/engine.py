@@ -40,14 +40,7 @@ import torch
 from eureka_megatron.data.endings import response_ends
 from eureka_megatron.errors import UserError
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config, tower_divides
-from eureka_megatron.rollout.settings import (
-    EngineOptions,
-    cpu_settings,
-    gpu_settings,
-    hf_overrides,
-    keep_pictures,
-    set_environment,
-)
+from eureka_megatron.rollout.settings import EngineOptions, cpu_settings, gpu_settings, hf_overrides, set_environment
 from eureka_megatron.rollout.weights import load_format
 from eureka_megatron.rollout.worker import EXTENSION, Failure, shared_bytes
 from eureka_megatron.sync.check import Fingerprint, check_announced, combine
@@ -100,7 +93,7 @@ class Engine:
         from eureka_megatron.sync import ipc_transfer
         from eureka_megatron.sync.ray_transfer import register_backend
 
-        keep_pictures()
+        _keep_pictures()
         on_gpu = torch.cuda.is_available()
         backend = ipc_transfer.BACKEND if options.sleeps and on_gpu else register_backend()
         self._llm = LLM(
@@ -441,3 +434,14 @@ def _check_expansion(prompt: Prompt, found: Sequence[int], expected_S: np.ndarra
         raise UserError(
             f"prompt {prompt.id}: vLLM has token {found[first]} at {first}, tokens_S has {expected_S[first]}"
         )
+
+
+def _keep_pictures() -> None:
+    """Have vLLM's workers keep the pixels of every request's pictures; once in the process of the scheduler.
+
+    vLLM 0.32 leaves them out where the request begins behind cached blocks that hold the picture. Where it is computed anew, after a weight update or
+    because memory was short, there would be nothing to encode, and the engine would die.
+    """
+    from vllm.v1.core.sched import output
+
+    output.strip_covered_mm_data = lambda features, *_, **__: features

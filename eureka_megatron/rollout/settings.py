@@ -80,14 +80,3 @@ def set_environment() -> None:
     if not torch.cuda.is_available():
         # Several engines and trainer ranks share the cores: OMP_NUM_THREADS decides, not vLLM's one-thread-a-core binding.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-def keep_pictures() -> None:
-    """Have vLLM's workers keep the pixels of every request's pictures; once in the process of the scheduler.
-
-    vLLM 0.32 leaves them out where the request begins behind cached blocks that hold the picture. Where it is computed anew, after a weight update or
-    because memory was short, there would be nothing to encode, and the engine would die.
-    """
-    from vllm.v1.core.sched import output
-
-    output.strip_covered_mm_data = lambda features, *_, **__: features
