@@ -20,30 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _WAITS = {"wait", "monitored_barrier_"}  # of c10d, which move nothing
 # Of aten: what is bound by arithmetic, and what only makes room or another view.
-_PRODUCTS = {
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "detach",
-    "_unsafe_view",
-}
-# Of all operators: what makes room or asks, and starts no kernel. Views are left out beside these.
-_NO_KERNEL = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "_unsafe_view",
-    "_local_scalar_dense",
-    *_WAITS,
-}
+_ROOM = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", *_ROOM}
+# Of all operators: what starts no kernel, beside views.
+_NO_KERNEL = {"_local_scalar_dense", *_ROOM, *_WAITS}
 
 
 class Counts(TorchDispatchMode):

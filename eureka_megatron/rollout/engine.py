@@ -440,7 +440,7 @@ def _keep_pictures() -> None:
     """Have vLLM's workers keep the pixels of every request's pictures; once in the process of the scheduler.
 
     vLLM 0.32 leaves them out where the request begins behind cached blocks that hold the picture. Where it is computed anew, after a weight update or
-    because memory was short, there would be nothing to encode, and the engine would die.
+    because memory was short, there would be nothing to encode, and the engine would die. Costs workers in processes of their own (`tensor`) a copy a response.
     """
     from vllm.v1.core.sched import output
 

@@ -327,7 +327,7 @@ class TrainerGroup:
         peak = peak_of(first.device)
         tokens = sum(len(sample) for row in rows for sample in row)
         found = {"timed/tflops": rate, "perf/tokens_per_second_per_rank": tokens / seconds / len(self.ranks)}
-        found["perf/tokens_saved"] = sum(saved) / tokens
+        found["perf/tokens_saved"] = sum(saved) / max(tokens, 1)
         if peak is not None:
             found |= {"timed/mfu": rate / peak, "perf/mfu": rate / peak}
         return found | memory_metrics("trainer", self._all("memory"))

@@ -286,8 +286,7 @@ def pack(
     rooms.append(-sum(rooms) % layout.align if rooms else layout.align)
     laid, places = [*pieces, _END], [0, *accumulate(rooms)]
 
-    def lay(values: Iterable[np.ndarray], dtype: type = np.float32, padding: int = 0) -> torch.Tensor:
-        values = list(values)
+    def lay(values: Sequence[np.ndarray], dtype: type = np.float32, padding: int = 0) -> torch.Tensor:
         row = np.full((*values[0].shape[:-1], places[-1]), padding, dtype)
         for value, place in zip(values, places, strict=False):
             row[..., place : place + value.shape[-1]] = value

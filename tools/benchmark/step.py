@@ -110,7 +110,7 @@ def compare(folder: Path, size: str, python: Path, options: argparse.Namespace) 
     build_model(folder / "model", size)
     data = write_questions(folder / "data", PROMPTS * 8, work.side)
     own = [sys.executable, __file__, "--side", size, "--folder", str(folder), "--steps", str(steps)]
-    own += ["--threads", str(options.threads)]
+    own += ["--threads", str(min(options.threads, PROMPTS))]
     peer = [
         str(python),
         str(Path(__file__).with_name("trl_peer.py")),

@@ -159,7 +159,7 @@ def test_a_picture_that_began_behind_a_cached_prompt_is_encoded_anew(
         for (rollout,) in found.values()
     ]
     print(f"largest difference {max(errors):.2e}")
-    assert max(errors) <= 1e-5
+    assert max(errors) <= 1e-5  # measured 9.5e-7
 
 
 def test_without_dropping_the_encoder_cache_the_old_tower_goes_on(
