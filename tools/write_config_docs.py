@@ -77,10 +77,10 @@ def _sections(parent: type[BaseModel], prefix: str) -> list[tuple[str, type[Base
 
 def _comments(section: type[BaseModel]) -> dict[str, str]:
     """The comment lines just above each field, where the class or one it inherits from declares it."""
-    found = {}
+    found: dict[str, str] = {}
     for owner in reversed([base for base in section.__mro__ if base.__module__.startswith("eureka_megatron")]):
         lines = inspect.getsource(owner).splitlines()
-        for item in ast.parse("\n".join(lines)).body[0].body:
+        for item in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 above = [
                     *itertools.takewhile(lambda line: line.strip().startswith("#"), reversed(lines[: item.lineno - 1]))

@@ -71,6 +71,7 @@ def of_overlap(text: str) -> list[Result]:
             "×",
             1.15 if int(depth) else None,
             at_least=False,
+            where="in what does not overlap: the sync, the first rollout and the store",
             peer=f"rollouts {one['generate']:.2f} s, training {one['train']:.2f} s",
             details=one,
         )
@@ -86,9 +87,9 @@ class Script:
 
 
 SCRIPTS: dict[str, Script] = {
-    "train": Script(("--rounds", "5")),
+    "train": Script(("--rounds", "3")),
     "step": Script(("--rounds", "2", "--steps", "12")),
-    "sync": Script(("--rounds", "5")),
+    "sync": Script(("--rounds", "3")),
     "data": Script(("--rounds", "5")),
     "scaling": Script(("--rounds", "3")),
     "memory": Script(("--steps", "200")),

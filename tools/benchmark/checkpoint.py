@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,6 +85,7 @@ def save_theirs(state: dict[str, Tensor], directory: Path) -> float:
     begin = time.perf_counter()
     saving = dcp.async_save(dict(state), storage_writer=dcp.FileSystemWriter(directory, sync_files=True), no_dist=True)
     held = time.perf_counter() - begin
+    assert isinstance(saving, Future), "of one process"
     saving.result()
     for path in directory.glob("*.distcp"):
         checksum(path)
@@ -93,7 +96,7 @@ def load_ours(state: dict[str, Tensor], directory: Path) -> dict[str, Tensor]:
     (directory / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     reader = object.__new__(DistReader)  # without the table: these tensors are of no model
     reader.directory, reader.stored = directory, read_metadata(directory)
-    reader._maps, reader._values, reader._chunks = {}, {}, {}
+    reader._values, reader._chunks = {}, {}
     parts = {key: torch.empty(SIDE, SIDE // 4) for key in state}
     for key, part in parts.items():
         reader.read(Place(key, None), (slice(0, SIDE), slice(0, SIDE // 4)), part)
@@ -130,9 +133,9 @@ def main() -> None:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
             for name, save, load in (("ours", save_ours, load_ours), ("torch", save_theirs, load_theirs)):
-                held, seconds, peak = measured(lambda save=save, at=Path(folder) / name: save(state, at))
+                held, seconds, peak = measured(partial(save, state, Path(folder) / name))
                 found.setdefault(f"save, {name}", []).append((held, seconds, peak))
-                parts, seconds, peak = measured(lambda load=load, at=Path(folder) / name: load(state, at))
+                parts, seconds, peak = measured(partial(load, state, Path(folder) / name))
                 found.setdefault(f"load, {name}", []).append((seconds, seconds, peak))
                 assert all(torch.equal(parts[key], values[:, : SIDE // 4]) for key, values in state.items())
             trap = Path(folder) / "trap"

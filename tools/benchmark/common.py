@@ -95,7 +95,7 @@ def table(results: Sequence[Result]) -> str:
 def report(results: Sequence[Result], file: Path | None) -> None:
     """The table, one JSON line a result, and the lines into the file."""
     lines = [result.line() for result in results]
-    missed = [f"missed: {result.what}: {result.where}" for result in results if result.met is False and result.where]
+    missed = [f"missed: {result.what}: {result.where}" for result in results if result.met is False]
     print("", table(results), "", *missed, *lines, sep="\n", flush=True)
     if file is not None:
         file.write_text("".join(line + "\n" for line in lines))
@@ -149,8 +149,7 @@ def in_turns(tasks: Mapping[str, Callable[[], object]], rounds: int, warmup: int
     """Seconds of each task, `rounds` times, after `warmup` rounds that do not count; who begins changes from round to round."""
     found: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(-warmup, rounds):
-        names = list(tasks) if number % 2 == 0 else list(reversed(tasks))
-        for name in names:
+        for name in list(tasks)[:: 1 if number % 2 == 0 else -1]:
             taken = seconds_of(tasks[name])
             if number >= 0:
                 found[name].append(taken)
@@ -162,7 +161,8 @@ def matrix_rate(side: int = 1024, seconds: float = 0.25) -> float:
     import torch
 
     a, b = (torch.randn(side, side) for _ in range(2))
-    out, taken, until = torch.empty(side, side), [], time.perf_counter() + seconds
+    out, until = torch.empty(side, side), time.perf_counter() + seconds
+    taken: list[float] = []
     while len(taken) < 3 or time.perf_counter() < until:
         taken.append(seconds_of(lambda: torch.mm(a, b, out=out)))
     return 2 * side**3 / median(taken)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
@@ -56,11 +57,12 @@ def make_checkpoint(directory: Path, size: str) -> int:
     pairs = text["hidden_size"] // text["num_attention_heads"] // 2
     side = 3 * pairs // 8
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * side, side, side]}
+    special: dict[str, Any] = {name: place for place, name in enumerate(SPECIAL, start=1)} if vocab < 150000 else {}
     config = Qwen2_5_VLConfig(
         text_config=text | {"intermediate_size": ffn, "vocab_size": vocab, "rope_parameters": rope},
         vision_config=vision,
         tie_word_embeddings=size == "3b",
-        **({name: place for place, name in enumerate(SPECIAL, start=1)} if vocab < 150000 else {}),
+        **special,
         dtype=torch.bfloat16,
     )
     directory.mkdir()

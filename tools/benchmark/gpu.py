@@ -140,9 +140,12 @@ def attention(tower: Tower, lengths: list[int], device: torch.device, *, causal:
 
             spans = Spans(cu, longest)
             return varlen_attention(query, key, value, spans, spans, causal=causal)
-        parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        queries, keys, values = (x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value))
+        parts = zip(queries, keys, values, strict=True)
         scaled = torch.nn.functional.scaled_dot_product_attention
-        return torch.cat([scaled(*part, is_causal=causal, enable_gqa=True) for part in parts], dim=1).transpose(0, 1)
+        return torch.cat([scaled(q, k, v, is_causal=causal, enable_gqa=True) for q, k, v in parts], dim=1).transpose(
+            0, 1
+        )
 
     def run() -> None:
         torch.autograd.grad(call(), (query, key, value), gradient)
@@ -381,7 +384,8 @@ def main() -> int:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     peak = options.peak_tflops or peak_of(name)
     print(f"{name}, torch {torch.__version__}, {options.tokens} rows; peak {peak or 'unknown (--peak-tflops)'}")
-    report = {"device": name, "torch": torch.__version__, "peak_tflops": peak, "complete": False, "parts": []}
+    parts: list[dict[str, Any]] = []
+    report = {"device": name, "torch": torch.__version__, "peak_tflops": peak, "complete": False, "parts": parts}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(options, device, Path(folder) / "rendezvous"):
             if options.only not in case.part:
@@ -389,13 +393,13 @@ def main() -> int:
             if time.monotonic() - begin > options.seconds:
                 print(f"  {options.seconds:g} seconds are over: the rest is left out")
                 break
-            report["parts"].append(measure(case, device, peak))
-            print(line(report["parts"][-1]), flush=True)
+            parts.append(measure(case, device, peak))
+            print(line(parts[-1]), flush=True)
             write(options.json, report)
         else:
             report["complete"] = True
     write(options.json, report)
-    return 0 if report["complete"] and not any("error" in row for row in report["parts"]) else 1
+    return 0 if report["complete"] and not any("error" in row for row in parts) else 1
 
 
 def write(path: Path | None, report: dict[str, Any]) -> None:

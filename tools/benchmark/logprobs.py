@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def status_bytes(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
+def measure(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     """One forward and backward. → extra bytes, seconds, and sums that let the variants be compared."""
     device, dtype = "cuda" if ON_GPU else "cpu", getattr(torch, options.dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -77,8 +78,9 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
         torch.cuda.synchronize()
     seconds, processor = time.perf_counter() - begin, time.process_time() - processor
     held = peak() - before
-    results = sum(t.numel() * t.element_size() for t in (logprobs, hidden.grad, weight.grad))
-    checks = [logprobs.detach().double().sum(), *(t.grad.double().norm() for t in (hidden, weight))]
+    gradients = [tensor.grad for tensor in (hidden, weight) if tensor.grad is not None]
+    results = sum(t.numel() * t.element_size() for t in (logprobs, *gradients))
+    checks = [logprobs.detach().double().sum(), *(gradient.double().norm() for gradient in gradients)]
     return {
         "extra_bytes": held - results,
         "seconds": seconds,

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 from common import Result, arguments, build_model, opened, report, run_config, slope, write_questions
@@ -40,8 +40,8 @@ def measure(folder: Path, steps: int) -> dict[str, list[float]]:
     pids: dict[str, int] = {}
 
     class Watched(Tracker):
-        def log(self, step: int, metrics: Mapping[str, float]) -> None:
-            super().log(step, metrics)
+        def log(self, *arguments: Any, **named: Any) -> None:
+            super().log(*arguments, **named)
             for name, pid in pids.items():
                 found.setdefault(name, []).append(psutil.Process(pid).memory_info().rss / 1e6)
 
@@ -81,6 +81,7 @@ def main() -> int:
         GOAL,
         at_least=False,
         peer=peer,
+        where="to be looked for in the process that grows fastest; none is known to",
         details=details,
     )
     report([result], options.json)

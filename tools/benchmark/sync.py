@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ def measure(folder: Path, size: str, rounds: int) -> Result:
     source = torch.ones(nbytes // 4)
     target = torch.zeros_like(source)
     with opened(run_config(folder, "run", ["training.responses_per_update=128"])) as run:
-        tasks = {"sync": run.sync_weights, "copy": lambda: target.copy_(source)}
+        tasks: dict[str, Callable[[], object]] = {"sync": run.sync_weights, "copy": lambda: target.copy_(source)}
         seconds = in_turns(tasks, rounds, warmup=2)
     rates = {name: nbytes / median(values) / 1e9 for name, values in seconds.items()}
     peer = f"copy {rates['copy']:.2f} GB/s; sync {rates['sync']:.3f} GB/s, {median(seconds['sync']):.3f} s"
