@@ -1,17 +1,18 @@
 """`eureka eval`: a model's answers to benchmarks, sampled by vLLM engines under Ray, judged by the rules of `evaluation`, told in tables.
 
 Answers go to disk as they are finished; a run that was killed asks only what is missing, and one that is complete starts no engine and
-is judged again. Each number stands beside the name of its rule.
+is judged again. Rows that could not be asked are asked once they can be. Each number stands beside the name of its rule.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,25 @@ class Task:
         known, samples = self.answers.known, range(self.samples)
         return [index for index, name in enumerate(self.rows.ids) if not all((name, k) in known for k in samples)]
 
+    def read(self, index: int, processor: Processor) -> Prompt | UserError:
+        """A row as engines take it, or why it cannot be asked."""
+        rows = self.rows
+        try:
+            chat, name, origin = rows.chat(index), rows.ids[index], rows.origin(index)
+            return processor.prompt(chat, id=name, folders=rows.folders, origin=origin).without_patches()
+        except UserError as error:
+            return error
+
+    def forget_mended(self, processor: Processor) -> None:
+        """Make rows missing again that could not be asked and now can: their pictures were mended. Reads those rows."""
+        for index, name in enumerate(self.rows.ids):
+            failed = [
+                key for key in ((name, k) for k in range(self.samples)) if "error" in self.answers.known.get(key, ())
+            ]
+            if failed and isinstance(self.read(index, processor), Prompt):
+                for key in failed:
+                    del self.answers.known[key]
+
 
 def pair_up(model: Path, benchmarks: Sequence[str], data: Sequence[Path]) -> tuple[tuple[str, Path], ...]:
     """Each benchmark with its data; the demo's task finds its own where none are named: MODEL/../data/test.jsonl.
@@ -150,8 +170,11 @@ def run_eval(options: EvalOptions) -> dict[str, Any]:
         protocol = options.protocol(rows.benchmark)
         answers = Answers(options.output / rows.benchmark, _settings(options, protocol, rows))
         tasks.append(Task(rows, protocol, answers, options.samples, options.seed))
+    processors = {task.name: _processor(task.protocol, options) for task in tasks}
+    for task in tasks:
+        task.forget_mended(processors[task.name])
     if any(task.missing() for task in tasks):
-        _sample(tasks, options)
+        _sample(tasks, options, processors)
     model = None
     if options.judge_url:
         assert options.judge_model, "checked"
@@ -210,23 +233,23 @@ def _settings(options: EvalOptions, protocol: Protocol, rows: Rows) -> dict[str,
 # --- sampling ---
 
 
-def _sample(tasks: Sequence[Task], options: EvalOptions) -> None:
+def _processor(protocol: Protocol, options: EvalOptions) -> Processor:
+    return Processor(
+        options.model,
+        min_pixels=options.min_pixels,
+        max_pixels=options.max_pixels,
+        max_prompt_tokens=protocol.max_prompt_tokens,
+        system_prompt=protocol.system_prompt,
+    )
+
+
+def _sample(tasks: Sequence[Task], options: EvalOptions, processors: Mapping[str, Processor]) -> None:
     with ExitStack() as stack:
         tell("starting Ray and the engines …")
         start_ray(stack)
         config = _engine_config(tasks, options, sum(node.gpus for node in cluster_nodes()))
         pool = RolloutPool(config)
         stack.callback(pool.shutdown)
-        processors = {
-            task.name: Processor(
-                options.model,
-                min_pixels=options.min_pixels,
-                max_pixels=options.max_pixels,
-                max_prompt_tokens=task.protocol.max_prompt_tokens,
-                system_prompt=task.protocol.system_prompt,
-            )
-            for task in tasks
-        }
         pool.start()
         for task in tasks:
             ask(task, pool, processors[task.name])
@@ -271,15 +294,7 @@ def ask(task: Task, pool: RolloutPool, processor: Processor) -> None:
         seed=stream_seed(task.seed, "evaluate"),
     )
     missing = task.missing()
-
-    def read(index: int) -> Prompt | UserError:
-        try:
-            name, origin = rows.ids[index], rows.origin(index)
-            chat = rows.chat(index)
-            return processor.prompt(chat, id=name, folders=rows.folders, origin=origin).without_patches()
-        except UserError as error:
-            return error
-
+    read = partial(task.read, processor=processor)
     shown = progress(f"{task.name}: answers", len(rows), len(rows) - len(missing), silent=not task.told)
     with task.answers, shown as advance:
         for part in _parts(missing, read, PICTURE_BYTES * pool.config.rollout.engines):

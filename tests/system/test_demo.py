@@ -66,7 +66,8 @@ def _questions(path: Path) -> Path:
 
 
 def _evaluate(model: Path, vision: Path, summary: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """`eureka eval` of the export: the demo's own task, and two benchmarks, one of which was killed in the middle of a line."""
+    """`eureka eval` of the export: the demo's own task, and two benchmarks, one of which was killed in the middle of a line
+    and had a picture that is mended now."""
     out = vision.parent / "eval"
     out.mkdir()
     sphere = {
@@ -78,7 +79,8 @@ def _evaluate(model: Path, vision: Path, summary: dict[str, Any], capsys: pytest
     (out / "OE_TO_maths_en_COMP.json").write_text(json.dumps([sphere | {"id": n} for n in range(2)]))
     (out / "mathvision").mkdir()
     whole = json.dumps({"id": "0", "sample": 0, "response": "\\boxed{B}", "tokens": 3})
-    (out / "mathvision" / "answers.jsonl").write_text(whole + '\n{"id": "1", "sample": 0, "resp')
+    mended = json.dumps({"id": "2", "sample": 0, "response": "", "error": "2.png: cannot be decoded"})
+    (out / "mathvision" / "answers.jsonl").write_text(f'{whole}\n{mended}\n{{"id": "1", "sample": 0, "resp')
     assert main(["eval", "--model", str(model), "--benchmark", "counting", "--output", str(out)]) == 0
     assert "counting" in capsys.readouterr().out
     figures = json.loads((out / "summary.json").read_text())["counting"]

@@ -301,5 +301,10 @@ def test_answers_that_are_there_are_judged_without_an_engine(tmp_path, tiny_dir)
     assert len(lines.read_text().splitlines()) == 3  # nor is anything cut
     with pytest.raises(ConfigError, match="there is no prompt 'mm_eureka_31b'"):
         run_eval(EvalOptions(model=tiny_dir, benchmarks=(chosen[0],), output=tmp_path, system_prompt="mm_eureka_31b"))
+    bad = write(tmp_path / "bad" / "rows.parquet", [MMK12 | {"image": {"bytes": b"no picture", "path": None}}])
+    unanswered = {"id": "1", "sample": 0, "response": "", "error": "it could not be decoded"}
+    write(tmp_path / "bad" / "mmk12" / "answers.jsonl", [unanswered])
+    found = run_eval(EvalOptions(model=tiny_dir, benchmarks=(("mmk12", bad),), output=tmp_path / "bad"))
+    assert (found["mmk12"]["unanswered"], found["mmk12"]["scores"]["paper"]["accuracy"]) == (1, 0)
     with pytest.raises(UserError, match=r"sampled otherwise: max_tokens 4096 there, 17 now"):
         run_eval(EvalOptions(model=tiny_dir, benchmarks=(chosen[0],), output=tmp_path / "out", max_tokens=17))

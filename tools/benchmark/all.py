@@ -88,15 +88,15 @@ class Script:
 
 SCRIPTS: dict[str, Script] = {
     "train": Script(("--rounds", "3")),
-    "step": Script(("--rounds", "2", "--steps", "12")),
-    "sync": Script(("--rounds", "3")),
+    "step": Script(("--rounds", "2", "--steps", "10")),
+    "sync": Script(("--rounds", "3", "--sizes", "tiny", "large")),
     "data": Script(("--rounds", "5")),
     "scaling": Script(("--rounds", "3")),
     "memory": Script(("--steps", "200")),
     "rewards": Script(("--samples", "8000"), of_rewards, prints=True),
     "logprobs": Script(("--tokens", "1024", "--vocab", "32768", "--hidden", "512", "--rounds", "3"), of_logprobs),
     "convert": Script(("--size", "3b", "--rounds", "1"), of_convert),
-    "overlap": Script(("--generate", "1.5", "--train", "1.5", "--steps", "8", "--async", "0", "1"), of_overlap),
+    "overlap": Script(("--generate", "1.5", "--train", "1.5", "--steps", "6", "--async", "0", "1"), of_overlap),
 }
 
 

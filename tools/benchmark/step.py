@@ -45,7 +45,7 @@ WHERE = (
     "a rollout of a small model is vLLM's scheduler and small operators, some 11 ms a token of all responses; "
     "a sync its layer-wise reload, a millisecond a tensor (docs/performance.md)"
 )
-WORK = {"tiny": Work(32, 84, 1.5, 20), "medium": Work(64, 224, 2.0, 4)}
+WORK = {"tiny": Work(32, 84, 1.5, 20), "medium": Work(64, 224, 2.0, 3)}
 
 
 def make_peer(directory: Path) -> Path:
@@ -149,7 +149,7 @@ def compare(folder: Path, size: str, python: Path, options: argparse.Namespace) 
 def main() -> None:
     parser = arguments(__doc__, rounds=3, threads=True)
     parser.add_argument("--sizes", nargs="+", choices=sorted(WORK), default=list(WORK))
-    parser.add_argument("--steps", type=int, default=20, help="of a process, at most; medium has 4 at most")
+    parser.add_argument("--steps", type=int, default=20, help="of a process, at most; medium has 3 at most")
     parser.add_argument("--peer-venv", type=Path, default=ROOT / ".venv-trl", metavar="DIR")
     parser.add_argument("--side", choices=sorted(WORK), help=argparse.SUPPRESS)  # in the measuring process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
