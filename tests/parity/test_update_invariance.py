@@ -1,4 +1,4 @@
-"""One policy update does not depend on layout, data parallelism, packing or micro-batch size.
+"""One policy update does not depend on layout, data parallelism, packing, micro-batch size or shared prompts.
 
 Compared are the weights after one SGD step with the whole RL loss path (advantages, old log-probabilities, clipped loss), measured by the size
 of the step, and the unclipped gradient norm. Bars 1e-5 (DESIGN); measured maxima stand beside each.
@@ -17,16 +17,22 @@ from eureka_megatron.parallel.runtime import init_parallel
 from eureka_megatron.types import Batch, Sample
 from eureka_megatron.verify import made_up_samples
 from tests.helpers.ranks import run_ranks
+from tests.parity.test_shared_prompts import with_response
 
 NAMES = ("advantages_S", "old_logprobs_S", "rollout_logprobs_S")
 RATE = 1e6  # the step is far larger than the weights, so that rounding of the weights does not show
 
 
 def rl_batch(directory: Path) -> Batch:
-    """Samples of the made-up kind with advantages of both signs and old log-probabilities from elsewhere (so that some clip)."""
+    """Samples of the made-up kind with advantages of both signs and old log-probabilities from elsewhere (so that some clip); the first and
+    the third have further responses, so that rows of prompts with pictures are shared."""
     random = np.random.default_rng(3)
+    alone = made_up_samples(directory, seed=5)
+    others = [
+        with_response(alone[place], random.integers(5, 90, size), random) for place, size in ((0, 9), (2, 6), (0, 4))
+    ]
     samples = []
-    for sample in made_up_samples(directory, seed=5):
+    for sample in [*alone, *others]:
         values = {
             name: float(value) for name, value in zip(NAMES, random.normal((0, -6, -6), (1, 0.3, 0.3)), strict=True)
         }
@@ -36,7 +42,7 @@ def rl_batch(directory: Path) -> Batch:
 
 
 def update(
-    rank: int, directory: str, batch: Batch, layout: dict, max_tokens: int, loss: str, options: dict
+    rank: int, directory: str, batch: Batch, layout: dict, max_tokens: int, loss: str, options: dict, share: bool = True
 ) -> dict | None:
     from eureka_megatron.train.trainer import PolicyTrainer
 
@@ -50,6 +56,7 @@ def update(
         max_tokens_per_micro_batch=max_tokens,
         freeze=layout.get("freeze", ()),
     )
+    trainer.share_prompts(share)
     before = {name: tensor.clone() for name, tensor in trainer.hf_weights() if tensor is not None}
     trainer.start_phase(section, 1)
     metrics = trainer.train(batch, loss, options)[0]
@@ -70,14 +77,15 @@ def compare(a: dict, b: dict) -> float:
 
 @pytest.fixture(scope="module")
 def plain(tiny_dir: Path) -> tuple[str, Batch, dict]:
-    """One rank, all samples in one row."""
+    """One rank, all samples in one row, none of which shares its prompt's."""
     batch = rl_batch(tiny_dir)
-    return str(tiny_dir), batch, run_ranks(update, 1, str(tiny_dir), batch, {}, 4096, "ppo_clip", {})[0]
+    return str(tiny_dir), batch, run_ranks(update, 1, str(tiny_dir), batch, {}, 4096, "ppo_clip", {}, False)[0]
 
 
 @pytest.mark.parametrize(
     ("layout", "world", "max_tokens"),
     [
+        ({}, 1, 4096),
         ({}, 1, 160),  # several micro-batches
         ({}, 2, 4096),  # data parallel
         ({}, 2, 160),
