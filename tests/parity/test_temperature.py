@@ -78,4 +78,4 @@ def test_the_update_at_a_temperature_is_that_of_scaled_logits(scaled: Any, layou
     for (temperature, loss), result in found.items():
         error = compare(result, expected[temperature, loss])
         print(f"temperature {temperature} {layout} {loss}: {error:.1e}")
-        assert error <= 1e-5  # measured 1.6e-6
+        assert error <= 1e-5  # measured 1.9e-6
