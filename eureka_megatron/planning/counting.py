@@ -6,7 +6,7 @@ A dispatch mode sees every operation below autograd. Operations are counted by t
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +48,9 @@ class Counts(TorchDispatchMode):
         self.collectives: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.synchronisations = self.kernels = 0
-        self.live = self.peak = self.moved = 0
+        self.peak = self.moved = self._held = 0
         self._known: dict[int, int] = {}  # storages alive, by the address of torch's own record → bytes
+        self._freed: deque[int] = deque()  # gloo's threads let go of tensors too: only this mode's thread may subtract
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -70,6 +71,12 @@ class Counts(TorchDispatchMode):
                 self.moved += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
         return out
 
+    @property
+    def live(self) -> int:
+        while self._freed:
+            self._held -= self._known.pop(self._freed.popleft(), 0)
+        return self._held
+
     def restart(self) -> None:
         """Everything but `live` counts from here on."""
         self.collectives.clear()
@@ -88,17 +95,13 @@ class Counts(TorchDispatchMode):
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key, live = storage._cdata, self.live  # that first: an address may be another's, freed
         if key in self._known:
             return
-        nbytes = storage.nbytes()
-        self._known[key] = nbytes
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        self._known[key] = storage.nbytes()
+        self._held = live + self._known[key]
+        self.peak = max(self.peak, self._held)
+        weakref.finalize(storage, self._freed.append, key)
 
 
 def _communicated(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
