@@ -68,7 +68,8 @@ def test_a_rehearsal_is_the_real_thing(plans: dict[int, list[Plan]], world: int)
         # Equal but for full recompute, 3.4 % of the peak too little: Megatron's re-entrant checkpoints free later on real tensors.
         slack = 0.05 if plan.execution.recompute == "full" else 0.0
         peak = done.peak
-        for _ in range(3):  # gloo's threads may hold a tensor when whoever waited for it has gone on: that is the clock's, not the layout's
+        # gloo's threads may hold a tensor when whoever waited for it has gone on: that is the clock's, not the layout's.
+        for _ in range(3):
             if peak > rehearsed.peak and not slack:
                 peak = min(peak, run_ranks(real, world, [plan])[rank][0].peak)
         assert abs(rehearsed.peak - peak) <= slack * peak, f"{what}: {rehearsed.peak} against {peak}"
