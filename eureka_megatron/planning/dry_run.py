@@ -69,19 +69,19 @@ def dry_run(config: RunConfig, machine: Machine, *, supervised: bool = False, re
     """
     run = DryRun(config, machine, supervised)
     run.check("model", run.model)
+    known = supervised or run.check("algorithm", lambda: _each(check_algorithm, run.config, run.config.algorithm.loss))
     if run.config_dir is not None:  # nothing else can be said without a model's sizes
         run.check("weights", run.weights)
         fits = run.check("layout", lambda: _each(check_run, run.config, "fits the model"))
         if not supervised:
             run.check("rollouts", lambda: _each(check_rollout, run.config, "fit the model and the micro-batches"))
         run.check("placement", run.placement)
-        if fits:
+        if fits and known:
             run.check("memory of a rank", run.memory)
         if not supervised:
             run.check("memory of an engine", run.engine)
         run.check("disk", run.disk)
     if not supervised:
-        run.check("algorithm", lambda: _each(check_algorithm, run.config, run.config.algorithm.loss))
         run.check("rewards", run.rewards)
     for data in dict.fromkeys([config.data.train, *([str(config.data.test)] if config.data.test else [])]):
         run.check("data", lambda data=data: run.data(data))  # type: ignore[misc]
@@ -93,6 +93,11 @@ def dry_run(config: RunConfig, machine: Machine, *, supervised: bool = False, re
         raise ConfigError("\n".join(run.problems))
     absent = f"; not on this machine, so not checked: {', '.join(run.absent)}" if run.absent else ""
     tell(f"nothing wrong was found{absent}")
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """Of the run's updates, as far as memory and operations depend on it."""
+    return Objective(config.algorithm.loss, config.loss_options, config.algorithm.compat)
 
 
 def _each(check: Callable[[RunConfig], None], config: RunConfig, fine: str) -> str:
@@ -178,7 +183,7 @@ class DryRun:
         frozen = tower_is_frozen(config, run.model.freeze)
         tokens = run.training.max_tokens_per_micro_batch
         shape = Shape(run.layout, run.model.recompute, tokens, longest, run.data.max_pixels, frozen)
-        objective = None if self.supervised else Objective(run.algorithm.loss, run.loss_options)
+        objective = None if self.supervised else objective_of(run)
         twins = [
             Twin(directory, shape, stage, run.model.freeze, objective, run.optimizer, run.model.dtype)
             for stage in stages_of_interest(run.layout)

@@ -56,13 +56,21 @@ def rehearse_twin(twin: Twin) -> Load:
     layout = shape.layout.model_copy(update={"layers_first_stage": None, "layers_last_stage": None})
     few = layout.virtual_pipeline, 2 * layout.virtual_pipeline
     rows = layout.pipeline * (2 if layout.virtual_pipeline > 1 else 1)
+    reference = twin.objective is not None and bool(twin.objective.options.get("kl_coefficient"))
     found = []
     for layers in few:
         plan = Plan(
             twin.model,
             layout,
             Execution(dtype=twin.dtype, recompute=shape.recompute),
-            Workload(shape.tokens, shape.longest, shape.pixels, rows, rollouts=twin.objective is not None),
+            Workload(
+                shape.tokens,
+                shape.longest,
+                shape.pixels,
+                rows,
+                rollouts=twin.objective is not None,
+                reference=reference,
+            ),
             shape.tokens,
             freeze=twin.freeze,
             optimizer=twin.optimizer,

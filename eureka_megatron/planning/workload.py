@@ -29,6 +29,7 @@ class Workload:
     pixels: int  # of a picture; 0: no pictures
     rows: int  # micro-batches of a data-parallel rank
     rollouts: bool = True  # with the engine's log-probabilities, as reinforcement learning has them
+    reference: bool = False  # with a reference's, which a KL term in the loss needs
 
     def samples(self, config: QwenVLConfig, layout: Layout) -> tuple[Sample, ...]:
         """Those of all data-parallel ranks. Their values do not matter, only shapes do."""
@@ -37,8 +38,24 @@ class Workload:
         if layout.context > 1:
             length -= length % (2 * layout.context)
         units = min(picture_units(config, self.pixels), length - TEXT) if self.pixels else 0
-        return tuple(
-            _sample(config, length, units, number, self.rollouts) for number in range(count * self.rows * layout.data)
+        return tuple(self._sample(config, length, units, number) for number in range(count * self.rows * layout.data))
+
+    def _sample(self, config: QwenVLConfig, length: int, units: int, number: int) -> Sample:
+        pictures = [_picture(config, units, number)] if units > 0 else []
+        spans = [Span(TEXT // 2, picture.grid_thw) for picture in pictures]
+        prompt = TEXT + sum(picture.units for picture in pictures)
+        merge = config.vision_config.spatial_merge_size
+        positions = extend_positions(mrope_positions(prompt, spans, merge_size=merge), length - prompt)
+        zeros = np.zeros(length, np.float32)
+        return Sample(
+            tokens_S=np.full(length, number, np.int64),  # equal prompts would be shared
+            positions_3S=positions,
+            mask_S=(np.arange(length) >= prompt).astype(np.float32),
+            advantages_S=zeros,
+            rollout_logprobs_S=zeros if self.rollouts else None,
+            ref_logprobs_S=zeros if self.reference else None,
+            pictures=tuple(pictures),
+            picture_offsets=tuple(span.offset for span in spans),
         )
 
 
@@ -52,24 +69,6 @@ def _sides(units: int) -> tuple[int, int]:
     """Example: 640 merge units are 25 × 25."""
     height = max(isqrt(units), 1)
     return height, max(units // height, 1)
-
-
-def _sample(config: QwenVLConfig, length: int, units: int, number: int, rollouts: bool) -> Sample:
-    pictures = [_picture(config, units, number)] if units > 0 else []
-    spans = [Span(TEXT // 2, picture.grid_thw) for picture in pictures]
-    prompt = TEXT + sum(picture.units for picture in pictures)
-    merge = config.vision_config.spatial_merge_size
-    positions = extend_positions(mrope_positions(prompt, spans, merge_size=merge), length - prompt)
-    zeros = np.zeros(length, np.float32)
-    return Sample(
-        tokens_S=np.full(length, number, np.int64),  # equal prompts would be shared
-        positions_3S=positions,
-        mask_S=(np.arange(length) >= prompt).astype(np.float32),
-        advantages_S=zeros,
-        rollout_logprobs_S=zeros if rollouts else None,
-        pictures=tuple(pictures),
-        picture_offsets=tuple(span.offset for span in spans),
-    )
 
 
 def _picture(config: QwenVLConfig, units: int, number: int) -> Picture:

@@ -1,6 +1,7 @@
 """Plans against whole rehearsals: the line through two shallow twins, the arithmetic, the operations that metrics count, and the commands."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ import pytest
 import yaml
 
 from eureka_megatron.cli import main
+from eureka_megatron.config import load_config
 from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.operations import text_operations, tower_operations
+from eureka_megatron.planning.dry_run import objective_of
 from eureka_megatron.planning.load import Load, Shape, estimate
 from eureka_megatron.planning.published import CONFIGS
 from eureka_megatron.planning.rehearsal import Plan, Rehearsal, deepened, rehearse
-from eureka_megatron.planning.twins import PLAIN, load_of
+from eureka_megatron.planning.twins import PLAIN, Twin, load_of, rehearse_twin
 from eureka_megatron.planning.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +123,23 @@ def test_a_recipe_is_rehearsed_without_its_machine(capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "memory of a rank: 52.1 of 71.5 GiB on a H100 80 GB at stage 0" in said
     assert "nothing wrong was found" in said
+
+
+def test_a_recipes_objective_can_be_rehearsed(tiny_dir: Path) -> None:
+    """Every loss, option and KL term of the examples, and all of them in one: what they ask of a sample is there."""
+    recipes = [path for path in sorted((ROOT / "examples").glob("*/*.yaml")) if path.stem != "sft"]
+    configs = [load_config(path) for path in recipes]
+    assert any(config.loss_options.get("kl_coefficient") for config in configs)
+    configs.append(load_config(recipes[0], ["training.async_steps=1", "algorithm.kl_coefficient=0.1"]))
+    objectives = {
+        (rule.loss, str(config.loss_options), rule.compat): objective_of(config)
+        for config in configs
+        for rule in [config.algorithm]
+    }
+    shape = Shape(Layout(), "none", 256, 128, 28 * 28 * 4, False)
+    twins = [Twin(tiny_dir, shape, 0, (), objective) for objective in objectives.values()]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert all(load.peak > 0 for load in pool.map(rehearse_twin, twins))
 
 
 def test_a_run_that_is_here_is_read(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

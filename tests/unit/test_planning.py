@@ -188,6 +188,13 @@ def test_a_dry_run_tells_everything_that_is_wrong_at_once(
         assert part in said, f"{part!r} is not told:\n{said}"
 
 
+def test_a_loss_that_nobody_knows_is_told_and_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DryRun, "rehearsed", lambda run: pytest.fail("rehearsed"))
+    recipe = ROOT / "examples" / "mmk12" / "qwen2_5_vl_7b_single_node.yaml"
+    with pytest.raises(ConfigError, match="unknown loss option 'nonsense'"):
+        dry_run(load_config(recipe, ["algorithm.loss_options.nonsense=1"]), Machine.named("h100", None, None, 8))
+
+
 def test_a_rank_and_an_engine_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DryRun, "rehearsed", by_arithmetic)
     recipe = ROOT / "examples" / "mmk12" / "qwen2_5_vl_7b_single_node.yaml"
