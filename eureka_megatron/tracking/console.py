@@ -49,19 +49,26 @@ def progress_lines(title: str, unit: str = "GB", stream: IO[str] | None = None) 
     """What a bar is on a terminal, for logs: call it with what is done and all there is to do (0: unknown), as often as you like.
 
     A line at most every PROGRESS_SECONDS: "convert: 3.2 of 14.9 GB, 1m10s left". unit: "GB" (of bytes), or what is counted.
+    The time left is by the pace since the first call: what comes before it (engines that warm up) says nothing of the rest.
     """
-    began = last = time.monotonic()
+    last = time.monotonic()
+    first: tuple[float, int] | None = None
 
     def amount(number: int) -> str:
         return f"{number / 1e9:,.1f}" if unit == "GB" else f"{number:,}"
 
     def told(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, first
         now = time.monotonic()
+        began, before = first = first or (now, done)
         if now - last < PROGRESS_SECONDS:
             return
         last = now
-        left = f", {format_seconds((now - began) / done * (total - done))} left" if done and total else ""
+        left = (
+            f", {format_seconds((now - began) / (done - before) * (total - done))} left"
+            if total and done > before
+            else ""
+        )
         tell(f"{title}: {amount(done)}{f' of {amount(total)}' if total else ''} {unit}{left}", stream)
 
     return told

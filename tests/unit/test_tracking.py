@@ -389,7 +389,7 @@ def test_a_long_phase_says_in_a_log_that_it_goes_on(monkeypatch):
 
 
 def test_work_without_a_terminal_is_told_in_a_line_now_and_then(monkeypatch):
-    clock = iter([0.0, 1.0, 10.0, 15.0, 40.0, 50.0, 70.0])
+    clock = iter([0.0, 30.0, 40.0, 45.0, 60.0, 60.0, 80.0])
     monkeypatch.setattr("eureka_megatron.tracking.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
     stream = io.StringIO()
     told = progress_lines("convert", stream=stream)
@@ -397,7 +397,8 @@ def test_work_without_a_terminal_is_told_in_a_line_now_and_then(monkeypatch):
         told(done * 10**9, 10**10)
     progress_lines("reading", "rows", stream)(1234, 0)
     assert stream.getvalue().splitlines() == [
-        "convert: 2.0 of 10.0 GB, 40s left",
+        "convert: 1.0 of 10.0 GB",
+        "convert: 2.0 of 10.0 GB, 1m20s left",
         "convert: 4.0 of 10.0 GB, 1m00s left",
         "reading: 1,234 rows",
     ]
