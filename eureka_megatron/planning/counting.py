@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-_WAITS = {"wait", "monitored_barrier_"}  # of c10d, which move nothing
+_WAITS = {"wait", "monitored_barrier_", "check_for_nan"}  # of c10d, which move nothing
 # Of aten: what is bound by arithmetic, and what only makes room or another view.
 _ROOM = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", *_ROOM}

@@ -5,7 +5,7 @@ A stage with one and with two layers a chunk tells what a layer adds, and what d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,15 +19,18 @@ from eureka_megatron.planning.workload import Workload
 from eureka_megatron.train.step import Objective
 
 # Operations of torch.distributed → how many bytes leave a rank, for each byte of what is handed over first (a ring's; n ranks).
-_SENT = {
-    "allreduce_": lambda n: 2 * (n - 1) / n,
-    "_allgather_base_": lambda n: (n - 1) / n,
-    "allgather_": lambda n: (n - 1) / n,
-    "allgather_into_tensor_coalesced_": lambda n: (n - 1) / n,
-    "_reduce_scatter_base_": lambda n: n - 1,
-    "reduce_scatter_tensor_coalesced_": lambda n: n - 1,
-    "send": lambda n: 1,
-    "recv_": lambda n: 0,
+_SENT: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("allreduce_", "allreduce_coalesced_"), lambda n: 2 * (n - 1) / n),
+    **dict.fromkeys(
+        ("_allgather_base_", "allgather_", "allgather_coalesced_", "allgather_into_tensor_coalesced_"),
+        lambda n: (n - 1) / n,
+    ),
+    **dict.fromkeys(
+        ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_", "scatter_"), lambda n: n - 1
+    ),
+    **dict.fromkeys(("alltoall_", "alltoall_base_", "gather_"), lambda n: (n - 1) / n),
+    **dict.fromkeys(("broadcast_", "reduce_", "send"), lambda n: 1),
+    **dict.fromkeys(("recv_", "recv_any_source_", "barrier"), lambda n: 0),
 }
 
 

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from eureka_megatron.cli import main
-from eureka_megatron.config import load_config
+from eureka_megatron.config import OptimizerSection, load_config
 from eureka_megatron.layout import Execution, Layout
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
 from eureka_megatron.models.qwen2_5_vl.operations import text_operations, tower_operations
+from eureka_megatron.planning.counting import _WAITS
 from eureka_megatron.planning.dry_run import objective_of
 from eureka_megatron.planning.load import Load, Shape, estimate
 from eureka_megatron.planning.published import CONFIGS
 from eureka_megatron.planning.rehearsal import Plan, Rehearsal, deepened, rehearse
-from eureka_megatron.planning.twins import PLAIN, Twin, load_of, rehearse_twin
+from eureka_megatron.planning.twins import _SENT, PLAIN, Twin, load_of, rehearse_twin
 from eureka_megatron.planning.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,8 +127,17 @@ def test_a_recipe_is_rehearsed_without_its_machine(capsys: pytest.CaptureFixture
     assert "nothing wrong was found" in said
 
 
+def test_every_collective_has_its_bytes() -> None:
+    known = {
+        schema.name.removeprefix("c10d::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("c10d::")
+    }
+    assert known - set(_WAITS) == set(_SENT)
+
+
 def test_a_recipes_objective_can_be_rehearsed(tiny_dir: Path) -> None:
-    """Every loss, option and KL term of the examples, and all of them in one: what they ask of a sample is there."""
+    """Every loss, option and KL term of the examples, and another optimizer: what they ask of a sample is there."""
     recipes = [path for path in sorted((ROOT / "examples").glob("*/*.yaml")) if path.stem != "sft"]
     configs = [load_config(path) for path in recipes]
     assert any(config.loss_options.get("kl_coefficient") for config in configs)
@@ -138,6 +149,8 @@ def test_a_recipes_objective_can_be_rehearsed(tiny_dir: Path) -> None:
     }
     shape = Shape(Layout(), "none", 256, 128, 28 * 28 * 4, False)
     twins = [Twin(tiny_dir, shape, 0, (), objective) for objective in objectives.values()]
+    shared_out = replace(shape, layout=Layout(data=2))  # without a distributed optimizer its gradients go another way
+    twins.append(Twin(tiny_dir, shared_out, 0, (), optimizer=OptimizerSection(name="sgd")))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert all(load.peak > 0 for load in pool.map(rehearse_twin, twins))
 
