@@ -139,7 +139,7 @@ def test_a_signal_to_every_process_saves_and_the_run_goes_on(place: Place, imita
     assert "error: stopped by SIGUSR1; " in words
     assert "--resume auto" in words
     assert place.leftovers() == set()
-    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert not psutil.wait_procs(processes, timeout=60)[1]
     done = len(read_metrics(place.folder / "rl/metrics.jsonl"))
 
     code = place.run(*command, f"training.steps={done + 1}", "--resume", "rl", log="second")
@@ -167,7 +167,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_signal_ends_the_first(place
     assert "Traceback" not in words
     assert "SIGTERM received" not in words
     assert words.splitlines()[-1].startswith("error: stopped by SIGTERM; ")
-    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert not psutil.wait_procs(processes, timeout=60)[1]
     assert place.leftovers() == set()
     steps = [row["step"] for row in read_metrics(place.folder / "busy/metrics.jsonl")]
     assert steps == list(range(len(steps)))

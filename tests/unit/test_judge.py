@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,9 +148,7 @@ def test_a_broken_judgement_costs_that_one_answer(nasty: str, way: str):
     """Whatever happens to one answer, the others are judged, also those in the same chunk."""
     with JudgePool(2, time_limit_seconds=1.0, memory_limit_bytes=2 * 1024**3, user_function=f"{nasty}:reward") as pool:
         texts = ["a", "bb", way, "ccc", "dddd", "eeeee"]
-        started = time.monotonic()
         verdicts = pool.judge([(text, "gold") for text in texts])
-        assert time.monotonic() - started < 10
         assert verdicts[2] == {"accuracy": 0.0, "length": 0.0, "total": 0.0}
         assert [v["length"] for v in verdicts] == [1.0, 2.0, 0.0, 3.0, 4.0, 5.0]
         assert [v["total"] for v in verdicts] == [2.0, 3.0, 0.0, 4.0, 5.0, 6.0]
