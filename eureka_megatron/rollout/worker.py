@@ -27,6 +27,7 @@ from eureka_megatron.errors import UserError
 from eureka_megatron.rollout.weights import register_loader
 from eureka_megatron.sync.check import Piece, engine_pieces, expected_tensors, has_tied_head, parameters_of, tally
 from eureka_megatron.sync.source import SyncError, TensorMeta
+from eureka_megatron.tracking.memory import give_back
 from eureka_megatron.weights.table import hub_name
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class EngineWorker:
         _repack_tied_head(self._model)
         self._update.close()
         self._update = None
+        give_back()
 
     def abort(self) -> int:
         """End an update that cannot be finished. → the tensors that had come: with none, the old weights are whole."""
