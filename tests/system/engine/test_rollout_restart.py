@@ -48,11 +48,14 @@ def questions(tiny_dir: Path) -> list[Any]:
 
 
 def _kill_soon(pid: int) -> threading.Thread:
-    """While the engine of this process is sampling."""
+    """While the engine of this process is sampling: once it has computed for a tenth of a second."""
+    process = psutil.Process(pid)
+    before = process.cpu_times().user
 
     def kill() -> None:
-        time.sleep(0.5)
-        os.kill(pid, signal.SIGKILL)
+        while process.cpu_times().user < before + 0.1:
+            time.sleep(0.005)
+        process.kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
