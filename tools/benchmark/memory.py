@@ -81,7 +81,7 @@ def main() -> int:
         GOAL,
         at_least=False,
         peer=peer,
-        where="steps of the model's 7 MB: buffers that the heap places anew (larger than 32 MiB they would be mapped and given back), pages of Ray's store",
+        where="what the trimmed heap cannot give back: living blocks, other allocators, pages of Ray's store",
         details=details,
     )
     report([result], options.json)

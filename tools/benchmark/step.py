@@ -43,7 +43,7 @@ class Work:
 
 WHERE = (
     "a rollout of a small model is vLLM's scheduler and small operators, some 11 ms a token of all responses; "
-    "a sync its layer-wise reload, a millisecond a tensor (docs/performance.md)"
+    "a sync its layer-wise reload, 0.35 ms a tensor, and Ray's calls (docs/performance.md)"
 )
 WORK = {"tiny": Work(32, 84, 1.5, 20), "medium": Work(64, 224, 2.0, 3)}
 
