@@ -39,7 +39,7 @@ def configuration(model: str | Path) -> Path:
         return Path(hf_hub_download(other["repository"], "config.json", revision=other["revision"])).parent
     except Exception as error:  # of many kinds: names the hub does not know, tokens, proxies, networks
         raise UserError(
-            f"{name}: its config.json cannot be had from the hub: {' '.join(str(error).split())[:200]}"
+            f"{name}: no directory, and its config.json cannot be had from the hub: {' '.join(str(error).split())[:200]}"
         ) from error
 
 

@@ -99,7 +99,7 @@ def test_a_bad_configuration_ends_before_anything_heavy_is_imported(config_file,
     assert done.stderr == f"error: {config_file}: unknown key 'optimizer.lrr'; did you mean 'lr'?\n"
 
 
-def test_the_first_word_comes_before_what_is_slow_to_import(config_file):
+def test_the_first_word_comes_before_what_is_slow_to_import(config_file, tmp_path):
     for command, stream in ((["train", config_file], "stdout"), (["verify", "--hf", "x", "--json"], "stderr")):
         # An import of torch that never ends; what has been said is there all the same.
         code = (
@@ -108,7 +108,7 @@ def test_the_first_word_comes_before_what_is_slow_to_import(config_file):
             f"sys.meta_path.insert(0, Slow()); main({[str(word) for word in command]})"
         )
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
         )
         line = getattr(process, stream).readline()
         process.kill()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from eureka_megatron.config import load_config
-from eureka_megatron.errors import ConfigError
+from eureka_megatron.errors import ConfigError, UserError
 from eureka_megatron.gpus import GPUS, peak_of
 from eureka_megatron.layout import Layout
 from eureka_megatron.models.qwen2_5_vl.config import read_hf_config
@@ -151,6 +151,15 @@ def test_planning_fetches_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert run.check("model", run.model)
     assert run.elsewhere
     assert asked_for == [("somebody/Fine-Tune", "config.json", "v2"), ("somebody/Fine-Tune", "config.json", None)]
+
+
+def test_a_model_that_is_nowhere_may_be_a_folder_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any, **__: Any) -> str:
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unknown)
+    with pytest.raises(UserError, match="runs/model: no directory, and its config"):
+        configuration("runs/model")
 
 
 def test_a_dry_run_tells_everything_that_is_wrong_at_once(
