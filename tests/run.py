@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("WANDB_MODE", "offline")
-    # With either, pytest compares long values line by line: hours for those of a tensor, and the timeout hides what failed.
+    # With either, pytest compares long values line by line: a tensor as lists outlasts the timeout, which then hides what failed.
     for name in ("CI", "BUILD_NUMBER"):
         os.environ.pop(name, None)
     os.chdir(ROOT)

@@ -254,7 +254,7 @@ def test_freed_heap_goes_back_to_the_system() -> None:
     blocks = [bytearray(b"x") * 100_000 for _ in range(2000)]
     full = held_memory()["memory_gib"]
     del blocks[:-1]
-    assert full - held_memory()["memory_gib"] > 0.12  # of 0.186
+    assert full - held_memory()["memory_gib"] > 0.12  # of 0.186; measured 0.186
 
 
 def test_histograms_are_of_bounded_size_and_not_in_the_lines(tmp_path):
