@@ -145,9 +145,11 @@ HOSTILE = [
 ]
 
 
-def test_hostile_answers_end_soon_and_are_wrong(tmp_path: Path) -> None:
+def test_hostile_answers_end_soon_and_are_wrong() -> None:
     """Nothing in them is run. Measured at most 2 s for one; an isolated process gives up after 5 s and starts again."""
-    mark = tmp_path / "mark"
+    # Not pytest's folder: its number may be the very answer (`/tmp/pytest-of-root/pytest-18/...`, and 18 is choice C).
+    mark = Path("/tmp/eureka-an-answer-was-run")
+    mark.unlink(missing_ok=True)
     for key in ("k_frac", "v_color", "v_int", "e_area", "m_nums", "o_expr", "w_area"):
         of = ROWS[key]
         for text in HOSTILE:
