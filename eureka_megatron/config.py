@@ -305,7 +305,7 @@ class TrackingSection(Section):
     project: str = "eureka_megatron"
     tensorboard: bool = True
     console: bool = True
-    # steps between those whose rollouts are stored to be looked at (`eureka report`), the first among them; 0: none
+    # steps between those whose rollouts are stored to be looked at (`eureka report`), the first and the last among them; 0: none
     rollouts_every: int = Field(10, ge=0)
     # prompts of such a step that are stored, with all their responses and pictures
     rollouts_per_step: int = Field(8, ge=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,13 +40,14 @@ def replay(run_dir: Path, step: int, only: Part | None = None) -> bool:
     Raises:
         UserError: there is no checkpoint right before the step, or nothing to compare with; names the steps that can be replayed.
     """
-    checkpoint = _before(run_dir, step)
+    metrics = run_dir / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    recorded = {line["step"]: line for line in lines if line.get("stage") == "train"}
+    checkpoint = _before(run_dir, step, {*recorded, *step_files(run_dir)})
     state = store.read_state(checkpoint)
-    recorded = [line for line in read_metrics(run_dir / "metrics.jsonl") if line.get("stage") == "train"]
-    line = next((line for line in recorded if line["step"] == step), None)
-    stored = _stored(run_dir, step)
+    line, stored = recorded.get(step), _stored(run_dir, step)
     if line is None and only != "rollout":
-        raise UserError(f"{run_dir / 'metrics.jsonl'} has no step {step}: nothing to compare its training with")
+        raise UserError(f"{metrics} has no step {step}: nothing to compare its training with")
     if stored is None and only is not None:
         there = ", ".join(map(str, step_files(run_dir))) or "none"
         raise UserError(
@@ -69,12 +70,14 @@ def replay(run_dir: Path, step: int, only: Part | None = None) -> bool:
     return same
 
 
-def _before(run_dir: Path, step: int) -> Path:
+def _before(run_dir: Path, step: int, known: Container[int]) -> Path:
+    """The checkpoint of the steps before this one. known: steps of which there is something to compare with."""
     found = dict(store.list_checkpoints(run_dir / store.CHECKPOINTS))
-    if step not in found:
-        there = ", ".join(map(str, found)) or "none"
+    if step not in found or step not in known:
+        why = f"ended before step {step}" if step in found else f"has no checkpoint right before step {step}"
+        there = ", ".join(str(done) for done in found if done in known) or "none"
         raise UserError(
-            f"{run_dir} has no checkpoint right before step {step}; steps that can be replayed: {there} (checkpoint.every, keep_every)"
+            f"{run_dir} {why}; steps that can be replayed: {there} (checkpoint.every, keep_last, keep_every)"
         )
     return found[step]
 

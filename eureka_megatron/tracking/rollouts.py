@@ -2,7 +2,7 @@
 
 Files in the run folder:
 
-    rollouts/step_000009.parquet    one row a response, columns as in SCHEMA
+    rollouts/step_000010.parquet    one row a response, columns as in SCHEMA
     rollouts/pictures/KEY.png       a picture, or a video's middle frame, once however often it is shown
     rollouts/replaced/              of steps that a resumed run has done again
 

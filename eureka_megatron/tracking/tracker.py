@@ -150,8 +150,9 @@ class Tracker:
 
         began_with: how many of the batch's first samples → what the trainer thinks of these, by place.
         """
-        every = self.config.tracking.rollouts_every
-        if not every or (step > 0 and (step + 1) % every):
+        every, last = self.config.tracking.rollouts_every, self.config.training.steps - 1
+        # Multiples, as checkpoints hold the steps before one: what is stored of step 50 can be done again from step_000050.
+        if not every or (step % every and step != last):
             return
         groups = groups[: self.config.tracking.rollouts_per_step]
         trained = began_with(sum(len(group.rollouts) for group in groups))

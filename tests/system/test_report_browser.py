@@ -80,9 +80,9 @@ def test_what_a_model_says_stays_text(browser: Chromium, pages: dict[str, Path])
 def test_filters_leave_what_they_say(browser: Chromium, pages: dict[str, Path]) -> None:
     browser.open(pages["one"], "#rollouts")
     browser.wait("document.querySelector('.card')")
-    assert browser.ask(COUNT).strip("‹›") == "1–100 of 160"  # steps 0, 9, 19, 29, 39
+    assert browser.ask(COUNT).strip("‹›") == "1–100 of 160"  # steps 0, 10, 20, 30, 39
     set_field = "((label, value) => {{ const node = document.querySelector(`[aria-label='${{label}}']`); node.value = value; node.dispatchEvent(new Event('change')); }})({})"
-    browser.ask(set_field.format("'step', '19'"))
+    browser.ask(set_field.format("'step', '20'"))
     assert browser.ask(COUNT).strip("‹›") == "1–32 of 32"
     browser.ask(set_field.format("'accuracy', 'wrong'"))
     rows = "[...document.querySelectorAll('.row[role=option]')].map((row) => row.children[1].textContent + row.children[2].textContent)"
@@ -147,17 +147,17 @@ def test_keys_walk_responses_and_groups(browser: Chromium, pages: dict[str, Path
 
 
 def test_a_link_leads_to_the_response(browser: Chromium, pages: dict[str, Path]) -> None:
-    browser.open(pages["both"], "#rollouts/run=1&step=19&group=2&response=5")
+    browser.open(pages["both"], "#rollouts/run=1&step=20&group=2&response=5")
     browser.wait("document.querySelector('.card.chosen')")
-    assert browser.ask(CHOSEN) == "19 · 2 · 5"
-    assert browser.ask(SHOWN).startswith("step 19 · group 2")
+    assert browser.ask(CHOSEN) == "20 · 2 · 5"
+    assert browser.ask(SHOWN).startswith("step 20 · group 2")
     browser.press("l")
-    browser.wait(f"{SHOWN}.startsWith('step 19 · group 3')")
+    browser.wait(f"{SHOWN}.startsWith('step 20 · group 3')")
     link = browser.ask("location.hash")
     browser.open(pages["both"], link)
-    browser.wait(f"{SHOWN}.startsWith('step 19 · group 3')")
-    browser.open(pages["one"], "#rollouts/group=1&response=3&at=29")
-    browser.wait(f"{CHOSEN} === '29 · 1 · 3'")
+    browser.wait(f"{SHOWN}.startsWith('step 20 · group 3')")
+    browser.open(pages["one"], "#rollouts/group=1&response=3&at=30")
+    browser.wait(f"{CHOSEN} === '30 · 1 · 3'")
     assert "of 160" in browser.ask(COUNT), "nothing is filtered by that"
 
 

@@ -120,7 +120,7 @@ algorithm: {{loss_options: {{entropy_coefficient: 0.01}}, filter: {{enabled: fal
 optimizer: {{lr: 1.0e-3, warmup_ratio: 0.0}}
 training: {{steps: 5, prompts_per_step: 4, responses_per_update: 4}}
 checkpoint: {{every: 1}}
-tracking: {{wandb: offline, tensorboard: false, rollouts_every: 5}}
+tracking: {{wandb: offline, tensorboard: false, rollouts_every: 2}}
 """
 # A random model earns no reward; the entropy bonus makes it learn all the same, so that every step's rollouts differ.
 
@@ -208,7 +208,9 @@ def test_a_killed_training_run_goes_on_to_the_same_metrics_and_the_same_model(
     assert "rollouts: 8 of 8 stored responses came out the same, token by token; log-probabilities within 0\n" in again
     assert ", 0 differ\n" in again
     assert main(["replay", str(tmp_path / "whole"), "--step", "1"]) == 1
-    assert "steps that can be replayed: 4, 5 " in capsys.readouterr().err
+    assert "has no checkpoint right before step 1; steps that can be replayed: 4 (" in capsys.readouterr().err
+    assert main(["replay", str(tmp_path / "whole"), "--step", "5"]) == 1
+    assert "ended before step 5; steps that can be replayed: 4 (" in capsys.readouterr().err
     weights = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     eureka(capsys, "export", folder / "step_000005", "--output", tmp_path / "out", "--quiet")

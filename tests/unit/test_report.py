@@ -48,7 +48,7 @@ def test_the_page_holds_metrics_rollouts_and_pictures(folder: Path) -> None:
     assert own["series"]["eval/accuracy"][8:11] == [None, pytest.approx(lines[9]["eval/accuracy"]), None]
     assert run["problems"] == []
     index = unpacked(page, "index-0")
-    assert index["step"] == sorted([0, 4, 9] * 12)
+    assert index["step"] == sorted([0, 5, 10, 11] * 12)
     responses = [
         unpacked(page, f"step-0-{step}")["groups"][str(group)]["responses"][str(response)]
         for step, group, response in zip(index["step"], index["group"], index["response"], strict=True)
@@ -61,7 +61,7 @@ def test_the_page_holds_metrics_rollouts_and_pictures(folder: Path) -> None:
     )
     keys = {
         key
-        for step in (0, 4, 9)
+        for step in (0, 5, 10, 11)
         for group in unpacked(page, f"step-0-{step}")["groups"].values()
         for key in group["pictures"]
     }
@@ -102,7 +102,7 @@ def test_a_damaged_run_is_reported_with_what_is_wrong(tmp_path: Path) -> None:
     make_run(tmp_path, MadeRun(steps=12, every=5))
     (tmp_path / "config.yaml").write_text("run: [unclosed")
     (tmp_path / "topology.json").write_text("[]")
-    step_file(tmp_path, 4).write_bytes(b"PAR1 no more")
+    step_file(tmp_path, 5).write_bytes(b"PAR1 no more")
     (next((tmp_path / "rollouts" / "pictures").iterdir())).unlink()
     with (tmp_path / "metrics.jsonl").open("a") as lines:
         lines.write('7\n{"step": "x"}\n')
@@ -110,9 +110,9 @@ def test_a_damaged_run_is_reported_with_what_is_wrong(tmp_path: Path) -> None:
     (run,) = unpacked(page, "runs")
     starts = [problem.split()[0] for problem in run["problems"]]
     assert starts[:3] == ["metrics.jsonl:", "config.yaml", "topology.json"]
-    assert starts[3] == "rollouts/step_000004.parquet"
+    assert starts[3] == "rollouts/step_000005.parquet"
     assert starts[4].startswith("rollouts/pictures/")
-    assert set(unpacked(page, "index-0")["step"]) == {0, 9}
+    assert set(unpacked(page, "index-0")["step"]) == {0, 10, 11}
 
 
 def test_two_runs_are_compared_and_share_their_pictures(folder: Path, tmp_path: Path) -> None:

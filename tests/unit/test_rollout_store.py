@@ -48,21 +48,23 @@ def test_a_step_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_every_so_many_steps_and_so_many_groups_and_each_picture_once(tmp_path: Path) -> None:
     make_run(tmp_path, MadeRun(steps=12, every=5, groups=2, pictures=3))
-    assert list(step_files(tmp_path)) == [0, 4, 9]
+    assert list(step_files(tmp_path)) == [0, 5, 10, 11]
     assert {pq.read_metadata(path).num_rows for path in step_files(tmp_path).values()} == {16}
     assert 2 <= len(list((tmp_path / "rollouts" / "pictures").iterdir())) <= 3
     make_run(tmp_path / "none", MadeRun(steps=3, every=0))
     assert not (tmp_path / "none" / "rollouts").exists()
+    usual = made_config(MadeRun())
+    assert usual.checkpoint.every % type(usual.tracking)().rollouts_every == 0, "the step behind a checkpoint is stored"
 
 
 def test_a_resumed_run_sets_aside_what_it_does_again(tmp_path: Path) -> None:
     run = MadeRun(steps=12, every=5, groups=1)
     make_run(tmp_path, run)
     with Tracker(made_config(run), tmp_path, stage="sft", start_step=2):
-        assert list(step_files(tmp_path)) == [0, 4, 9]
+        assert list(step_files(tmp_path)) == [0, 5, 10, 11]
     with Tracker(made_config(run), tmp_path, start_step=4):
         assert list(step_files(tmp_path)) == [0]
-    assert len(list((tmp_path / "rollouts" / "replaced").iterdir())) == 2
+    assert len(list((tmp_path / "rollouts" / "replaced").iterdir())) == 3
 
 
 def test_a_full_disk_costs_the_file_and_is_told_once(tmp_path: Path, monkeypatch, capsys) -> None:
