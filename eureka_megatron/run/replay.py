@@ -53,12 +53,14 @@ def replay(run_dir: Path, step: int, only: Part | None = None) -> bool:
         raise UserError(
             f"{step_file(run_dir, step)} does not exist; steps with stored rollouts: {there} (tracking.rollouts_every)"
         )
+    if only == "train":
+        _require_all(stored or [], line or {}, state["config"]["training"]["prompts_per_step"])
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         config = _elsewhere(state["config"], Path(folder))
         with Run(config) as run, Tracker(config, config.run.output, start_step=step) as tracker:
             run.trainer.start_phase(config.optimizer, config.training.steps * updates_per_step(config))
             restore(run, checkpoint, tracker)
-            groups = _groups(run, stored or [], config) if only == "train" else run.rollouts.take(step).groups
+            groups = _groups(run, stored or []) if only == "train" else run.rollouts.take(step).groups
             same = True
             if only != "train" and stored is not None:
                 same &= _compare_rollouts(groups, stored)
@@ -100,16 +102,22 @@ def _stored(run_dir: Path, step: int) -> list[dict[str, Any]] | None:
     return pq.read_table(path).to_pylist()
 
 
-def _groups(run: Run, rows: Sequence[dict[str, Any]], config: RunConfig) -> list[Group]:
-    """What was stored as the collector handed it over. Raises UserError: not all groups are there, or a prompt is no longer in the data."""
+def _require_all(rows: Sequence[dict[str, Any]], line: Mapping[str, Any], most: int) -> None:
+    """UserError when not all groups are stored that the step trained on: what waited and what the filter left, `most` of them."""
+    stored = len({row["group"] for row in rows})
+    trained = min(most, int(line.get("filter/from_buffer", 0) + line.get("filter/kept", most)))
+    if stored < trained:
+        raise UserError(
+            f"{stored} of the {trained} groups that the step trained on are stored (tracking.rollouts_per_step); without --only train "
+            "they are sampled again"
+        )
+
+
+def _groups(run: Run, rows: Sequence[dict[str, Any]]) -> list[Group]:
+    """What was stored as the collector handed it over. Raises UserError: a prompt is no longer in the data."""
     found: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["group"], []).append(row)
-    if len(found) < config.training.prompts_per_step:
-        raise UserError(
-            f"{len(found)} of the step's {config.training.prompts_per_step} groups are stored (tracking.rollouts_per_step); without "
-            "--only train they are sampled again"
-        )
     wanted = {own[0]["prompt_id"]: own[0]["prompt"] for own in found.values()}
     prompts = {}
     for prompt in run.train_data:
