@@ -35,7 +35,7 @@ CLOSE = 1e-6  # relative; equal bits are asked of nothing but a CPU
 def replay(run_dir: Path, step: int, only: Part | None = None) -> bool:
     """Do step `step` (its number in metrics.jsonl) again. → whether everything that was compared came out the same.
 
-    only: "rollout" samples and compares; "train" trains on what is stored and compares, which needs every group of the step there.
+    only: "rollout" samples and compares; "train" trains on what is stored and compares, which needs every group there that the step trained on.
 
     Raises:
         UserError: there is no checkpoint right before the step, or nothing to compare with; names the steps that can be replayed.
@@ -43,18 +43,16 @@ def replay(run_dir: Path, step: int, only: Part | None = None) -> bool:
     metrics = run_dir / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else []
     recorded = {line["step"]: line for line in lines if line.get("stage") == "train"}
-    checkpoint = _before(run_dir, step, {*recorded, *step_files(run_dir)})
+    checkpoint = _before(run_dir, step, recorded)
     state = store.read_state(checkpoint)
-    line, stored = recorded.get(step), _stored(run_dir, step)
-    if line is None and only != "rollout":
-        raise UserError(f"{metrics} has no step {step}: nothing to compare its training with")
+    line, stored = recorded[step], _stored(run_dir, step)
     if stored is None and only is not None:
         there = ", ".join(map(str, step_files(run_dir))) or "none"
         raise UserError(
             f"{step_file(run_dir, step)} does not exist; steps with stored rollouts: {there} (tracking.rollouts_every)"
         )
     if only == "train":
-        _require_all(stored or [], line or {}, state["config"]["training"]["prompts_per_step"])
+        _require_all(stored or [], line, state["config"]["training"]["prompts_per_step"])
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         config = _elsewhere(state["config"], Path(folder))
         with Run(config) as run, Tracker(config, config.run.output, start_step=step) as tracker:
@@ -65,19 +63,19 @@ def replay(run_dir: Path, step: int, only: Part | None = None) -> bool:
             if only != "train" and stored is not None:
                 same &= _compare_rollouts(groups, stored)
             if only != "rollout" and groups:
-                same &= _compare_metrics(run.learn(make_batch(groups, config, step, run.weight_version)), line or {})
+                same &= _compare_metrics(run.learn(make_batch(groups, config, step, run.weight_version)), line)
             if not groups:
                 tell("training: the filter leaves too few groups: the step is skipped now")
-                same &= line is None or line.get("filter/skipped") == 1
+                same &= line.get("filter/skipped") == 1
     return same
 
 
-def _before(run_dir: Path, step: int, known: Container[int]) -> Path:
-    """The checkpoint of the steps before this one. known: steps of which there is something to compare with."""
+def _before(run_dir: Path, step: int, done: Container[int]) -> Path:
+    """The checkpoint of the steps before this one. done: the steps that metrics.jsonl tells of."""
     found = dict(store.list_checkpoints(run_dir / store.CHECKPOINTS))
-    if step not in found or step not in known:
+    if step not in found or step not in done:
         why = f"ended before step {step}" if step in found else f"has no checkpoint right before step {step}"
-        there = ", ".join(str(done) for done in found if done in known) or "none"
+        there = ", ".join(str(number) for number in found if number in done) or "none"
         raise UserError(
             f"{run_dir} {why}; steps that can be replayed: {there} (checkpoint.every, keep_last, keep_every)"
         )

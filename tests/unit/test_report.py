@@ -202,4 +202,4 @@ def test_a_thousand_steps_of_64_rollouts(tmp_path: Path, capsys: pytest.CaptureF
     size = page.stat().st_size / 2**20
     assert capsys.readouterr().out == f"{page} ({size:.1f} MiB)\n"
     assert len(unpacked(page, "index-0")["step"]) == 64_000
-    assert size < 20  # measured 11.9, of responses of 66 tokens
+    assert size < 21  # measured 19.1, of responses of 66 tokens with log-probabilities, differences and entropies
